@@ -1,0 +1,1 @@
+"""The pure core: decisions are functions of (state, command, now, entropy)."""

@@ -1,0 +1,53 @@
+"""Named limits of the protocol, the same on both sides of every wire."""
+
+from __future__ import annotations
+
+KIB = 1024
+MIB = 1024 * KIB
+GIB = 1024 * MIB
+
+PROTOCOL_VERSION = 1
+PROTOCOL_VERSION_MIN_SUPPORTED = 1
+
+ROW_BYTES_MAX = 16 * MIB
+BLOCK_BYTES_MAX = 64 * MIB
+BLOCK_ROWS_MAX = 1_000_000
+JOB_ROWS_MAX = 10_000_000
+JOB_TASKS_MAX = 100_000
+JOB_BLOCKS_MAX = 20_000
+"""Blocks a dataset may consist of."""
+
+INLINE_PAYLOAD_BYTES_MAX = 64 * KIB
+CONTROL_MESSAGE_BYTES_MAX = 1 * MIB
+"""Largest message of the control plane in either direction (a submission lists up to `JOB_BLOCKS_MAX` blocks)."""
+SESSION_MESSAGE_BYTES_MAX = 256 * KIB
+BLOB_CHUNK_BYTES = 1 * MIB
+BLOB_BYTES_MAX = 4 * GIB
+MANIFEST_BYTES_MAX = 64 * KIB
+REPORT_BYTES_MAX = 64 * KIB
+
+BUNDLE_FILES_MAX = 64
+BUNDLE_STAGES_MAX = 16
+SCHEMA_COLUMNS_MAX = 256
+TENSOR_RANK_MAX = 8
+SIZE_FEATURES_MAX = 8
+COLUMN_NAME_BYTES_MAX = 128
+TITLE_BYTES_MAX = 200
+
+PROGRAM_BYTES_MAX = 2 * GIB
+PROGRAM_NODES_MAX = 50_000
+PROGRAM_NESTING_MAX = 16
+PROGRAM_TENSOR_BYTES_MAX = 4 * GIB
+"""Largest single tensor that a program may ask for, by static shape inference."""
+LOOP_TRIPS_MAX = 10_000
+
+ROW_FAILURE_REASON_BYTES_MAX = 256
+ROW_FAILURES_LISTED_PER_TASK_MAX = 256
+"""Failed rows of one task that carry their own text; further ones are counted under the last text."""
+FAILED_ROWS_MAX_DEFAULT = 1_000
+"""Rows of a job that may fail before the job fails, unless the submitter says otherwise."""
+
+TASK_ATTEMPTS_MAX = 5
+LEASES_PER_WORKER_MAX = 64
+GRANTS_PER_REQUEST_MAX = 1_000
+TOKEN_USES_MAX = 10_000
