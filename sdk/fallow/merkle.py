@@ -66,7 +66,7 @@ def inclusion_proof(leaves: Sequence[bytes], index: int) -> tuple[Digest, ...]:
 
 
 def verify_inclusion(*, root: bytes, leaf: bytes, index: int, leaf_count: int, proof: Sequence[bytes]) -> bool:
-    """Whether `proof` shows `leaf` at `index` of the tree of `leaf_count` leaves with that `root` (RFC 9162 §2.1.3.2)."""
+    """Whether `proof` shows `leaf` at `index` of the tree with that `root` and `leaf_count` (RFC 9162 §2.1.3.2)."""
     if not 0 <= index < leaf_count or any(len(sibling) != DIGEST_BYTES for sibling in proof):
         return False
     position, last = index, leaf_count - 1

@@ -1,9 +1,9 @@
 """Row blocks: how rows travel. Anyone can slice, pack and hash one without knowing what a row means.
 
-Layout, all little-endian and frozen: a header of 72 bytes (magic `FRB\\x01`, rows n as u32, flags u32 = 0, size features f
-as u32, schema digest 32 bytes, nonce 16 bytes, body length u64), then n + 1 u32 offsets into the body, then n x f u32 size
-features row by row, then the body. A row's bytes are its columns in schema order. A row of no bytes is, in outputs, a
-failed row without a value.
+Layout, all little-endian and frozen: a header of 72 bytes (magic `FRB\\x01`, rows n as u32, flags u32 = 0, size
+features f as u32, schema digest 32 bytes, nonce 16 bytes, body length u64), then n + 1 u32 offsets into the body, then
+n x f u32 size features row by row, then the body. A row's bytes are its columns in schema order. A row of no bytes is,
+in outputs, a failed row without a value.
 """
 
 from __future__ import annotations
@@ -44,7 +44,16 @@ class Span(NamedTuple):
 class RowBlock:
     """A checked view of a block's bytes; rows are memoryviews into them, nothing is copied."""
 
-    __slots__ = ("_body", "_body_start", "_data", "_offsets", "_size_features", "feature_count", "nonce", "schema_digest")
+    __slots__ = (
+        "_body",
+        "_body_start",
+        "_data",
+        "_offsets",
+        "_size_features",
+        "feature_count",
+        "nonce",
+        "schema_digest",
+    )
 
     def __init__(
         self,
@@ -289,9 +298,9 @@ def pack_selection(
 ) -> bytes:
     """A fresh block of the selected rows, in the order in which `selection` names them.
 
-    `selection` holds (block, start, end): rows `start` up to `end` of `sources[block]`; a `Span` will do. Contiguous rows
-    are copied as one piece. Raises SCHEMA_MISMATCH when sources follow different schemas, FIELD_INVALID for a range that
-    is not in its block, and DATASET_EMPTY, BLOCK_TOO_LARGE or LIMIT_EXCEEDED as `pack` does.
+    `selection` holds (block, start, end): rows `start` up to `end` of `sources[block]`; a `Span` will do. Contiguous
+    rows are copied as one piece. Raises SCHEMA_MISMATCH when sources follow different schemas, FIELD_INVALID for a
+    range that is not in its block, and DATASET_EMPTY, BLOCK_TOO_LARGE or LIMIT_EXCEEDED as `pack` does.
     """
     if not sources:
         raise _empty()
@@ -375,7 +384,9 @@ def _check_offsets(offsets: Sequence[int], body_length: int) -> None:
     row_count = len(offsets) - 1
     if offsets[row_count] != body_length:
         raise _malformed(
-            f"last offset is {offsets[row_count]}", HEADER_BYTES + row_count * _U32_BYTES, f"the body's {body_length} bytes"
+            f"last offset is {offsets[row_count]}",
+            HEADER_BYTES + row_count * _U32_BYTES,
+            f"the body's {body_length} bytes",
         )
     previous = 0
     for index, offset in enumerate(offsets):
