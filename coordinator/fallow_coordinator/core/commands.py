@@ -1,0 +1,342 @@
+"""What the core can be asked: facts from outside, already parsed and authenticated, never a byte of content."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fallow.bundle import InspectionReport
+from fallow.ids import AccountId, Digest, JobId, KeyFingerprint, LeaseId, PartyId, PoolId, SessionId, TaskId, TokenId
+from fallow.job import DatasetBlock, JobOptions
+from fallow.roles import DataClass, Role, Tier
+from fallow.session import BlobReference, Capability, Cause, HeldLease, RowFailure, Usage
+
+
+@dataclass(frozen=True, slots=True)
+class StartJournal:
+    """First command of a new journal: makes the operator's account and the default pool."""
+
+    account_name: str
+    pool_name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Restart:
+    """The writer came back: sessions are gone, leases are lengthened by the down time."""
+
+    epoch: int
+    down_time_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time has passed: what is due falls due."""
+
+
+# ------------------------------------------------------------------------------------------------- identity
+
+
+@dataclass(frozen=True, slots=True)
+class CreateAccount:
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class CreatePool:
+    name: str
+    account_id: AccountId
+
+
+@dataclass(frozen=True, slots=True)
+class IssueToken:
+    """A join token; the engine keeps only the digest of its secret."""
+
+    secret_digest: Digest
+    account_id: AccountId | None
+    role: Role
+    tier: Tier | None
+    pool_id: PoolId | None
+    uses_max: int
+    valid_for_ms: int
+    tags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RevokeToken:
+    token_id: TokenId
+
+
+@dataclass(frozen=True, slots=True)
+class Enroll:
+    """A key asks to become a party. The service has checked the request's own signature and the token's proof."""
+
+    token_id: TokenId
+    key_fingerprint: KeyFingerprint
+    public_key: bytes
+    name: str
+    certificate_valid_for_ms: int
+    machine_digest: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class EnrollLocal:
+    """The operator's own parties on this machine: its client key, its worker, the blob service. No token."""
+
+    key_fingerprint: KeyFingerprint
+    public_key: bytes
+    name: str
+    role: Role
+    tier: Tier | None
+    certificate_valid_for_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class RenewCertificate:
+    """An enrolled key, proven by a signature over a nonce, wants a fresh certificate."""
+
+    key_fingerprint: KeyFingerprint
+    certificate_valid_for_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class RevokeParty:
+    party_id: PartyId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class QuarantineWorker:
+    worker_id: PartyId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReleaseWorker:
+    worker_id: PartyId
+
+
+# ------------------------------------------------------------------------------------------------- sessions
+
+
+@dataclass(frozen=True, slots=True)
+class OpenSession:
+    worker_id: PartyId
+    resume_token_digest: Digest | None
+    """SHA-256 of the presented token; None on a first session."""
+    next_resume_token_digest: Digest
+    """SHA-256 of the token that the Welcome will carry."""
+    capability: Capability
+    window: int
+    held_leases: tuple[HeldLease, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CloseSession:
+    session_id: SessionId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ChangeCapability:
+    session_id: SessionId
+    capability: Capability | None
+    window: int
+
+
+@dataclass(frozen=True, slots=True)
+class DrainSession:
+    """The worker takes no further leases."""
+
+    session_id: SessionId
+
+
+# ------------------------------------------------------------------------------------------------- blobs and bundles
+
+
+@dataclass(frozen=True, slots=True)
+class StoredBlob:
+    """What a verified receipt of the blob service says."""
+
+    blob: BlobReference
+    rows: int = 0
+    """0: not a row block."""
+    root: Digest | None = None
+    schema_digest: Digest | None = None
+    size_feature_sums: tuple[int, ...] = ()
+    rows_failed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RecordBlobs:
+    account_id: AccountId
+    blobs: tuple[StoredBlob, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RegisterBundle:
+    """The service has parsed the manifest's frame; its bytes travel as a payload under `bundle_digest`."""
+
+    account_id: AccountId
+    party_id: PartyId
+    bundle_digest: Digest
+    files: tuple[BlobReference, ...]
+    input_schema_digest: Digest
+    output_schema_digest: Digest
+    size_feature_count: int
+    """Size features of the input schema."""
+    bytes_feature_index: int
+    """Which size feature counts bytes, or -1: cost then follows block bytes."""
+
+
+# ------------------------------------------------------------------------------------------------- jobs
+
+
+@dataclass(frozen=True, slots=True)
+class SubmitMapJob:
+    """Inline blocks travel as payloads under their digests, and come with `inline_blocks` facts."""
+
+    account_id: AccountId
+    party_id: PartyId
+    idempotency_key: bytes
+    request_digest: Digest
+    """SHA-256 of the exact request: the same key with another request is a conflict."""
+    bundle_digest: Digest
+    blocks: tuple[DatasetBlock, ...]
+    inline_blocks: tuple[StoredBlob, ...]
+    """One for each inline block: what the service found in its frame."""
+    data_class: DataClass
+    pool_id: PoolId | None
+    title: str
+    options: JobOptions
+    kept: BlobReference | None
+
+
+@dataclass(frozen=True, slots=True)
+class CancelJob:
+    account_id: AccountId
+    job_id: JobId
+
+
+@dataclass(frozen=True, slots=True)
+class TaskPacked:
+    """The engine packed a task's rows into a fresh block (in process when inline, else in the blob service)."""
+
+    task_id: TaskId
+    pack_number: int
+    """Which packing of the task this answers; an older one changes nothing."""
+    input: BlobReference
+    inline: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PackFailed:
+    task_id: TaskId
+    pack_number: int
+    reason: str
+    retryable: bool
+    """False: a source is gone; the job fails. True: the blob service was away; tried again after a while."""
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """A signed commitment; the service has verified the signature and, inline, the root over the very bytes."""
+
+    session_id: SessionId
+    worker_id: PartyId
+    lease_id: LeaseId
+    fence: int
+    output_root: Digest
+    rows: int
+    output: BlobReference
+    inline: bool
+    failures: tuple[RowFailure, ...]
+    usage: Usage
+    execution_class: str
+    message_digest: Digest
+    """SHA-256 of the exact signed bytes."""
+    signature: bytes
+    sequence: int
+    """The message's number in its session: part of what was signed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Deliver:
+    """The blob service's receipt for a committed output, verified by the service."""
+
+    session_id: SessionId
+    worker_id: PartyId
+    lease_id: LeaseId
+    fence: int
+    stored: StoredBlob
+
+
+@dataclass(frozen=True, slots=True)
+class ReportInspection:
+    session_id: SessionId
+    worker_id: PartyId
+    lease_id: LeaseId
+    fence: int
+    report: InspectionReport
+    usage: Usage
+    message_digest: Digest
+    signature: bytes
+    sequence: int
+
+
+@dataclass(frozen=True, slots=True)
+class FailTask:
+    session_id: SessionId
+    worker_id: PartyId
+    lease_id: LeaseId
+    fence: int
+    cause: Cause
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReturnLease:
+    session_id: SessionId
+    worker_id: PartyId
+    lease_id: LeaseId
+    fence: int
+    cause: Cause
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ArchiveJobs:
+    """The follower's views stand at this sequence: finished jobs up to it need no place in memory."""
+
+    view_sequence: int
+
+
+Command = (
+    StartJournal
+    | Restart
+    | Tick
+    | CreateAccount
+    | CreatePool
+    | IssueToken
+    | RevokeToken
+    | Enroll
+    | EnrollLocal
+    | RenewCertificate
+    | RevokeParty
+    | QuarantineWorker
+    | ReleaseWorker
+    | OpenSession
+    | CloseSession
+    | ChangeCapability
+    | DrainSession
+    | RecordBlobs
+    | RegisterBundle
+    | SubmitMapJob
+    | CancelJob
+    | TaskPacked
+    | PackFailed
+    | Commit
+    | Deliver
+    | ReportInspection
+    | FailTask
+    | ReturnLease
+    | ArchiveJobs
+)

@@ -1,0 +1,351 @@
+"""What did happen. Events alone change state; each shipped shape is for ever (`tests/golden_journals`).
+
+Integers only in what `evolve` reads; the moment of an event is its journal record's `at_ms`, a clock that never goes back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from fallow.bundle import InspectionReport
+from fallow.ids import AccountId, Digest, JobId, KeyFingerprint, LeaseId, PartyId, PoolId, SessionId, TaskId, TokenId
+from fallow.job import DatasetBlock, JobOptions, JobState
+from fallow.roles import DataClass, Role, Tier
+from fallow.session import BlobReference, Capability, Cause, RowFailure, TaskKind, Usage
+
+
+@dataclass(frozen=True, slots=True)
+class JournalStarted:
+    journal_id: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Restarted:
+    """All sessions are closed; every lease's deadline moves by the down time."""
+
+    epoch: int
+    down_time_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class AccountCreated:
+    account_id: AccountId
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class PoolCreated:
+    pool_id: PoolId
+    account_id: AccountId
+    name: str
+    mode: str
+    policy: str
+
+
+@dataclass(frozen=True, slots=True)
+class TokenIssued:
+    token_id: TokenId
+    secret_digest: Digest
+    account_id: AccountId
+    role: Role
+    tier: Tier | None
+    pool_id: PoolId
+    uses_max: int
+    expires_at_ms: int
+    tags: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRevoked:
+    token_id: TokenId
+
+
+@dataclass(frozen=True, slots=True)
+class PartyEnrolled:
+    """`token_id` is None for the operator's own parties; else one use of the token is burnt in the same event."""
+
+    party_id: PartyId
+    key_fingerprint: KeyFingerprint
+    public_key: bytes
+    account_id: AccountId
+    role: Role
+    tier: Tier | None
+    pool_id: PoolId
+    token_id: TokenId | None
+    name: str
+    machine_digest: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class CertificateIssued:
+    party_id: PartyId
+    serial: bytes
+    not_after_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class PartyRevoked:
+    party_id: PartyId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerQuarantined:
+    worker_id: PartyId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerReleased:
+    worker_id: PartyId
+
+
+@dataclass(frozen=True, slots=True)
+class SessionOpened:
+    """Replaces an older session of the same worker. Leases not in `kept` that the worker held end by their own events."""
+
+    session_id: SessionId
+    worker_id: PartyId
+    resume_token_digest: Digest
+    capability: Capability
+    window: int
+    kept: tuple[LeaseId, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SessionClosed:
+    session_id: SessionId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class CapabilityReported:
+    session_id: SessionId
+    capability: Capability | None
+    window: int
+
+
+@dataclass(frozen=True, slots=True)
+class BlobRecorded:
+    account_id: AccountId
+    blob: BlobReference
+    rows: int
+    root: Digest | None
+    schema_digest: Digest | None
+    size_feature_sums: tuple[int, ...]
+    rows_failed: int
+
+
+@dataclass(frozen=True, slots=True)
+class BundleRegistered:
+    account_id: AccountId
+    bundle_digest: Digest
+    files: tuple[BlobReference, ...]
+    input_schema_digest: Digest
+    output_schema_digest: Digest
+    size_feature_count: int
+    bytes_feature_index: int
+
+
+@dataclass(frozen=True, slots=True)
+class BundleInspected:
+    """Accepted or refused, as the report says; `report.inspected_seconds` is told, never decided on."""
+
+    bundle_digest: Digest
+    task_id: TaskId
+    worker_id: PartyId
+    report: InspectionReport
+
+
+@dataclass(frozen=True, slots=True)
+class BundleHeld:
+    """It crashed workers of two accounts; nobody's record is hurt."""
+
+    bundle_digest: Digest
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class BundleCrashed:
+    """It crashed a worker of this account: one more, and it is held."""
+
+    bundle_digest: Digest
+    account_id: AccountId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class JobSubmitted:
+    job_id: JobId
+    account_id: AccountId
+    party_id: PartyId
+    pool_id: PoolId
+    idempotency_key: bytes
+    request_digest: Digest
+    bundle_digest: Digest
+    blocks: tuple[DatasetBlock, ...]
+    size_feature_sums: tuple[int, ...]
+    rows: int
+    data_class: DataClass
+    title: str
+    options: JobOptions
+    kept: BlobReference | None
+    policy: str
+    price_microcredits: int
+
+
+@dataclass(frozen=True, slots=True)
+class JobStateChanged:
+    job_id: JobId
+    state: JobState
+    reason: str
+    reason_code: str
+
+
+@dataclass(frozen=True, slots=True)
+class JobArchived:
+    """Finished and in the views: leaves the state."""
+
+    job_id: JobId
+
+
+@dataclass(frozen=True, slots=True)
+class TaskCreated:
+    """`spans` are half-open ranges of job positions, in packing order; empty for inspections."""
+
+    task_id: TaskId
+    kind: TaskKind
+    job_id: JobId | None
+    bundle_digest: Digest
+    pool_id: PoolId
+    spans: tuple[tuple[int, int], ...]
+    unit_micros: int
+
+
+@dataclass(frozen=True, slots=True)
+class PackRequested:
+    task_id: TaskId
+    pack_number: int
+
+
+@dataclass(frozen=True, slots=True)
+class TaskInputPacked:
+    task_id: TaskId
+    pack_number: int
+    input: BlobReference
+    inline: bool
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseGranted:
+    lease_id: LeaseId
+    task_id: TaskId
+    worker_id: PartyId
+    session_id: SessionId
+    fence: int
+    deadline_ms: int
+    runtime_max_ms: int
+
+
+class LeaseOutcome(StrEnum):
+    """How a lease ended without settling."""
+
+    EXPIRED = "expired"
+    LOST = "lost"
+    """The worker went away, or came back without it."""
+    RETURNED = "returned"
+    FAILED = "failed"
+    REVOKED = "revoked"
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseEnded:
+    lease_id: LeaseId
+    outcome: LeaseOutcome
+    cause: Cause
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class CommitmentRecorded:
+    """Evidence: who is bound to which root, with the exact bytes' digest and the signature over them."""
+
+    lease_id: LeaseId
+    output_root: Digest
+    rows: int
+    output: BlobReference
+    inline: bool
+    failures: tuple[RowFailure, ...]
+    rows_failed: int
+    usage: Usage
+    execution_class: str
+    message_digest: Digest
+    signature: bytes
+    sequence: int
+
+
+@dataclass(frozen=True, slots=True)
+class TaskSettled:
+    """The task's rows are delivered by this lease's commitment, and by no other."""
+
+    task_id: TaskId
+    lease_id: LeaseId
+    cursor: int
+    """The job's result number, from 1."""
+    rows: int
+    rows_failed: int
+    microcredits: int
+
+
+@dataclass(frozen=True, slots=True)
+class TaskAbandoned:
+    """Nobody could do it: all its rows fail with this reason, as result `cursor`."""
+
+    task_id: TaskId
+    cursor: int
+    rows: int
+    cause: Cause
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class TaskDropped:
+    """Not needed any more: its job ended."""
+
+    task_id: TaskId
+
+
+Event = (
+    JournalStarted
+    | Restarted
+    | AccountCreated
+    | PoolCreated
+    | TokenIssued
+    | TokenRevoked
+    | PartyEnrolled
+    | CertificateIssued
+    | PartyRevoked
+    | WorkerQuarantined
+    | WorkerReleased
+    | SessionOpened
+    | SessionClosed
+    | CapabilityReported
+    | BlobRecorded
+    | BundleRegistered
+    | BundleInspected
+    | BundleHeld
+    | BundleCrashed
+    | JobSubmitted
+    | JobStateChanged
+    | JobArchived
+    | TaskCreated
+    | PackRequested
+    | TaskInputPacked
+    | LeaseGranted
+    | LeaseEnded
+    | CommitmentRecorded
+    | TaskSettled
+    | TaskAbandoned
+    | TaskDropped
+)

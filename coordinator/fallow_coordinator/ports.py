@@ -1,0 +1,109 @@
+"""What the engine needs from outside; each port has one contract suite that every implementation passes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from fallow.ids import AccountId, Digest, JobId
+from fallow.job import JobStatus, TaskResult
+
+from fallow_coordinator.core.effects import Effect
+from fallow_coordinator.core.events import Event
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One event as the journal holds it."""
+
+    sequence: int
+    """From 1, without gaps."""
+    at_ms: int
+    """The journal's clock, milliseconds since 1970; never goes back."""
+    event: Event
+
+
+class Store(Protocol):
+    """The journal and the inline payloads. Synchronous; `append` returns when everything is on disk."""
+
+    @property
+    def epoch(self) -> int:
+        """This writer's epoch: opening a store for writing takes the next one, which fences every older writer."""
+        ...
+
+    @property
+    def last_sequence(self) -> int:
+        """Sequence of the newest record, 0 when empty."""
+        ...
+
+    @property
+    def last_at_ms(self) -> int:
+        """Clock of the newest record, 0 when empty."""
+        ...
+
+    def append(
+        self,
+        *,
+        expected_sequence: int,
+        events: Sequence[tuple[int, Event]],
+        payloads: Mapping[Digest, bytes],
+    ) -> None:
+        """Makes `(at_ms, event)` pairs and payloads durable in one transaction.
+
+        Raises `WriterFenced` when another writer opened the store or `expected_sequence` is not the last one, and
+        `StorageFailed` when the disk refuses; after either, this process must end.
+        """
+        ...
+
+    def read(self, *, after_sequence: int, limit: int) -> Sequence[Record]:
+        """Up to `limit` records after a sequence, oldest first; decoded from the very bytes whose hashes were checked."""
+        ...
+
+    def payload(self, digest: Digest) -> bytes | None:
+        """An inline payload, or None when it is not (any more) here."""
+        ...
+
+    def collect_payloads(self, keep: frozenset[Digest]) -> int:
+        """Drops payloads that nothing live or retained refers to; returns how many."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class WriterFenced(Exception):
+    """Another writer has taken over the journal."""
+
+
+class StorageFailed(Exception):
+    """The disk refused; the message says which file and what to do."""
+
+
+class Views(Protocol):
+    """What the follower made of the journal, for questions about what has left the state. Read-only, other thread."""
+
+    def view_sequence(self) -> int: ...
+
+    def job_status(self, job_id: JobId) -> JobStatus | None: ...
+
+    def jobs(self, account_id: AccountId, *, before: tuple[int, str] | None, limit: int) -> Sequence[JobStatus]:
+        """Newest first; `before` is (submitted_at_ms, job_id) of the last one seen."""
+        ...
+
+    def results(self, job_id: JobId, *, after_cursor: int, limit: int) -> Sequence[TaskResult]: ...
+
+
+class EffectSink(Protocol):
+    """Acts on what has become durable, in order; must not block."""
+
+    def apply(self, effects: Sequence[Effect]) -> None: ...
+
+
+class Packer(Protocol):
+    """Packs rows of stored blocks into a fresh block (the blob service's Pack call)."""
+
+    async def pack(
+        self, *, sources: Sequence[tuple[Digest, int]], spans: Sequence[tuple[int, int, int]], nonce: bytes
+    ) -> tuple[Digest, int]:
+        """`sources` are (digest, length_bytes); `spans` are (source, first_row, rows). Gives (digest, length_bytes)."""
+        ...

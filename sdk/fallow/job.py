@@ -1,0 +1,147 @@
+"""A job as everybody sees it: states, options, progress, results."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from fallow.bundle import Precision
+from fallow.ids import Digest, JobId
+from fallow.limits import FAILED_ROWS_MAX_DEFAULT
+from fallow.session import BlobReference, Cause
+
+
+class JobState(StrEnum):
+    """States of a job; settlement follows the last."""
+
+    PENDING = "pending"
+    QUEUED = "queued"
+    RUNNING = "running"
+    VERIFYING = "verifying"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    PAUSED = "paused"
+
+
+JOB_STATES_FINAL = frozenset({JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED})
+
+JOB_MOVES: dict[JobState, frozenset[JobState]] = {
+    JobState.PENDING: frozenset({JobState.QUEUED, JobState.FAILED, JobState.CANCELLED, JobState.PAUSED}),
+    JobState.QUEUED: frozenset({JobState.RUNNING, JobState.FAILED, JobState.CANCELLED, JobState.PAUSED}),
+    JobState.RUNNING: frozenset(
+        {JobState.VERIFYING, JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED, JobState.PAUSED}
+    ),
+    JobState.VERIFYING: frozenset({JobState.RUNNING, JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED}),
+    JobState.PAUSED: frozenset({JobState.QUEUED, JobState.RUNNING, JobState.FAILED, JobState.CANCELLED}),
+    JobState.SUCCEEDED: frozenset(),
+    JobState.FAILED: frozenset(),
+    JobState.CANCELLED: frozenset(),
+}
+"""Every move that is allowed, and no other."""
+
+
+class Objective(StrEnum):
+    """What the submitter optimises for."""
+
+    COST = "cost"
+    SPEED = "speed"
+    CARBON = "carbon"
+
+
+@dataclass(frozen=True, slots=True)
+class JobOptions:
+    """What the submitter asks for beyond the work itself."""
+
+    failed_rows_max: int = FAILED_ROWS_MAX_DEFAULT
+    precision: Precision | None = None
+    latency_ms_max: int = 0
+    priority: int = 0
+    deadline_ms: int = 0
+    limit_microcredits_per_unit: int = 0
+    budget_microcredits: int = 0
+    objective: Objective = Objective.COST
+    region: str = ""
+    device_kind: str = ""
+    memory_bytes_min: int = 0
+    assurance: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetBlock:
+    """One block of a dataset, in job order."""
+
+    blob: BlobReference
+    rows: int
+    inline: bool
+    """True when its bytes travel with the submission."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowSpan:
+    """A run of job positions and where their rows lie in an output block."""
+
+    job_position: int
+    block_row: int
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class JobRowFailure:
+    """A row without a value, and why."""
+
+    job_position: int
+    cause: Cause
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class TaskResult:
+    """Rows that are done; `cursor` counts the job's results from 1."""
+
+    cursor: int
+    spans: tuple[RowSpan, ...]
+    output: BlobReference | None
+    """None for rows that nobody could compute: all of them are failures."""
+    failures: tuple[JobRowFailure, ...]
+    worker_id: str
+    node: int
+    output_root: Digest | None
+    status: str = "unverified"
+    corrects: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class JobProgress:
+    """How far a job is."""
+
+    rows_total: int = 0
+    rows_done: int = 0
+    rows_failed: int = 0
+    rows_leased: int = 0
+    tasks_settled: int = 0
+    workers: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class JobStatus:
+    """A job as its owner sees it."""
+
+    job_id: JobId
+    account_id: str
+    pool_id: str
+    state: JobState
+    reason: str
+    reason_code: str
+    bundle_digest: Digest
+    title: str
+    data_class: str
+    policy: str
+    price_microcredits: int
+    submitted_at_ms: int
+    finished_at_ms: int
+    """0 while unfinished."""
+    output_schema: bytes
+    kept: BlobReference | None
+    results: int
+    progress: JobProgress = field(default_factory=JobProgress)

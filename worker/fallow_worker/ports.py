@@ -1,0 +1,81 @@
+"""What the daemon needs from outside; one contract suite each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from fallow.bundle import InspectionReport
+from fallow.ids import Digest, LeaseId
+from fallow.session import Capability, RowFailure, TaskKind, Usage
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedBundle:
+    """A bundle on this machine's disk, verified by digest."""
+
+    bundle_digest: Digest
+    manifest: bytes
+    files: Mapping[str, str]
+    """Path of each file by its name in the manifest."""
+    canonical_batch_rows: int
+    slot_dependent: bool
+    memory_bytes_peak: int
+    """From the inspection; the child's memory limit follows from it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One lease, ready to run."""
+
+    lease_id: LeaseId
+    kind: TaskKind
+    bundle: LoadedBundle
+    input_block: bytes
+    """Empty for inspections."""
+    rows: int
+    nonce: bytes
+    """16 fresh bytes for the output block's header."""
+    output_bytes_max: int
+    runtime_max_ms: int
+    buckets: tuple[int, ...] = ()
+    slots: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Output rows and what they took. Only one of `output_block` and `report` is set."""
+
+    output_block: bytes
+    failures: tuple[RowFailure, ...]
+    usage: Usage
+    execution_class: str
+    report: InspectionReport | None = None
+
+
+class Executor(Protocol):
+    """Runs work in sandboxed engine children. Both implementations (on Ray, on processes) pass one contract suite.
+
+    A task that cannot be done raises `fallow_worker.executor.WorkFailed` with cause and reason; nothing else escapes.
+    """
+
+    async def start(self) -> None:
+        """Gets ready lazily: runtimes start on the first work. Raises FallowError(EXECUTOR_UNAVAILABLE)."""
+        ...
+
+    async def capability(self) -> Capability:
+        """Devices, slots and the sandbox level that was really reached, probed once."""
+        ...
+
+    async def run(self, work: Work, progress: Callable[[int], None]) -> Outcome:
+        """Runs one lease; `progress` hears rows done. Cancelling the call stops the work. Up to `slots` at once."""
+        ...
+
+    async def release(self) -> None:
+        """Stops runtimes and children to give memory back; the next run starts them again."""
+        ...
+
+    async def stop(self) -> None:
+        """Ends everything, leaving no process behind."""
+        ...
