@@ -386,9 +386,7 @@ class Goodbye:
     reconnect_after_ms: int = 0
 
 
-CoordinatorMessage = (
-    Welcome | Lease | UploadOffer | Settled | LeaseRevoked | Refused | GrantsRenewed | Goodbye
-)
+CoordinatorMessage = Welcome | Lease | UploadOffer | Settled | LeaseRevoked | Refused | GrantsRenewed | Goodbye
 
 SIGNED_COORDINATOR_MESSAGES: tuple[type, ...] = (Welcome, Lease, Settled)
 """Kinds that grant or settle and must be signed."""

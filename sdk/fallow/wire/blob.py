@@ -138,7 +138,9 @@ def decode_receipt(data: bytes) -> Receipt:
             account_id=AccountId(message.account_id),
             rows=message.rows,
             root=digest_from(message.root, "receipt.root") if message.root else None,
-            schema_digest=digest_from(message.schema_digest, "receipt.schema_digest") if message.schema_digest else None,
+            schema_digest=digest_from(message.schema_digest, "receipt.schema_digest")
+            if message.schema_digest
+            else None,
             size_feature_sums=tuple(message.size_feature_sums),
             rows_failed=message.rows_failed,
         )

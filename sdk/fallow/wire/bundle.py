@@ -144,7 +144,9 @@ def _files_from_message(message: bundle_pb2.BundleManifest) -> tuple[BundleFile,
     seen: set[str] = set()
     for index, file in enumerate(message.files):
         field = f"files[{index}]"
-        plain = file.name not in (".", "..") and "/" not in file.name and "\\" not in file.name and "\0" not in file.name
+        plain = (
+            file.name not in (".", "..") and "/" not in file.name and "\\" not in file.name and "\0" not in file.name
+        )
         if not plain or not 1 <= len(file.name.encode()) <= FILE_NAME_BYTES_MAX or file.name in seen:
             raise _invalid(
                 f"file name {file.name!r}",

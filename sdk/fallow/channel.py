@@ -1,0 +1,51 @@
+"""gRPC channels to the three endpoints. Server names are fixed, so that addresses are free to change."""
+
+from __future__ import annotations
+
+import grpc
+
+from fallow.credentials import Credentials
+from fallow.identity import BLOBS_NAME, CONTROL_NAME, ENROLLMENT_NAME
+from fallow.limits import BLOB_CHUNK_BYTES, CONTROL_MESSAGE_BYTES_MAX, KIB
+
+KEEPALIVE_INTERVAL_MS = 30_000
+KEEPALIVE_TIMEOUT_MS = 10_000
+RECONNECT_BACKOFF_MS_MAX = 5_000
+
+
+def control_channel(credentials: Credentials) -> grpc.aio.Channel:
+    """A channel to the control endpoint, mTLS."""
+    options = _options(CONTROL_NAME, CONTROL_MESSAGE_BYTES_MAX)
+    return grpc.aio.secure_channel(credentials.control_endpoint, _mutual(credentials), options)
+
+
+def blob_channel(credentials: Credentials) -> grpc.aio.Channel:
+    """A channel to the blob service, mTLS."""
+    options = _options(BLOBS_NAME, BLOB_CHUNK_BYTES + 64 * KIB)
+    return grpc.aio.secure_channel(credentials.blob_endpoint, _mutual(credentials), options)
+
+
+def enrollment_channel(endpoint: str, authority_pem: bytes) -> grpc.aio.Channel:
+    """A channel to the enrolment endpoint: server TLS under the pinned authority."""
+    options = _options(ENROLLMENT_NAME, 64 * KIB)
+    return grpc.aio.secure_channel(endpoint, grpc.ssl_channel_credentials(authority_pem), options)
+
+
+def _mutual(credentials: Credentials) -> grpc.ChannelCredentials:
+    return grpc.ssl_channel_credentials(credentials.authority_pem, credentials.key.pem, credentials.certificate_pem)
+
+
+def _options(server_name: str, message_bytes_max: int) -> list[tuple[str, str | int]]:
+    return [
+        ("grpc.ssl_target_name_override", server_name),
+        ("grpc.max_receive_message_length", message_bytes_max),
+        ("grpc.max_send_message_length", message_bytes_max),
+        ("grpc.keepalive_time_ms", KEEPALIVE_INTERVAL_MS),
+        ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.initial_reconnect_backoff_ms", 200),
+        ("grpc.min_reconnect_backoff_ms", 200),
+        ("grpc.max_reconnect_backoff_ms", RECONNECT_BACKOFF_MS_MAX),
+        ("grpc.use_local_subchannel_pool", 1),
+    ]
