@@ -17,7 +17,7 @@ from fallow.ids import KeyFingerprint, digest_of
 AUTHORITY_EXTENSION = x509.ObjectIdentifier("1.3.6.1.4.1.61000.7.1")
 """On the enrolment endpoint's certificate: the authority's own certificate, DER, so that a joiner can pin it."""
 PARTY_EXTENSION = x509.ObjectIdentifier("1.3.6.1.4.1.61000.7.2")
-"""On a party's certificate: account, role, tier and pool as UTF-8 lines, for people; the coordinator looks up the key."""
+"""On a party's certificate: account, role, tier and pool as UTF-8 lines, for people only."""
 
 CONTROL_NAME = "control.fallow"
 BLOBS_NAME = "blobs.fallow"

@@ -1,0 +1,168 @@
+"""Jobs, their options and results, to protobuf and back."""
+
+from __future__ import annotations
+
+from fallow.ids import Digest, JobId
+from fallow.job import (
+    DatasetBlock,
+    JobOptions,
+    JobProgress,
+    JobRowFailure,
+    JobStatus,
+    Objective,
+    RowSpan,
+    TaskResult,
+)
+from fallow.limits import FAILED_ROWS_MAX_DEFAULT
+from fallow.roles import DataClass
+from fallow.v1 import job_pb2
+from fallow.wire.blob import digest_from, reference_from_message, reference_to_message
+from fallow.wire.enums import CAUSES, DATA_CLASSES, JOB_STATES, OBJECTIVES, PRECISIONS
+from fallow.wire.moments import moment_from_message, moment_to_message
+
+
+def options_to_message(options: JobOptions) -> job_pb2.JobOptions:
+    """The protobuf form of a job's options."""
+    return job_pb2.JobOptions(
+        failed_rows_max=options.failed_rows_max,
+        precision=PRECISIONS.number(options.precision),
+        latency_ms_max=options.latency_ms_max,
+        priority=options.priority,
+        deadline=moment_to_message(options.deadline_ms) if options.deadline_ms else None,
+        limit_microcredits_per_unit=options.limit_microcredits_per_unit,
+        budget_microcredits=options.budget_microcredits,
+        objective=OBJECTIVES.number(options.objective),
+        region=options.region,
+        device_kind=options.device_kind,
+        memory_bytes_min=options.memory_bytes_min,
+        assurance=options.assurance,
+    )
+
+
+def options_from_message(message: job_pb2.JobOptions) -> JobOptions:
+    """The options a message describes, with defaults for what is unset. Raises FIELD_INVALID."""
+    return JobOptions(
+        failed_rows_max=message.failed_rows_max if message.HasField("failed_rows_max") else FAILED_ROWS_MAX_DEFAULT,
+        precision=PRECISIONS.optional(message.precision, "options.precision"),
+        latency_ms_max=message.latency_ms_max,
+        priority=message.priority,
+        deadline_ms=moment_from_message(message.deadline),
+        limit_microcredits_per_unit=message.limit_microcredits_per_unit,
+        budget_microcredits=message.budget_microcredits,
+        objective=OBJECTIVES.optional(message.objective, "options.objective") or Objective.COST,
+        region=message.region,
+        device_kind=message.device_kind,
+        memory_bytes_min=message.memory_bytes_min,
+        assurance=message.assurance,
+    )
+
+
+def block_to_message(block: DatasetBlock, inline_block: bytes) -> job_pb2.DatasetBlock:
+    """The protobuf form of a dataset's block; `inline_block` is empty unless the block is inline."""
+    return job_pb2.DatasetBlock(blob=reference_to_message(block.blob), rows=block.rows, inline_block=inline_block)
+
+
+def block_from_message(message: job_pb2.DatasetBlock, field: str) -> tuple[DatasetBlock, bytes]:
+    """The block and its inline bytes. Raises FIELD_INVALID or LIMIT_EXCEEDED."""
+    blob = reference_from_message(message.blob, f"{field}.blob")
+    return DatasetBlock(blob, message.rows, inline=bool(message.inline_block)), message.inline_block
+
+
+def result_to_message(result: TaskResult, inline_output: bytes) -> job_pb2.TaskResult:
+    """The protobuf form of a result; `inline_output` is empty when the block lies in the blob service."""
+    return job_pb2.TaskResult(
+        cursor=result.cursor,
+        spans=[job_pb2.RowSpan(job_position=s.job_position, block_row=s.block_row, rows=s.rows) for s in result.spans],
+        output=reference_to_message(result.output) if result.output else None,
+        inline_output=inline_output,
+        failures=[
+            job_pb2.JobRowFailure(job_position=f.job_position, cause=CAUSES.number(f.cause), reason=f.reason)
+            for f in result.failures
+        ],
+        worker_id=result.worker_id,
+        node=result.node,
+        output_root=result.output_root or b"",
+        status=result.status,
+        corrects=result.corrects,
+    )
+
+
+def result_from_message(message: job_pb2.TaskResult) -> tuple[TaskResult, bytes]:
+    """The result and its inline output. Raises FIELD_INVALID."""
+    result = TaskResult(
+        cursor=message.cursor,
+        spans=tuple(RowSpan(s.job_position, s.block_row, s.rows) for s in message.spans),
+        output=reference_from_message(message.output, "result.output") if message.HasField("output") else None,
+        failures=tuple(
+            JobRowFailure(f.job_position, CAUSES.member(f.cause, "result.failures.cause"), f.reason)
+            for f in message.failures
+        ),
+        worker_id=message.worker_id,
+        node=message.node,
+        output_root=digest_from(message.output_root, "result.output_root") if message.output_root else None,
+        status=message.status,
+        corrects=message.corrects,
+    )
+    return result, message.inline_output
+
+
+def status_to_message(status: JobStatus) -> job_pb2.JobStatus:
+    """The protobuf form of a job's status."""
+    progress = status.progress
+    return job_pb2.JobStatus(
+        job_id=status.job_id,
+        account_id=status.account_id,
+        pool_id=status.pool_id,
+        state=JOB_STATES.number(status.state),
+        reason=status.reason,
+        reason_code=status.reason_code,
+        progress=job_pb2.JobProgress(
+            rows_total=progress.rows_total,
+            rows_done=progress.rows_done,
+            rows_failed=progress.rows_failed,
+            rows_leased=progress.rows_leased,
+            tasks_settled=progress.tasks_settled,
+            workers=progress.workers,
+        ),
+        bundle_digest=status.bundle_digest,
+        title=status.title,
+        data_class=DATA_CLASSES.number(DataClass(status.data_class)),
+        policy=status.policy,
+        price_microcredits=status.price_microcredits,
+        submitted_at=moment_to_message(status.submitted_at_ms),
+        finished_at=moment_to_message(status.finished_at_ms) if status.finished_at_ms else None,
+        output_schema=status.output_schema,
+        kept=reference_to_message(status.kept) if status.kept else None,
+        results=status.results,
+    )
+
+
+def status_from_message(message: job_pb2.JobStatus) -> JobStatus:
+    """The status a message describes. Raises FIELD_INVALID."""
+    progress = message.progress
+    return JobStatus(
+        job_id=JobId(message.job_id),
+        account_id=message.account_id,
+        pool_id=message.pool_id,
+        state=JOB_STATES.member(message.state, "job.state"),
+        reason=message.reason,
+        reason_code=message.reason_code,
+        bundle_digest=Digest(message.bundle_digest),
+        title=message.title,
+        data_class=DATA_CLASSES.member(message.data_class, "job.data_class").value,
+        policy=message.policy,
+        price_microcredits=message.price_microcredits,
+        submitted_at_ms=moment_from_message(message.submitted_at),
+        finished_at_ms=moment_from_message(message.finished_at),
+        output_schema=message.output_schema,
+        kept=reference_from_message(message.kept, "job.kept") if message.HasField("kept") else None,
+        results=message.results,
+        progress=JobProgress(
+            rows_total=progress.rows_total,
+            rows_done=progress.rows_done,
+            rows_failed=progress.rows_failed,
+            rows_leased=progress.rows_leased,
+            tasks_settled=progress.tasks_settled,
+            workers=progress.workers,
+        ),
+    )
