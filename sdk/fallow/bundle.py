@@ -43,9 +43,9 @@ class BytesCodec:
     The row's bytes column holds the whole content when it is no longer than `head_window_bytes + tail_window_bytes`,
     else the head window followed by the tail window: only these travel. From the head window (the first
     `head_window_bytes` of the content) leading ASCII whitespace is removed when `strip_whitespace`, then the first
-    `head_tokens` bytes are taken and padded on the right with `padding_token`; from the tail window trailing whitespace is
-    removed, then the last `tail_tokens` bytes are taken and padded on the left. Output: head ‖ tail, int32, shape
-    (head_tokens + tail_tokens,).
+    `head_tokens` bytes are taken and padded on the right with `padding_token`; from the tail window trailing
+    whitespace is removed, then the last `tail_tokens` bytes are taken and padded on the left. Output: head ‖ tail,
+    int32, shape (head_tokens + tail_tokens,).
     """
 
     column: str
@@ -90,9 +90,9 @@ class SoftmaxHead:
 class TopKHead:
     """The k largest entries of the last axis, ties broken by the lower index, with their labels.
 
-    Gives string columns `output` (k = 1) or `output_0` … and float32 columns `<column>_score`. The labels file holds one UTF-8
-    label a line. A row whose content is no longer than `short_bytes_max` gets `short_label` and score 1 instead, when
-    `short_label` is not empty: some models declare a least size below which they are not asked.
+    Gives string columns `output` (k = 1) or `output_0` … and float32 columns `<column>_score`. The labels file holds one
+    UTF-8 label a line. A row whose content is no longer than `short_bytes_max` gets `short_label` and score 1 instead,
+    when `short_label` is not empty: some models declare a least size below which they are not asked.
     """
 
     value: str

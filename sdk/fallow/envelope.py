@@ -1,7 +1,7 @@
 """The signing rule: P-256 over domain ‖ method ‖ session ‖ sequence ‖ peer key ‖ exact bytes.
 
-Each field but the sequence is preceded by its length as a big-endian uint32; the sequence is a big-endian uint64. A signature
-so made cannot be moved to another purpose, session, place in the stream, or receiver.
+Each field but the sequence is preceded by its length as a big-endian uint32; the sequence is a big-endian uint64. A
+signature so made cannot be moved to another purpose, session, place in the stream, or receiver.
 """
 
 from __future__ import annotations

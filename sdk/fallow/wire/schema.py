@@ -18,34 +18,25 @@ from fallow.schema import (
     TensorColumn,
 )
 from fallow.v1 import schema_pb2
+from fallow.wire.enums import EnumTable
 
-DTYPE_NUMBERS: dict[DType, schema_pb2.DType] = {
-    dtype: schema_pb2.DType.Value(f"D_TYPE_{dtype.name}") for dtype in DType
-}
-DTYPES: dict[int, DType] = {int(number): dtype for dtype, number in DTYPE_NUMBERS.items()}
-_FEATURE_NUMBERS: dict[SizeFeature, schema_pb2.SizeFeature] = {
-    feature: schema_pb2.SizeFeature.Value(f"SIZE_FEATURE_{feature.name}") for feature in SizeFeature
-}
-_FEATURES: dict[int, SizeFeature] = {int(number): feature for feature, number in _FEATURE_NUMBERS.items()}
+DTYPES = EnumTable(DType, schema_pb2.DType, "D_TYPE")
+SIZE_FEATURES = EnumTable(SizeFeature, schema_pb2.SizeFeature, "SIZE_FEATURE")
 
 
 def schema_to_message(schema: Schema) -> schema_pb2.Schema:
     """The protobuf form of a schema."""
     return schema_pb2.Schema(
         columns=[_column_to_message(column) for column in schema.columns],
-        size_features=[_FEATURE_NUMBERS[feature] for feature in schema.size_features],
+        size_features=[SIZE_FEATURES.number(feature) for feature in schema.size_features],
     )
 
 
 def schema_from_message(message: schema_pb2.Schema) -> Schema:
     """The schema a message describes. Raises FIELD_INVALID, LIMIT_EXCEEDED or ROW_TOO_LARGE."""
-    features: list[SizeFeature] = []
-    for index, number in enumerate(message.size_features):
-        if number not in _FEATURES:
-            raise _unknown(f"size_features[{index}]", "size feature", number)
-        features.append(_FEATURES[number])
+    features = tuple(SIZE_FEATURES.member(n, f"size_features[{i}]") for i, n in enumerate(message.size_features))
     columns = tuple(_column_from_message(column, f"columns[{i}]") for i, column in enumerate(message.columns))
-    return Schema(columns, tuple(features))
+    return Schema(columns, features)
 
 
 def encode_schema(schema: Schema) -> SchemaBytes:
@@ -69,11 +60,11 @@ def decode_schema(data: bytes) -> Schema:
 def _column_to_message(column: Column) -> schema_pb2.Column:
     match column:
         case TensorColumn(name, dtype, shape):
-            tensor = schema_pb2.TensorColumn(dtype=DTYPE_NUMBERS[dtype], shape=shape)
+            tensor = schema_pb2.TensorColumn(dtype=DTYPES.number(dtype), shape=shape)
             return schema_pb2.Column(name=name, tensor=tensor)
         case RaggedColumn(name, dtype, shape):
             free = [0 if dim is None else dim for dim in shape]
-            return schema_pb2.Column(name=name, ragged=schema_pb2.RaggedColumn(dtype=DTYPE_NUMBERS[dtype], shape=free))
+            return schema_pb2.Column(name=name, ragged=schema_pb2.RaggedColumn(dtype=DTYPES.number(dtype), shape=free))
         case BytesColumn(name):
             return schema_pb2.Column(name=name, bytes=schema_pb2.BytesColumn())
         case StringColumn(name):
@@ -83,10 +74,10 @@ def _column_to_message(column: Column) -> schema_pb2.Column:
 def _column_from_message(message: schema_pb2.Column, field: str) -> Column:
     match message.WhichOneof("kind"):
         case "tensor":
-            dtype = _dtype(message.tensor.dtype, f"{field}.dtype")
+            dtype = DTYPES.member(message.tensor.dtype, f"{field}.dtype")
             return TensorColumn(message.name, dtype, tuple(message.tensor.shape))
         case "ragged":
-            dtype = _dtype(message.ragged.dtype, f"{field}.dtype")
+            dtype = DTYPES.member(message.ragged.dtype, f"{field}.dtype")
             return RaggedColumn(message.name, dtype, tuple(dim or None for dim in message.ragged.shape))
         case "bytes":
             return BytesColumn(message.name)
@@ -96,13 +87,3 @@ def _column_from_message(message: schema_pb2.Column, field: str) -> Column:
             raise FallowError(
                 Reason.FIELD_INVALID, "a column without a kind", field=field, limit="tensor, ragged, bytes or string"
             )
-
-
-def _dtype(number: int, field: str) -> DType:
-    if number not in DTYPES:
-        raise _unknown(field, "element type", number)
-    return DTYPES[number]
-
-
-def _unknown(field: str, what: str, number: int) -> FallowError:
-    return FallowError(Reason.FIELD_INVALID, f"{what} {number} is not known here", field=field, hint="upgrade fallow")

@@ -186,7 +186,7 @@ def _worker_message(message: WorkerMessage) -> session_pb2.WorkerMessage:
             return session_pb2.WorkerMessage(draining=session_pb2.Draining(reason=reason))
 
 
-def _worker_value(message: session_pb2.WorkerMessage) -> WorkerMessage:  # noqa: C901 - one arm for each kind
+def _worker_value(message: session_pb2.WorkerMessage) -> WorkerMessage:
     match message.WhichOneof("kind"):
         case "hello":
             return _hello_from_message(message.hello)
