@@ -147,8 +147,8 @@ def _union(plain: Any, options: tuple[Any, ...], path: str) -> Any:
             if isinstance(option, type) and is_dataclass(option) and option.__name__ == kind:
                 return _object(cast("Any", plain), option, path)
     for option in options:
-        if option in (int, str) and type(plain) is option:
-            return _value(plain, option, path)
+        if option is int and isinstance(plain, int):
+            return _value(plain, int, path)
     raise FrameError(f"{path} is of no kind that the contract knows here")
 
 

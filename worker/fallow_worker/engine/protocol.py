@@ -66,13 +66,14 @@ from __future__ import annotations
 
 import signal
 from dataclasses import dataclass
-from enum import IntEnum, StrEnum
+from enum import StrEnum
 from typing import Final
 
 from fallow.bundle import BundleManifest, InspectionReport
 from fallow.errors import Reason
 from fallow.ids import Digest
 from fallow.limits import BLOCK_BYTES_MAX, GIB, KIB, MIB, ROW_FAILURE_REASON_BYTES_MAX, ROW_FAILURES_LISTED_PER_TASK_MAX
+from fallow.session import Cause, RowFailure, SandboxLevel, Usage
 
 CONTROL_FRAME_BYTES_MAX: Final = 1 * MIB
 PLACEMENT_ALIGNMENT_BYTES: Final = 64 * KIB
@@ -104,28 +105,6 @@ EXIT_MEMORY: Final = 74
 """Memory ran out where the child could not go on."""
 EXIT_INTERNAL: Final = 75
 """A mistake of the engine itself; the log holds the traceback."""
-
-
-class Cause(StrEnum):
-    """Why something went wrong, in the sense of whose fault it is."""
-
-    ROW = "row"
-    PROGRAM = "program"
-    WORKER = "worker"
-    PLATFORM = "platform"
-    OWNER_PREEMPT = "owner-preempt"
-
-
-class SandboxLevel(IntEnum):
-    """How far a foreign program is locked in, as probed from inside. The numbers are those of the wire."""
-
-    NONE = 1
-    LIMITS = 2
-    """Resource limits, a clean environment, and on Linux no new privileges."""
-    NO_FILES = 3
-    """No files beyond the runtime's own."""
-    FULL = 4
-    """No network, no files, no new processes, on every thread. Below it strangers' jobs are refused."""
 
 
 class ChildKind(StrEnum):
@@ -267,26 +246,6 @@ class Progress:
 
     task: str
     rows_done: int
-
-
-@dataclass(frozen=True, slots=True)
-class RowFailure:
-    """A row without a value: its position in the block, whose fault, and at most 256 bytes of text."""
-
-    row: int
-    cause: Cause
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Usage:
-    """What a task took; CPU time is that of all threads."""
-
-    rows: int
-    wall_micros: int
-    cpu_micros: int
-    memory_bytes_peak: int
-    """Largest resident size of the child so far."""
 
 
 @dataclass(frozen=True, slots=True)

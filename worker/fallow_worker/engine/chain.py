@@ -1,0 +1,671 @@
+"""A bundle ready to run: its stages one after the other over row blocks, in batches of exactly b rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fallow.bundle import BundleManifest, BytesCodec, ProgramFormat, ProgramStage, SoftmaxHead, TopKHead
+from fallow.errors import FallowError, Reason
+from fallow.ids import Digest
+from fallow.limits import BLOCK_BYTES_MAX, MIB, ROW_FAILURES_LISTED_PER_TASK_MAX
+from fallow.row_block import RowBlock, block_bytes
+from fallow.row_values import ColumnValues, numpy_dtype
+from fallow.rows import DecodedRows, RowCodec
+from fallow.schema import BytesColumn, DType, SizeFeature, StringColumn, TensorColumn
+from fallow.session import Cause, RowFailure
+from fallow_worker.engine import stages
+from fallow_worker.engine.onnx_program import OnnxProgram, TensorType
+from fallow_worker.engine.protocol import FAILING_ROWS_GIVEN_UP_AFTER, WARM_UP_BATCHES, clipped_reason
+
+Array = NDArray[Any]
+
+CHUNK_BYTES: Final = 8 * MIB
+"""Decoded values held at once, about: a block's rows may grow manyfold when a codec unfolds them."""
+CHUNK_ROWS_MAX: Final = 4096
+CANONICAL_BATCH_ROWS_MAX: Final = 1024
+
+EMPTY_SLOT: Final = -1
+
+
+@dataclass(frozen=True, slots=True)
+class ChainResult:
+    """The output block, and the rows that have none."""
+
+    block: bytes
+    rows: int
+    failed_rows: int
+    failures: tuple[RowFailure, ...]
+    """The first ones in row order, as many as the protocol lists."""
+
+
+@dataclass(slots=True)
+class _Task:
+    """One block on its way through the chain."""
+
+    decoded: DecodedRows
+    ordinal: NDArray[np.int64]
+    """Where row i stands among the decoded ones; -1 when it does not."""
+    columns: dict[str, ColumnValues]
+    """The output columns, one value for each row of the block."""
+    failures: dict[int, RowFailure]
+    programs_failing: int = 0
+    """Rows that failed alone, before any row or batch of this task went well."""
+    any_went_well: bool = False
+    rows_done: int = 0
+
+
+@dataclass(slots=True)
+class _Chunk:
+    """Some batches of a task."""
+
+    rows: NDArray[np.int64]
+    """The row of the block in each place, or EMPTY_SLOT."""
+    tensors: dict[str, Array]
+    contents: dict[str, Sequence[bytes]]
+    labels: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
+
+
+class Chain:
+    """The stages of one bundle, loaded and checked."""
+
+    def __init__(
+        self,
+        manifest: BundleManifest,
+        files: Mapping[str, bytes],
+        *,
+        input_schema_digest: Digest,
+        output_schema_digest: Digest,
+        batch_rows: int,
+        slot_dependent: bool = False,
+        neighbour_dependent: bool = False,
+        threads: int = 1,
+        allow_spinning: bool = False,
+    ) -> None:
+        """Loads every program. Raises BUNDLE_INVALID or PROGRAM_REFUSED naming what is wrong.
+
+        `batch_rows` is b; 0 takes the programs' own fixed batch, else 1. `files` may be dropped afterwards.
+        """
+        self.manifest = manifest
+        self._input = RowCodec(manifest.input_schema, input_schema_digest)
+        self._output = RowCodec(manifest.output_schema, output_schema_digest)
+        self._programs: dict[int, OnnxProgram] = {}
+        self._labels: dict[int, list[str]] = {}
+        for index, stage in enumerate(manifest.stages):
+            if isinstance(stage, ProgramStage):
+                if stage.format is not ProgramFormat.ONNX:
+                    raise FallowError(
+                        Reason.BUNDLE_INVALID,
+                        f"programs of format {stage.format.value!r} do not run here",
+                        field=f"stages[{index}].format",
+                        limit=ProgramFormat.ONNX.value,
+                    )
+                model = _file(files, stage.file, f"stages[{index}].file")
+                self._programs[index] = OnnxProgram(model, stage, threads=threads, allow_spinning=allow_spinning)
+            elif isinstance(stage, TopKHead):
+                content = _file(files, stage.labels_file, f"stages[{index}].labels_file")
+                self._labels[index] = stages.labels_of(content, name=stage.labels_file)
+        self._check_size_features()
+        self._check_types()
+        self.fixed_batch = self._fixed_batch()
+        self.batch_rows = self._canonical_batch(batch_rows, neighbour_dependent=neighbour_dependent)
+        self.slot_dependent = slot_dependent
+        self._short_bytes_max = self._skippable_bytes()
+        self._zeros_failed: str | None = None
+
+    # ---------------------------------------------------------------------------------------------------- running
+
+    def warm_up(self) -> None:
+        """Runs zeros through the whole chain. Raises BUNDLE_INVALID when outputs are not what the schema says.
+
+        A program may well fail on zeros and still be sound; then it is warm enough.
+        """
+        for _ in range(WARM_UP_BATCHES):
+            if self._zeros_failure() is not None:
+                return
+
+    def run(
+        self,
+        block: RowBlock,
+        *,
+        nonce: bytes,
+        slots: Sequence[int] | None = None,
+        output_bytes_max: int = BLOCK_BYTES_MAX,
+        progress: Callable[[int], None] = lambda _: None,
+    ) -> ChainResult:
+        """The output block of `block`; `progress` hears the rows done after every batch.
+
+        Raises SCHEMA_MISMATCH (a block of another schema), BLOCK_TOO_LARGE (the output would be), FIELD_INVALID
+        (slots), BUNDLE_INVALID or PROGRAM_REFUSED (every row fails, and zeros too).
+        """
+        count = len(block)
+        output_bytes_max = min(output_bytes_max, BLOCK_BYTES_MAX)
+        self._check_output_fits(count, output_bytes_max)
+        decoded = self._input.decode(block)
+        task = self._begun(decoded)
+        for chunk_rows in self._chunks(self._places(task, count, slots)):
+            self._run_chunk(task, chunk_rows, progress)
+        return self._finished(task, nonce, output_bytes_max)
+
+    def run_batch(self, values: Mapping[str, ColumnValues]) -> dict[str, ColumnValues]:
+        """The output columns of exactly b rows given as input columns; what inspection measures. Raises anything."""
+        chunk = self._chunk_of(np.arange(self.batch_rows, dtype=np.int64), dict(values))
+        for index, stage in enumerate(self.manifest.stages):
+            if isinstance(stage, ProgramStage):
+                chunk.tensors |= self._programs[index].run(chunk.tensors, self.batch_rows)
+            else:
+                self._apply(index, stage, chunk)
+        return {column.name: self._output_values(column.name, chunk) for column in self.manifest.output_schema.columns}
+
+    def zero_rows(self, count: int) -> dict[str, ColumnValues]:
+        """Input columns of `count` rows of zeros."""
+        columns: dict[str, ColumnValues] = {}
+        for column in self.manifest.input_schema.columns:
+            if isinstance(column, TensorColumn):
+                columns[column.name] = np.zeros((count, *column.shape), dtype=numpy_dtype(column.dtype))
+            else:
+                columns[column.name] = [b""] * count
+        return columns
+
+    def _begun(self, decoded: DecodedRows) -> _Task:
+        count = decoded.row_count
+        ordinal = np.full(count, -1, dtype=np.int64)
+        ordinal[decoded.positions] = np.arange(len(decoded.positions), dtype=np.int64)
+        failures = {row: RowFailure(row, Cause.ROW, clipped_reason(why)) for row, why in decoded.malformed.items()}
+        for row in np.flatnonzero(ordinal < 0).tolist():
+            failures.setdefault(row, RowFailure(row, Cause.ROW, "row has no bytes"))
+        columns: dict[str, ColumnValues] = {}
+        for column in self.manifest.output_schema.columns:
+            if isinstance(column, TensorColumn):
+                columns[column.name] = np.zeros((count, *column.shape), dtype=numpy_dtype(column.dtype))
+            else:
+                columns[column.name] = [""] * count
+        task = _Task(decoded, ordinal, columns, failures)
+        for stage in self.manifest.stages:
+            if isinstance(stage, BytesCodec):
+                limit = stages.content_bytes_max(stage)
+                contents = cast("Sequence[bytes]", decoded.columns[stage.column])
+                for place, content in enumerate(contents):
+                    if len(content) > limit:
+                        row = int(decoded.positions[place])
+                        reason = f"column {stage.column!r} holds {len(content)} bytes where {limit} travel"
+                        failures.setdefault(row, RowFailure(row, Cause.ROW, reason))
+        return task
+
+    def _places(self, task: _Task, count: int, slots: Sequence[int] | None) -> NDArray[np.int64]:
+        """The row of the block in each place of the batches, batch after batch; EMPTY_SLOT where zeros run."""
+        batch = self.batch_rows
+        rows = np.arange(count, dtype=np.int64)
+        if slots is not None and self.slot_dependent:
+            if len(slots) != count or not all(0 <= slot < batch for slot in slots):
+                raise FallowError(
+                    Reason.FIELD_INVALID, "slots are not one for each row", field="slots", limit=f"0 to {batch - 1}"
+                )
+            taken = [0] * batch
+            places = np.empty(count, dtype=np.int64)
+            for row, slot in enumerate(slots):
+                places[row] = taken[slot] * batch + slot
+                taken[slot] += 1
+            total = max(taken) * batch
+        else:
+            if not self.slot_dependent:
+                # Rows that need no program, or cannot have one, leave their place to others.
+                wanted = task.ordinal >= 0
+                wanted &= ~self._answered_without_program(task, count)
+                rows = rows[wanted]
+            places = np.arange(len(rows), dtype=np.int64)
+            total = -(-len(rows) // batch) * batch
+        at = np.full(total, EMPTY_SLOT, dtype=np.int64)
+        at[places] = rows
+        return at
+
+    def _answered_without_program(self, task: _Task, count: int) -> NDArray[np.bool_]:
+        """Which rows are so short that every output column has its declared answer; they get it here."""
+        answered = np.zeros(count, dtype=np.bool_)
+        if self._short_bytes_max < 0:
+            return answered
+        contents = cast("Sequence[bytes]", task.decoded.columns[self._content_column()])
+        lengths = np.fromiter(map(len, contents), dtype=np.int64, count=len(contents))
+        for row in task.decoded.positions[lengths <= self._short_bytes_max].tolist():
+            answered[row] = True
+            for stage in self.manifest.stages:
+                if isinstance(stage, TopKHead):
+                    for rank, (label, score) in enumerate(stages.head_columns(stage)):
+                        if label in task.columns:
+                            cast("list[str]", task.columns[label])[row] = stage.short_label if rank == 0 else ""
+                        if score in task.columns:
+                            cast("Array", task.columns[score])[row] = 1.0 if rank == 0 else 0.0
+        return answered
+
+    def _chunks(self, places: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        row_bytes = 1
+        for stage in self.manifest.stages:
+            if isinstance(stage, BytesCodec):
+                row_bytes += 4 * (stage.head_tokens + stage.tail_tokens)
+        for column in self.manifest.input_schema.columns:
+            if isinstance(column, TensorColumn):
+                row_bytes += column.row_bytes
+        batches = max(1, min(CHUNK_ROWS_MAX, CHUNK_BYTES // row_bytes) // self.batch_rows)
+        size = batches * self.batch_rows
+        return [places[start : start + size] for start in range(0, len(places), size)]
+
+    def _run_chunk(self, task: _Task, rows: NDArray[np.int64], progress: Callable[[int], None]) -> None:
+        chunk = self._gathered(task, rows)
+        for index, stage in enumerate(self.manifest.stages):
+            if isinstance(stage, ProgramStage):
+                is_last = index == max(self._programs)
+                self._run_program(task, chunk, self._programs[index], progress if is_last else lambda _: None)
+            else:
+                self._apply(index, stage, chunk)
+        used = rows != EMPTY_SLOT
+        where = rows[used]
+        for name, column in task.columns.items():
+            values = self._output_values(name, chunk)
+            if isinstance(column, np.ndarray):
+                self._check_output(name, cast("Array", values))
+                if len(where) and len(where) == where[-1] - where[0] + 1 and used.all() and _rising(where):
+                    column[where[0] : where[-1] + 1] = values
+                else:
+                    column[where] = cast("Array", values)[used]
+            else:
+                texts = cast("list[str]", column)
+                for place in np.flatnonzero(used).tolist():
+                    texts[int(rows[place])] = cast("list[str]", values)[place]
+
+    def _gathered(self, task: _Task, rows: NDArray[np.int64]) -> _Chunk:
+        """The input columns of these places, zeros in empty ones and for rows that could not be decoded."""
+        ordinals = np.where(rows == EMPTY_SLOT, -1, task.ordinal[rows])
+        if task.failures:
+            failed = [place for place, row in enumerate(rows.tolist()) if row in task.failures]
+            ordinals[failed] = -1
+        whole = bool(len(ordinals)) and bool((ordinals >= 0).all()) and _rising(ordinals)
+        columns: dict[str, ColumnValues] = {}
+        for column in self.manifest.input_schema.columns:
+            values = task.decoded.columns[column.name]
+            if isinstance(values, np.ndarray):
+                if whole:
+                    columns[column.name] = values[ordinals[0] : ordinals[-1] + 1]
+                else:
+                    gathered = np.zeros((len(rows), *values.shape[1:]), dtype=values.dtype)
+                    gathered[ordinals >= 0] = values[ordinals[ordinals >= 0]]
+                    columns[column.name] = gathered
+            elif isinstance(column, BytesColumn):
+                contents = cast("Sequence[bytes]", values)
+                columns[column.name] = [contents[place] if place >= 0 else b"" for place in ordinals.tolist()]
+        return self._chunk_of(rows, columns)
+
+    def _chunk_of(self, rows: NDArray[np.int64], columns: Mapping[str, ColumnValues]) -> _Chunk:
+        tensors: dict[str, Array] = {}
+        contents: dict[str, Sequence[bytes]] = {}
+        for name, values in columns.items():
+            if isinstance(values, np.ndarray):
+                tensors[name] = values
+            else:
+                contents[name] = cast("Sequence[bytes]", values)
+        return _Chunk(rows, tensors, contents)
+
+    def _apply(self, index: int, stage: BytesCodec | SoftmaxHead | TopKHead, chunk: _Chunk) -> None:
+        match stage:
+            case BytesCodec():
+                chunk.tensors[stage.output] = stages.bytes_tokens(stage, chunk.contents[stage.column])
+            case SoftmaxHead():
+                chunk.tensors[stage.output] = stages.softmax(chunk.tensors[stage.value])
+            case TopKHead():
+                self._label(stage, self._labels[index], chunk)
+
+    def _label(self, stage: TopKHead, labels: list[str], chunk: _Chunk) -> None:
+        values = chunk.tensors[stage.value]
+        if values.ndim != 2 or values.shape[1] != len(labels) or values.shape[1] < stage.k:
+            raise FallowError(
+                Reason.BUNDLE_INVALID,
+                f"head over {stage.value!r} has {len(labels)} labels for rows of shape {list(values.shape[1:])}",
+                field=stage.labels_file,
+                limit=f"one dimension with a label for each entry, at least {stage.k}",
+            )
+        best = stages.top_k(values, stage.k)
+        short: list[int] = []
+        if stage.short_label:
+            contents = chunk.contents[self._content_column()]
+            short = [place for place, content in enumerate(contents) if len(content) <= stage.short_bytes_max]
+        for rank, (label_column, score_column) in enumerate(stages.head_columns(stage)):
+            texts = [labels[index] for index in best.indexes[:, rank].tolist()]
+            scores = best.scores[:, rank].copy()
+            for place in short:
+                texts[place] = stage.short_label if rank == 0 else ""
+                scores[place] = 1.0 if rank == 0 else 0.0
+            chunk.labels[label_column] = texts
+            chunk.tensors[score_column] = scores
+
+    def _run_program(
+        self, task: _Task, chunk: _Chunk, program: OnnxProgram, progress: Callable[[int], None]
+    ) -> None:
+        batch = self.batch_rows
+        total = len(chunk.rows)
+        feeds = {binding.value: chunk.tensors[binding.value] for binding in program.stage.inputs}
+        results: dict[str, Array] = {}
+        for start in range(0, total, batch):
+            part = {name: values[start : start + batch] for name, values in feeds.items()}
+            try:
+                outputs = program.run(part, batch)
+            except FallowError:
+                raise
+            except Exception as error:  # the runtime's: find out which row it is about
+                outputs = self._run_alone(task, chunk, program, part, start, error)
+            else:
+                task.any_went_well = True
+            for name, array in outputs.items():
+                whole = results.get(name)
+                if whole is None:
+                    if total == batch:
+                        results[name] = array
+                        continue
+                    whole = results[name] = np.zeros((total, *array.shape[1:]), dtype=array.dtype)
+                whole[start : start + batch] = _fitting(array, whole, name)
+            task.rows_done += int(np.count_nonzero(chunk.rows[start : start + batch] != EMPTY_SLOT))
+            progress(task.rows_done)
+        for name, declared in program.output_types().items():
+            if name not in results:
+                # Every row of the chunk failed: zeros of the declared shape stand for what nobody will read.
+                shape = tuple(dim or 1 for dim in declared.shape)
+                results[name] = np.zeros((total, *shape), dtype=numpy_dtype(declared.dtype))
+        chunk.tensors |= results
+
+    def _run_alone(
+        self,
+        task: _Task,
+        chunk: _Chunk,
+        program: OnnxProgram,
+        part: Mapping[str, Array],
+        start: int,
+        error: Exception,
+    ) -> dict[str, Array]:
+        """The outputs of a failed batch, each row run alone in its own slot with zeros around it.
+
+        Raises when every row so far failed and the program fails on zeros too: it is the program's fault.
+        """
+        outputs: dict[str, Array] = {}
+        for slot in range(self.batch_rows):
+            row = int(chunk.rows[start + slot])
+            if row == EMPTY_SLOT or row in task.failures:
+                continue
+            alone = {name: np.zeros_like(values) for name, values in part.items()}
+            for name, values in part.items():
+                alone[name][slot] = values[slot]
+            try:
+                mine = program.run(alone, self.batch_rows)
+            except FallowError:
+                raise
+            except Exception as alone_error:  # as above
+                self._blame(task, row, alone_error if self.batch_rows > 1 else error)
+                continue
+            task.any_went_well = True
+            for name, array in mine.items():
+                whole = outputs.setdefault(name, np.zeros_like(array))
+                whole[slot] = _fitting(array, whole, name)[slot]
+        return outputs
+
+    def _blame(self, task: _Task, row: int, error: Exception) -> None:
+        reason = clipped_reason(str(error))
+        zeros = self._zeros_failure() if not task.any_went_well else None
+        task.failures[row] = RowFailure(row, Cause.PROGRAM if zeros is not None else Cause.ROW, reason)
+        task.programs_failing += 1
+        if zeros is not None and task.programs_failing >= FAILING_ROWS_GIVEN_UP_AFTER:
+            raise FallowError(
+                Reason.PROGRAM_REFUSED,
+                f"the program fails on the first {task.programs_failing} rows one by one, and on zeros: {reason}",
+                hint="run it on your own machine first",
+            )
+
+    def _zeros_failure(self) -> str | None:
+        """Why zeros cannot pass the chain, or None when they do; a bundle that contradicts itself raises."""
+        if self._zeros_failed is None:
+            try:
+                columns = self.run_batch(self.zero_rows(self.batch_rows))
+            except FallowError:
+                raise
+            except Exception as error:  # the runtime's
+                self._zeros_failed = clipped_reason(str(error)) or "unknown"
+                return self._zeros_failed
+            for name, values in columns.items():
+                if isinstance(values, np.ndarray):
+                    self._check_output(name, values)
+            self._zeros_failed = ""
+        return self._zeros_failed or None
+
+    def _finished(self, task: _Task, nonce: bytes, output_bytes_max: int) -> ChainResult:
+        count = task.decoded.row_count
+        failed = sorted(task.failures)
+        columns = task.columns
+        positions: NDArray[np.int64] | None = None
+        if failed:
+            keep = np.ones(count, dtype=np.bool_)
+            keep[failed] = False
+            positions = np.flatnonzero(keep).astype(np.int64)
+            kept = positions.tolist()
+            columns = {
+                name: values[keep] if isinstance(values, np.ndarray) else [cast("list[str]", values)[row] for row in kept]
+                for name, values in columns.items()
+            }
+        block = self._output.encode(columns, nonce=nonce, positions=positions, row_count=count)
+        if len(block) > output_bytes_max:
+            raise _too_large(len(block), output_bytes_max)
+        listed = failed[:ROW_FAILURES_LISTED_PER_TASK_MAX]
+        return ChainResult(block, count, len(failed), tuple(task.failures[row] for row in listed))
+
+    # --------------------------------------------------------------------------------------------------- checking
+
+    def _check_types(self) -> None:  # noqa: C901 - one arm for each kind of stage
+        """Walks the chain by types. Raises BUNDLE_INVALID at the first stage that does not fit."""
+        schema = self.manifest.input_schema
+        tensors = {
+            column.name: TensorType(column.dtype, column.shape)
+            for column in schema.columns
+            if isinstance(column, TensorColumn)
+        }
+        contents = {column.name for column in schema.columns if isinstance(column, BytesColumn)}
+        texts: set[str] = set()
+        for index, stage in enumerate(self.manifest.stages):
+            where = f"stages[{index}]"
+            match stage:
+                case BytesCodec():
+                    if stage.column not in contents:
+                        raise _missing(f"{where}.column", stage.column, "column of bytes", contents)
+                    _add(tensors, stage.output, TensorType(DType.INT32, (stage.head_tokens + stage.tail_tokens,)), where)
+                case ProgramStage():
+                    program = self._programs[index]
+                    program.check_inputs(tensors)
+                    for name, declared in program.output_types().items():
+                        _add(tensors, name, declared, where)
+                case SoftmaxHead():
+                    value = self._tensor(tensors, stage.value, f"{where}.value")
+                    _add(tensors, stage.output, TensorType(DType.FLOAT32, value.shape), where)
+                case TopKHead():
+                    value = self._tensor(tensors, stage.value, f"{where}.value")
+                    self._check_labels(stage, value, len(self._labels[index]), where)
+                    for label, score in stages.head_columns(stage):
+                        texts.add(label)
+                        _add(tensors, score, TensorType(DType.FLOAT32, ()), where)
+        self._check_columns(tensors, texts)
+
+    def _check_labels(self, stage: TopKHead, value: TensorType, labels: int, where: str) -> None:
+        rank_wrong = len(value.shape) != 1
+        size = None if rank_wrong else value.shape[0]
+        if rank_wrong or stage.k < 1 or stage.k > labels or (size is not None and size != labels):
+            raise FallowError(
+                Reason.BUNDLE_INVALID,
+                f"{stage.labels_file!r} has {labels} labels, {stage.value!r} is {value}, k is {stage.k}",
+                field=f"{where}.labels_file",
+                limit="one dimension, one label for each entry, k of at least 1 and at most that",
+            )
+        if stage.short_label:
+            self._content_column()
+
+    def _content_column(self) -> str:
+        """The column whose length decides about short rows: the only one of bytes."""
+        names = [column.name for column in self.manifest.input_schema.columns if isinstance(column, BytesColumn)]
+        if len(names) != 1:
+            raise FallowError(
+                Reason.BUNDLE_INVALID,
+                f"a label for short rows needs exactly one column of bytes, there are {len(names)}",
+                field="short_label",
+            )
+        return names[0]
+
+    def _tensor(self, tensors: Mapping[str, TensorType], name: str, where: str) -> TensorType:
+        value = tensors.get(name)
+        if value is None:
+            raise _missing(where, name, "tensor", tensors)
+        return value
+
+    def _check_size_features(self) -> None:
+        for field_name, schema in (
+            ("input_schema", self.manifest.input_schema),
+            ("output_schema", self.manifest.output_schema),
+        ):
+            for feature in schema.size_features:
+                if feature is not SizeFeature.BYTES:
+                    raise FallowError(
+                        Reason.BUNDLE_INVALID,
+                        f"no stage here can count {feature.value!r}",
+                        field=f"{field_name}.size_features",
+                        limit=SizeFeature.BYTES.value,
+                    )
+
+    def _check_columns(self, tensors: Mapping[str, TensorType], texts: set[str]) -> None:
+        for index, column in enumerate(self.manifest.output_schema.columns):
+            where = f"output_schema.columns[{index}]"
+            match column:
+                case TensorColumn():
+                    value = self._tensor(tensors, column.name, where)
+                    declared = TensorType(column.dtype, column.shape)
+                    fits = len(value.shape) == len(column.shape) and all(
+                        mine is None or mine == theirs for mine, theirs in zip(value.shape, column.shape, strict=True)
+                    )
+                    if value.dtype is not column.dtype or not fits:
+                        raise FallowError(
+                            Reason.BUNDLE_INVALID,
+                            f"output column {column.name!r} is declared {declared}, the chain gives {value}",
+                            field=where,
+                            limit=str(value),
+                        )
+                case StringColumn():
+                    if column.name not in texts:
+                        raise _missing(where, column.name, "label", texts)
+                case _:
+                    raise FallowError(
+                        Reason.BUNDLE_INVALID,
+                        f"output column {column.name!r} is of a kind that no stage gives",
+                        field=where,
+                        limit="tensors and labels",
+                    )
+
+    def _check_output(self, name: str, values: Array) -> None:
+        column = self.manifest.output_schema.column(name)
+        assert isinstance(column, TensorColumn), name
+        if values.dtype != numpy_dtype(column.dtype) or values.shape[1:] != column.shape:
+            raise FallowError(
+                Reason.BUNDLE_INVALID,
+                f"output column {name!r} is declared {TensorType(column.dtype, column.shape)}, "
+                f"the program gave {values.dtype}{list(values.shape[1:])}",
+                field=name,
+            )
+
+    def _output_values(self, name: str, chunk: _Chunk) -> ColumnValues:
+        return chunk.labels[name] if name in chunk.labels else chunk.tensors[name]
+
+    def _check_output_fits(self, count: int, output_bytes_max: int) -> None:
+        schema = self.manifest.output_schema
+        least = sum(column.row_bytes if isinstance(column, TensorColumn) else 4 for column in schema.columns)
+        total = block_bytes(row_count=count, feature_count=len(schema.size_features), body_bytes=least * count)
+        if schema.fixed_row_bytes is not None and total > output_bytes_max:
+            raise _too_large(total, output_bytes_max)
+
+    def _fixed_batch(self) -> int | None:
+        sizes = {program.fixed_batch for program in self._programs.values()} - {None}
+        if len(sizes) > 1:
+            raise FallowError(
+                Reason.BUNDLE_INVALID,
+                f"the programs take different numbers of rows: {sorted(map(str, sizes))}",
+                field="stages",
+            )
+        return next(iter(sizes), None)
+
+    def _canonical_batch(self, wanted: int, *, neighbour_dependent: bool) -> int:
+        fixed = self.fixed_batch
+        batch = wanted or fixed or 1
+        if not 1 <= batch <= CANONICAL_BATCH_ROWS_MAX:
+            raise FallowError(
+                Reason.LIMIT_EXCEEDED,
+                f"a batch of {batch} rows",
+                field="canonical_batch_rows",
+                limit=f"1 to {CANONICAL_BATCH_ROWS_MAX}",
+            )
+        if fixed is not None and batch != fixed:
+            raise FallowError(
+                Reason.BUNDLE_INVALID,
+                f"the program always takes {fixed} rows, not {batch}",
+                field="canonical_batch_rows",
+                limit=str(fixed),
+            )
+        if neighbour_dependent and batch != 1:
+            raise FallowError(
+                Reason.BUNDLE_INVALID,
+                "rows of this program depend on their neighbours",
+                field="canonical_batch_rows",
+                limit="1",
+            )
+        return batch
+
+    def _skippable_bytes(self) -> int:
+        """The content length up to which rows are answered without a program; -1: none are."""
+        heads = [stage for stage in self.manifest.stages if isinstance(stage, TopKHead)]
+        given = {name for head in heads for pair in stages.head_columns(head) for name in pair}
+        names = {column.name for column in self.manifest.output_schema.columns}
+        if not heads or not all(head.short_label for head in heads) or not names <= given:
+            return -1
+        return min(head.short_bytes_max for head in heads)
+
+
+def _rising(values: NDArray[np.int64]) -> bool:
+    """Whether the values are consecutive integers."""
+    return int(values[-1]) - int(values[0]) + 1 == len(values) and bool((values[1:] > values[:-1]).all())
+
+
+def _fitting(array: Array, whole: Array, name: str) -> Array:
+    if array.shape[1:] != whole.shape[1:] or array.dtype != whole.dtype:
+        raise FallowError(
+            Reason.BUNDLE_INVALID,
+            f"output {name!r} changes its shape from batch to batch: {list(whole.shape[1:])}, then {list(array.shape[1:])}",
+            field=name,
+        )
+    return array
+
+
+def _add(tensors: dict[str, TensorType], name: str, declared: TensorType, where: str) -> None:
+    if name in tensors:
+        raise FallowError(Reason.BUNDLE_INVALID, f"two values of the chain are called {name!r}", field=where)
+    tensors[name] = declared
+
+
+def _missing(where: str, name: str, what: str, known: object) -> FallowError:
+    names = ", ".join(sorted(cast("set[str]", known)))
+    return FallowError(Reason.BUNDLE_INVALID, f"there is no {what} {name!r}", field=where, limit=names or "none")
+
+
+def _file(files: Mapping[str, bytes], name: str, where: str) -> bytes:
+    content = files.get(name)
+    if content is None:
+        raise FallowError(
+            Reason.BUNDLE_INVALID, f"the bundle has no file {name!r}", field=where, limit=", ".join(files) or "no files"
+        )
+    return content
+
+
+def _too_large(size: int, limit: int) -> FallowError:
+    return FallowError(
+        Reason.BLOCK_TOO_LARGE, f"the output block takes {size} bytes", field="output", limit=f"{limit} bytes"
+    )

@@ -1,0 +1,283 @@
+"""What a locked-down child does: takes messages one by one, loads its bundle, runs blocks, answers."""
+
+from __future__ import annotations
+
+import importlib
+import mmap
+import os
+import resource
+import struct
+import sys
+import time
+from collections.abc import Sequence
+
+from fallow.errors import FallowError, Reason
+from fallow.limits import BLOCK_BYTES_MAX, BLOCK_ROWS_MAX
+from fallow.row_block import RowBlock
+from fallow.session import Cause, Usage
+from fallow_worker.engine import frames
+from fallow_worker.engine.chain import Chain
+from fallow_worker.engine.onnx_program import execution_class
+from fallow_worker.engine.protocol import (
+    PLACEMENT_ALIGNMENT_BYTES,
+    PROGRESS_INTERVAL_MS,
+    ChildArguments,
+    ChildKind,
+    Done,
+    Failed,
+    FilePlacement,
+    FromChild,
+    Inspect,
+    Inspected,
+    Load,
+    Loaded,
+    Placement,
+    Progress,
+    Run,
+    ToChild,
+)
+
+_FAULTS_OF_TASKS = frozenset({Reason.ROW_BLOCK_MALFORMED, Reason.SCHEMA_MISMATCH, Reason.FIELD_INVALID})
+"""Reasons for which the program is not to blame: the block or the message was wrong."""
+
+
+class Worker:
+    """A locked-down child at work."""
+
+    def __init__(self, arguments: ChildArguments, machine_class: str) -> None:
+        self._arguments = arguments
+        self._machine_class = machine_class
+        self._chain: Chain | None = None
+
+    def send(self, message: FromChild) -> None:
+        """Sends one message. Raises BrokenPipeError when the supervisor is gone."""
+        view = memoryview(frames.encode_frame(message))
+        while view:
+            view = view[os.write(self._arguments.control_fd, view) :]
+
+    def serve(self) -> None:
+        """Answers messages until the supervisor closes the socket. Raises FrameError for what is no message."""
+        while (message := self._receive()) is not None:
+            match message:
+                case Load():
+                    self._load(message)
+                case Run():
+                    self._run(message)
+                case Inspect():
+                    self._inspect(message)
+
+    def _receive(self) -> ToChild | None:
+        header = self._read(frames.LENGTH_BYTES)
+        if header is None:
+            return None
+        body = self._read(frames.frame_length(header))
+        return None if body is None else frames.decode_to_child(body)
+
+    def _read(self, length: int) -> bytes | None:
+        data = b""
+        while len(data) < length:
+            piece = os.read(self._arguments.control_fd, length - len(data))
+            if not piece:
+                return None
+            data += piece
+        return data
+
+    # --------------------------------------------------------------------------------------------------- messages
+
+    def _load(self, message: Load) -> None:
+        if self._chain is not None or self._arguments.options.kind is not ChildKind.RUN:
+            raise frames.FrameError("Load comes once, to a child that runs")
+        started = time.monotonic()
+        options = self._arguments.options
+        try:
+            chain = Chain(
+                message.manifest,
+                self.files(message.files),
+                input_schema_digest=message.input_schema_digest,
+                output_schema_digest=message.output_schema_digest,
+                batch_rows=message.canonical_batch_rows,
+                slot_dependent=message.slot_dependent,
+                neighbour_dependent=message.neighbour_dependent,
+                threads=options.threads,
+                allow_spinning=options.allow_spinning,
+            )
+            chain.warm_up()
+        except FallowError as error:
+            self.send(_failed("", error))
+            return
+        except MemoryError:
+            self.send(_out_of_memory(""))
+            return
+        self._chain = chain
+        self.send(
+            Loaded(
+                canonical_batch_rows=chain.batch_rows,
+                execution_class=execution_class(
+                    self._machine_class, precision=message.manifest.precision.value, batch_rows=chain.batch_rows
+                ),
+                load_ms=int((time.monotonic() - started) * 1000),
+                memory_bytes=memory_bytes_peak(),
+            )
+        )
+
+    def _run(self, message: Run) -> None:
+        if self._chain is None:
+            raise frames.FrameError("Run comes after Loaded")
+        clock = UsageClock()
+        reported = time.monotonic()
+
+        def progress(rows_done: int) -> None:
+            nonlocal reported
+            now = time.monotonic()
+            if (now - reported) * 1000 >= PROGRESS_INTERVAL_MS:
+                reported = now
+                self.send(Progress(message.task, rows_done))
+
+        try:
+            with _Mapped(self._arguments.input_fd, message.input, BLOCK_BYTES_MAX) as view:
+                slots = self._slots(message.slots)
+                result = self._chain.run(
+                    RowBlock.parse(view),
+                    nonce=message.nonce,
+                    slots=slots,
+                    output_bytes_max=message.output.length_bytes,
+                    progress=progress,
+                )
+            self._write(message.output.offset_bytes, result.block)
+        except FallowError as error:
+            self.send(_failed(message.task, error))
+            return
+        except MemoryError:
+            self.send(_out_of_memory(message.task))
+            return
+        self.send(
+            Done(
+                task=message.task,
+                output_bytes=len(result.block),
+                rows=result.rows,
+                failed_rows=result.failed_rows,
+                failures=result.failures,
+                usage=clock.usage(),
+            )
+        )
+
+    def _inspect(self, message: Inspect) -> None:
+        if self._arguments.options.kind is not ChildKind.INSPECT:
+            raise frames.FrameError("Inspect goes to a child that was spawned for it")
+        clock = UsageClock()
+        inspection = importlib.import_module("fallow_worker.engine.inspection")
+        sample: RowBlock | None = None
+        try:
+            if message.sample is not None:
+                sample = RowBlock.parse(self._bytes(message.sample, BLOCK_BYTES_MAX))
+            report = inspection.inspect(
+                message,
+                self.files(message.files),
+                sample=sample,
+                options=self._arguments.options,
+                machine_class=self._machine_class,
+                progress=lambda done: self.send(Progress("", done)),
+            )
+        except FallowError as error:
+            self.send(_failed("", error))
+            return
+        except MemoryError:
+            self.send(_out_of_memory(""))
+            return
+        self.send(Inspected(report, clock.usage()))
+
+    # ----------------------------------------------------------------------------------------------------- memory
+
+    def files(self, placements: Sequence[FilePlacement]) -> dict[str, bytes]:
+        """The bundle's files by name, copied out of the input memory."""
+        return {file.name: self._bytes(file.place, sys.maxsize) for file in placements}
+
+    def _bytes(self, place: Placement, limit: int) -> bytes:
+        _check_place(place, limit)
+        data = bytearray(place.length_bytes)
+        view = memoryview(data)
+        got = 0
+        while got < place.length_bytes:
+            count = os.preadv(self._arguments.input_fd, [view[got:]], place.offset_bytes + got)
+            if count == 0:
+                raise frames.FrameError(f"the input memory ends before {place.offset_bytes + place.length_bytes}")
+            got += count
+        return bytes(data)
+
+    def _slots(self, place: Placement | None) -> Sequence[int] | None:
+        if place is None:
+            return None
+        data = self._bytes(place, 4 * BLOCK_ROWS_MAX)
+        return struct.unpack(f"<{len(data) // 4}I", data[: len(data) // 4 * 4])
+
+    def _write(self, offset: int, data: bytes) -> None:
+        view = memoryview(data)
+        while view:
+            written = os.pwrite(self._arguments.output_fd, view, offset)
+            view = view[written:]
+            offset += written
+
+
+class UsageClock:
+    """Wall time and CPU time of all threads since it was made."""
+
+    def __init__(self) -> None:
+        self._wall_ns = time.monotonic_ns()
+        self._cpu_ns = time.process_time_ns()
+
+    def usage(self) -> Usage:
+        """What was used so far."""
+        return Usage(
+            wall_microseconds=(time.monotonic_ns() - self._wall_ns) // 1000,
+            cpu_microseconds=(time.process_time_ns() - self._cpu_ns) // 1000,
+            memory_bytes_peak=memory_bytes_peak(),
+        )
+
+
+def memory_bytes_peak() -> int:
+    """The largest resident size of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class _Mapped:
+    """A place of the input memory as a read-only view, unmapped at the end."""
+
+    def __init__(self, descriptor: int, place: Placement, limit: int) -> None:
+        _check_place(place, limit)
+        self._map = mmap.mmap(
+            descriptor, place.length_bytes, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ, offset=place.offset_bytes
+        )
+
+    def __enter__(self) -> memoryview:
+        return memoryview(self._map)
+
+    def __exit__(self, *_: object) -> None:
+        # Views into the map may outlive an exception's traceback; the map then goes with the last of them.
+        try:
+            self._map.close()
+        except BufferError:
+            return
+
+
+def _check_place(place: Placement, limit: int) -> None:
+    if not 0 < place.length_bytes <= limit or place.offset_bytes < 0:
+        raise frames.FrameError(f"a placement of {place.length_bytes} bytes at {place.offset_bytes}")
+    if place.offset_bytes % PLACEMENT_ALIGNMENT_BYTES:
+        raise frames.FrameError(f"a placement at {place.offset_bytes}, no multiple of {PLACEMENT_ALIGNMENT_BYTES}")
+
+
+def _failed(task: str, error: FallowError) -> Failed:
+    cause = Cause.PLATFORM if error.reason in _FAULTS_OF_TASKS else Cause.PROGRAM
+    return Failed(task, cause, error.reason, error.message, error.field, error.limit, error.hint)
+
+
+def _out_of_memory(task: str) -> Failed:
+    return Failed(
+        task,
+        Cause.PROGRAM,
+        Reason.LIMIT_EXCEEDED,
+        "the program needs more memory than it was given",
+        field="memory",
+        hint="a smaller batch or a smaller model",
+    )
