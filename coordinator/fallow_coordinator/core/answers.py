@@ -31,7 +31,8 @@ class TokenMade:
     role: Role
     tier: Tier | None
     pool_id: PoolId
-    account_id: AccountId
+    account_id: AccountId | None
+    """None: joining makes an account of its own."""
     expires_at_ms: int
 
 

@@ -32,6 +32,11 @@ class Tick:
     """Time has passed: what is due falls due."""
 
 
+@dataclass(frozen=True, slots=True)
+class Advance:
+    """What work can start now? Asked by `turn.take_turn` after every command until nothing more can."""
+
+
 # ------------------------------------------------------------------------------------------------- identity
 
 
@@ -256,6 +261,8 @@ class Commit:
     signature: bytes
     sequence: int
     """The message's number in its session: part of what was signed."""
+    stored: StoredBlob | None = None
+    """What the service found in an inline output's frame: rows, root, schema, failed rows. Required when inline."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,6 +320,7 @@ Command = (
     StartJournal
     | Restart
     | Tick
+    | Advance
     | CreateAccount
     | CreatePool
     | IssueToken

@@ -47,7 +47,8 @@ class PoolCreated:
 class TokenIssued:
     token_id: TokenId
     secret_digest: Digest
-    account_id: AccountId
+    account_id: AccountId | None
+    """None: joining makes an account of its own."""
     role: Role
     tier: Tier | None
     pool_id: PoolId
@@ -238,6 +239,16 @@ class TaskInputPacked:
 
 
 @dataclass(frozen=True, slots=True)
+class PackingFailed:
+    """The blob service could not pack just now; asked again from `retry_at_ms` on, with the next number."""
+
+    task_id: TaskId
+    pack_number: int
+    retry_at_ms: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class LeaseGranted:
     lease_id: LeaseId
     task_id: TaskId
@@ -342,6 +353,7 @@ Event = (
     | TaskCreated
     | PackRequested
     | TaskInputPacked
+    | PackingFailed
     | LeaseGranted
     | LeaseEnded
     | CommitmentRecorded
