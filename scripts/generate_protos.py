@@ -41,7 +41,11 @@ def stale_files(fresh: Path) -> list[str]:
     stale: list[str] = []
     for package in PACKAGES:
         made = {path.name for path in (fresh / package).iterdir() if path.is_file()}
-        kept = {path.name for path in (OUTPUT / package).iterdir() if path.is_file()} if (OUTPUT / package).is_dir() else set()
+        kept = (
+            {path.name for path in (OUTPUT / package).iterdir() if path.is_file()}
+            if (OUTPUT / package).is_dir()
+            else set()
+        )
         for name in sorted(made | kept):
             ours, theirs = OUTPUT / package / name, fresh / package / name
             if not (ours.is_file() and theirs.is_file() and filecmp.cmp(ours, theirs, shallow=False)):
