@@ -1,0 +1,1 @@
+"""Where the coordinator's truth lies: the journal, the inline payloads, and the views made of them."""
