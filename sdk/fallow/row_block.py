@@ -24,6 +24,7 @@ MAGIC: Final = b"FRB\x01"
 NONCE_BYTES: Final = 16
 HEADER_BYTES: Final = 72
 _HEADER: Final = struct.Struct("<4sIII32s16sQ")
+_NONCE_START: Final = 48
 _U32_BYTES: Final = 4
 _U32_MAX: Final = 0xFFFFFFFF
 
@@ -338,6 +339,12 @@ def pack_selection(
         features=features,
         pieces=pieces,
     )
+
+
+def with_nonce(block: bytes, nonce: bytes) -> bytes:
+    """The same block under another nonce."""
+    assert len(nonce) == NONCE_BYTES and len(block) >= HEADER_BYTES, "a whole block and a nonce of 16 bytes"
+    return b"".join((block[:_NONCE_START], nonce, memoryview(block)[_NONCE_START + NONCE_BYTES :]))
 
 
 def block_bytes(*, row_count: int, feature_count: int, body_bytes: int) -> int:
