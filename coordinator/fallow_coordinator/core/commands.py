@@ -190,6 +190,8 @@ class RegisterBundle:
     """Size features of the input schema."""
     bytes_feature_index: int
     """Which size feature counts bytes, or -1: cost then follows block bytes."""
+    output_row_bytes: int = 0
+    """Bytes that a row of its output takes, as far as the schema fixes them: tasks are cut so that outputs fit a block."""
 
 
 # ------------------------------------------------------------------------------------------------- jobs

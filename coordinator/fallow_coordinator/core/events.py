@@ -147,6 +147,7 @@ class BundleRegistered:
     output_schema_digest: Digest
     size_feature_count: int
     bytes_feature_index: int
+    output_row_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

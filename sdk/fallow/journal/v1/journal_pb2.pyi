@@ -724,6 +724,7 @@ class BundleRegistered(_message.Message):
     OUTPUT_SCHEMA_DIGEST_FIELD_NUMBER: _builtins.int
     SIZE_FEATURE_COUNT_FIELD_NUMBER: _builtins.int
     BYTES_FEATURE_INDEX_FIELD_NUMBER: _builtins.int
+    OUTPUT_ROW_BYTES_FIELD_NUMBER: _builtins.int
     account_id: _builtins.str
     bundle_digest: _builtins.bytes
     input_schema_digest: _builtins.bytes
@@ -731,6 +732,8 @@ class BundleRegistered(_message.Message):
     size_feature_count: _builtins.int
     bytes_feature_index: _builtins.int
     """Which size feature counts bytes; -1: none."""
+    output_row_bytes: _builtins.int
+    """Bytes a row of the output takes, as far as its schema fixes them."""
     @_builtins.property
     def files(self) -> _containers.RepeatedCompositeFieldContainer[_blob_pb2.BlobReference]: ...
     def __init__(
@@ -743,10 +746,11 @@ class BundleRegistered(_message.Message):
         output_schema_digest: _builtins.bytes = ...,
         size_feature_count: _builtins.int = ...,
         bytes_feature_index: _builtins.int = ...,
+        output_row_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_id", b"account_id", "bundle_digest", b"bundle_digest", "bytes_feature_index", b"bytes_feature_index", "files", b"files", "input_schema_digest", b"input_schema_digest", "output_schema_digest", b"output_schema_digest", "size_feature_count", b"size_feature_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_id", b"account_id", "bundle_digest", b"bundle_digest", "bytes_feature_index", b"bytes_feature_index", "files", b"files", "input_schema_digest", b"input_schema_digest", "output_row_bytes", b"output_row_bytes", "output_schema_digest", b"output_schema_digest", "size_feature_count", b"size_feature_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
