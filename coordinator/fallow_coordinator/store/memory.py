@@ -27,7 +27,7 @@ class MemoryDisk:
 
 
 class MemoryStore:
-    """A Store on a MemoryDisk. Salts are derived from the sequence, so that a simulation repeats itself byte for byte."""
+    """A Store on a MemoryDisk. Salts are derived from the sequence, so a simulation repeats itself byte for byte."""
 
     def __init__(self, disk: MemoryDisk | None = None) -> None:
         """Opens `disk` for writing, which takes the next epoch."""
