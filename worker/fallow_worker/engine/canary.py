@@ -59,13 +59,17 @@ MANIFEST: Final = BundleManifest(
     ),
     input_schema=Schema((BytesColumn("content"),), (SizeFeature.BYTES,)),
     output_schema=Schema(
-        (StringColumn("label_0"), TensorColumn("label_0_score", DType.FLOAT32, ()), StringColumn("label_1"),
-         TensorColumn("chances", DType.FLOAT32, (len(LABELS),)))
+        (
+            StringColumn("label_0"),
+            TensorColumn("label_0_score", DType.FLOAT32, ()),
+            StringColumn("label_1"),
+            TensorColumn("chances", DType.FLOAT32, (len(LABELS),)),
+        )
     ),
 )
 
 
-def sing(*, threads: int, allow_spinning: bool) -> bytes:
+def sing(*, threads: int, lanes: int, allow_spinning: bool) -> bytes:
     """The output block of the canary's rows."""
     chain = Chain(
         MANIFEST,
@@ -74,6 +78,7 @@ def sing(*, threads: int, allow_spinning: bool) -> bytes:
         output_schema_digest=_NO_DIGEST,
         batch_rows=2,
         threads=threads,
+        lanes=lanes,
         allow_spinning=allow_spinning,
     )
     chain.warm_up()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Final, cast
 
@@ -29,7 +31,12 @@ CHUNK_BYTES: Final = 8 * MIB
 CHUNK_ROWS_MAX: Final = 4096
 CANONICAL_BATCH_ROWS_MAX: Final = 1024
 
+LANE_SECONDS_MIN: Final = 0.002
+"""A lane takes batches for about this long at a time, so that handing them out costs little."""
+
 EMPTY_SLOT: Final = -1
+
+_Answer = dict[str, Array] | Exception
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +91,7 @@ class Chain:
         slot_dependent: bool = False,
         neighbour_dependent: bool = False,
         threads: int = 1,
+        lanes: int = 1,
         allow_spinning: bool = False,
     ) -> None:
         """Loads every program. Raises BUNDLE_INVALID or PROGRAM_REFUSED naming what is wrong.
@@ -105,7 +113,9 @@ class Chain:
                         limit=ProgramFormat.ONNX.value,
                     )
                 model = _file(files, stage.file, f"stages[{index}].file")
-                self._programs[index] = OnnxProgram(model, stage, threads=threads, allow_spinning=allow_spinning)
+                self._programs[index] = OnnxProgram(
+                    model, stage, threads=threads, lanes=lanes, allow_spinning=allow_spinning
+                )
             elif isinstance(stage, TopKHead):
                 content = _file(files, stage.labels_file, f"stages[{index}].labels_file")
                 self._labels[index] = stages.labels_of(content, name=stage.labels_file)
@@ -116,6 +126,9 @@ class Chain:
         self.slot_dependent = slot_dependent
         self._short_bytes_max = self._skippable_bytes()
         self._zeros_failed: str | None = None
+        self._lanes = lanes
+        self._pool = ThreadPoolExecutor(lanes, thread_name_prefix="lane") if lanes > 1 else None
+        self._group = 1
 
     # ---------------------------------------------------------------------------------------------------- running
 
@@ -124,9 +137,14 @@ class Chain:
 
         A program may well fail on zeros and still be sound; then it is warm enough.
         """
+        if self._zeros_failure() is not None:
+            return
+        zeros = self.zero_rows(self.batch_rows)
+        started = time.perf_counter()
         for _ in range(WARM_UP_BATCHES):
-            if self._zeros_failure() is not None:
-                return
+            self.run_batch(zeros, wide=False)
+        seconds = (time.perf_counter() - started) / WARM_UP_BATCHES
+        self._group = max(1, round(LANE_SECONDS_MIN / max(seconds, 1e-6)))
 
     def run(
         self,
@@ -151,12 +169,12 @@ class Chain:
             self._run_chunk(task, chunk_rows, progress)
         return self._finished(task, nonce, output_bytes_max)
 
-    def run_batch(self, values: Mapping[str, ColumnValues]) -> dict[str, ColumnValues]:
+    def run_batch(self, values: Mapping[str, ColumnValues], *, wide: bool = True) -> dict[str, ColumnValues]:
         """The output columns of exactly b rows given as input columns; what inspection measures. Raises anything."""
         chunk = self._chunk_of(np.arange(self.batch_rows, dtype=np.int64), dict(values))
         for index, stage in enumerate(self.manifest.stages):
             if isinstance(stage, ProgramStage):
-                chunk.tensors |= self._programs[index].run(chunk.tensors, self.batch_rows)
+                chunk.tensors |= self._programs[index].run(chunk.tensors, self.batch_rows, wide=wide)
             else:
                 self._apply(index, stage, chunk)
         return {column.name: self._output_values(column.name, chunk) for column in self.manifest.output_schema.columns}
@@ -340,22 +358,17 @@ class Chain:
             chunk.labels[label_column] = texts
             chunk.tensors[score_column] = scores
 
-    def _run_program(
-        self, task: _Task, chunk: _Chunk, program: OnnxProgram, progress: Callable[[int], None]
-    ) -> None:
+    def _run_program(self, task: _Task, chunk: _Chunk, program: OnnxProgram, progress: Callable[[int], None]) -> None:
         batch = self.batch_rows
         total = len(chunk.rows)
         feeds = {binding.value: chunk.tensors[binding.value] for binding in program.stage.inputs}
         results: dict[str, Array] = {}
-        for start in range(0, total, batch):
-            part = {name: values[start : start + batch] for name, values in feeds.items()}
-            try:
-                outputs = program.run(part, batch)
-            except FallowError:
-                raise
-            except Exception as error:  # the runtime's: find out which row it is about
-                outputs = self._run_alone(task, chunk, program, part, start, error)
+        for start, answer in self._answers(program, feeds, total):
+            if isinstance(answer, Exception):
+                part = {name: values[start : start + batch] for name, values in feeds.items()}
+                outputs = self._run_alone(task, chunk, program, part, start, answer)
             else:
+                outputs = answer
                 task.any_went_well = True
             for name, array in outputs.items():
                 whole = results.get(name)
@@ -373,6 +386,33 @@ class Chain:
                 shape = tuple(dim or 1 for dim in declared.shape)
                 results[name] = np.zeros((total, *shape), dtype=numpy_dtype(declared.dtype))
         chunk.tensors |= results
+
+    def _answers(self, program: OnnxProgram, feeds: Mapping[str, Array], total: int) -> Iterator[tuple[int, _Answer]]:
+        """(start, outputs or what the runtime raised) of every batch, in order, the lanes kept busy."""
+        batch = self.batch_rows
+
+        def run(start: int, *, wide: bool) -> _Answer:
+            try:
+                return program.run(
+                    {name: values[start : start + batch] for name, values in feeds.items()}, batch, wide=wide
+                )
+            except FallowError:
+                raise
+            except Exception as error:  # the runtime's: the caller finds out which row it is about
+                return error
+
+        def run_group(starts: range) -> list[tuple[int, _Answer]]:
+            return [(start, run(start, wide=False)) for start in starts]
+
+        turn = self._group * self._lanes
+        whole_turns = total // (batch * turn) * turn * batch if self._pool is not None else 0
+        if self._pool is not None and whole_turns:
+            step = self._group * batch
+            groups = [range(start, start + step, batch) for start in range(0, whole_turns, step)]
+            for answers in self._pool.map(run_group, groups):
+                yield from answers
+        for start in range(whole_turns, total, batch):
+            yield start, run(start, wide=True)
 
     def _run_alone(
         self,
@@ -447,7 +487,9 @@ class Chain:
             positions = np.flatnonzero(keep).astype(np.int64)
             kept = positions.tolist()
             columns = {
-                name: values[keep] if isinstance(values, np.ndarray) else [cast("list[str]", values)[row] for row in kept]
+                name: values[keep]
+                if isinstance(values, np.ndarray)
+                else [cast("list[str]", values)[row] for row in kept]
                 for name, values in columns.items()
             }
         block = self._output.encode(columns, nonce=nonce, positions=positions, row_count=count)
@@ -474,7 +516,9 @@ class Chain:
                 case BytesCodec():
                     if stage.column not in contents:
                         raise _missing(f"{where}.column", stage.column, "column of bytes", contents)
-                    _add(tensors, stage.output, TensorType(DType.INT32, (stage.head_tokens + stage.tail_tokens,)), where)
+                    _add(
+                        tensors, stage.output, TensorType(DType.INT32, (stage.head_tokens + stage.tail_tokens,)), where
+                    )
                 case ProgramStage():
                     program = self._programs[index]
                     program.check_inputs(tensors)

@@ -26,6 +26,7 @@ from fallow_worker.engine.protocol import (
     ChildKind,
     Ready,
     data_limit_class,
+    lanes_of,
 )
 
 if TYPE_CHECKING:
@@ -72,9 +73,7 @@ def _lock_first(arguments: ChildArguments) -> tuple[sandbox.Probes, int]:
     return probes, abi
 
 
-def _prepare(
-    arguments: ChildArguments, probes: sandbox.Probes, abi: int, started: float
-) -> tuple[Ready, Worker]:
+def _prepare(arguments: ChildArguments, probes: sandbox.Probes, abi: int, started: float) -> tuple[Ready, Worker]:
     from fallow_worker.engine import canary, onnx_program, work
 
     options = arguments.options
@@ -82,12 +81,12 @@ def _prepare(
         importlib.import_module("fallow_worker.engine.inspection").prepare()
     onnx_program.prepare_runtime()
     machine_class = onnx_program.machine_class(data_limit_bytes=data_limit_class(options.data_bytes_max))
-    before = canary.sing(threads=options.threads, allow_spinning=options.allow_spinning)
+    before = canary.sing(threads=options.threads, lanes=lanes_of(options), allow_spinning=options.allow_spinning)
     gc.collect()
     gc.freeze()
     if arguments.level_max is SandboxLevel.FULL and sandbox.can_filter_calls():
         sandbox.filter_calls()
-    if canary.sing(threads=options.threads, allow_spinning=options.allow_spinning) != before:
+    if canary.sing(threads=options.threads, lanes=lanes_of(options), allow_spinning=options.allow_spinning) != before:
         raise sandbox.LockDownError("the canary sings differently behind the filter")
     tried = probes.tried()
     limited = arguments.level_max is not SandboxLevel.NONE and sandbox.has_no_new_privileges()

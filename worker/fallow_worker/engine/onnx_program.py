@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from fallow.bundle import ProgramStage
 from fallow.errors import FallowError, Reason
 from fallow.schema import DType
-from fallow_worker.engine.protocol import clipped_reason
+from fallow_worker.engine.protocol import WIDE_PROGRAM_BYTES_MAX, clipped_reason
 from fallow_worker.engine.stages import CODEC_VERSION
 
 Array = NDArray[Any]
@@ -78,27 +78,19 @@ def session_options(*, threads: int, allow_spinning: bool) -> ort.SessionOptions
 
 
 class OnnxProgram:
-    """A session of a foreign model."""
+    """A foreign model in one session or two: narrow for many batches at once, wide for one at a time."""
 
-    def __init__(self, model: bytes, stage: ProgramStage, *, threads: int, allow_spinning: bool) -> None:
+    def __init__(self, model: bytes, stage: ProgramStage, *, threads: int, lanes: int, allow_spinning: bool) -> None:
         """Loads `model`. Raises PROGRAM_REFUSED when the runtime will not have it, BUNDLE_INVALID for wrong bindings."""
-        try:
-            self._session = ort.InferenceSession(
-                model,
-                sess_options=session_options(threads=threads, allow_spinning=allow_spinning),
-                providers=["CPUExecutionProvider"],
-            )
-        except Exception as error:  # whatever the runtime raises, it raises it about the model
-            raise FallowError(
-                Reason.PROGRAM_REFUSED,
-                f"the runtime cannot load {stage.file!r}: {clipped_reason(str(error))}",
-                field=stage.file,
-            ) from None
+        self._narrow = _session(model, stage.file, threads=max(1, threads // lanes), allow_spinning=allow_spinning)
+        self._wide = self._narrow
+        if lanes > 1 and len(model) <= WIDE_PROGRAM_BYTES_MAX:
+            self._wide = _session(model, stage.file, threads=threads, allow_spinning=allow_spinning)
         self.stage = stage
-        self._inputs = {value.name: _slot(value, stage.file) for value in self._session.get_inputs()}
+        self._inputs = {value.name: _slot(value, stage.file) for value in self._narrow.get_inputs()}
         # Outputs that nobody wants may be of any kind: converters of classifiers emit maps and strings beside scores.
         wanted = {binding.tensor for binding in stage.outputs}
-        declared = {value.name: value for value in self._session.get_outputs()}
+        declared = {value.name: value for value in self._narrow.get_outputs()}
         self._check_names(declared)
         self._outputs = {name: _slot(declared[name], stage.file, is_output=True) for name in wanted}
         self._feed_names = tuple((binding.tensor, binding.value) for binding in stage.inputs)
@@ -141,9 +133,13 @@ class OnnxProgram:
         """The declared type of each value that this program adds to the chain."""
         return {binding.value: self._outputs[binding.tensor].type for binding in self.stage.outputs}
 
-    def run(self, values: Mapping[str, Array], rows: int) -> dict[str, Array]:
-        """The program's outputs for one batch of exactly `rows` rows. Raises whatever the runtime raises."""
-        fetched: Sequence[Any] = self._session.run(
+    def run(self, values: Mapping[str, Array], rows: int, *, wide: bool = True) -> dict[str, Array]:
+        """The program's outputs for one batch of exactly `rows` rows. Raises whatever the runtime raises.
+
+        `wide` uses all threads for this batch; narrow runs may go on in several threads of the caller at once.
+        """
+        session = self._wide if wide else self._narrow
+        fetched: Sequence[Any] = session.run(
             self._fetch_names, {tensor: values[value] for tensor, value in self._feed_names}
         )
         outputs: dict[str, Array] = {}
@@ -175,6 +171,19 @@ class OnnxProgram:
         for binding in self.stage.outputs:
             if binding.tensor not in outputs:
                 raise _unknown("output", binding.tensor, self.stage.file, outputs)
+
+
+def _session(model: bytes, file: str, *, threads: int, allow_spinning: bool) -> ort.InferenceSession:
+    try:
+        return ort.InferenceSession(
+            model,
+            sess_options=session_options(threads=threads, allow_spinning=allow_spinning),
+            providers=["CPUExecutionProvider"],
+        )
+    except Exception as error:  # whatever the runtime raises, it raises it about the model
+        raise FallowError(
+            Reason.PROGRAM_REFUSED, f"the runtime cannot load {file!r}: {clipped_reason(str(error))}", field=file
+        ) from None
 
 
 def runtime_name() -> str:

@@ -91,6 +91,8 @@ DATA_BYTES_DEFAULT: Final = 4 * GIB
 THREADS_MAX: Final = 256
 WARM_UP_BATCHES: Final = 1
 """Batches of zeros that `Load` runs, so that the first task is not slower than the rest."""
+WIDE_PROGRAM_BYTES_MAX: Final = 64 * MIB
+"""Programs up to this size are loaded twice when there are several lanes: once for throughput, once for short waits."""
 FAILING_ROWS_GIVEN_UP_AFTER: Final = 16
 """When so many first rows of a task fail one by one and the program fails on zeros too, the task fails with cause
 `program` rather than trying every row."""
@@ -120,7 +122,11 @@ class SpawnOptions:
 
     kind: ChildKind = ChildKind.RUN
     threads: int = 1
-    """Threads inside one operator of the program (intra-op)."""
+    """Cores that the program may keep busy."""
+    lanes: int = 0
+    """Batches in flight at once, each on threads // lanes threads; 0: as many as threads. Lanes waste nothing on waiting
+    for one another. Blocks too short to fill them run on all threads one batch after the other, in a second session
+    that small programs (`WIDE_PROGRAM_BYTES_MAX`) get. Neither changes a bit of the output."""
     data_bytes_max: int = DATA_BYTES_DEFAULT
     """RLIMIT_DATA, rounded down to a power of two, at least `DATA_BYTES_MIN`."""
     allow_spinning: bool = False
@@ -300,6 +306,11 @@ def data_limit_class(data_bytes: int) -> int:
     return 1 << (max(data_bytes, DATA_BYTES_MIN).bit_length() - 1)
 
 
+def lanes_of(options: SpawnOptions) -> int:
+    """How many batches are in flight at once under `options`."""
+    return max(1, min(options.lanes or options.threads, options.threads, THREADS_MAX))
+
+
 def cause_of_exit(return_code: int, *, program_loaded: bool) -> Cause:
     """Whose fault it was that a child ended by itself (`Popen.returncode`; negative: a signal).
 
@@ -350,4 +361,5 @@ __all__ = [
     "cause_of_exit",
     "clipped_reason",
     "data_limit_class",
+    "lanes_of",
 ]

@@ -194,6 +194,8 @@ def _start(arguments: ChildArguments, log_fd: int) -> subprocess.Popen[bytes]:
 def child_environment() -> dict[str, str]:
     """The whole environment of a child: no secret, no HOME, nothing that depends on who runs it."""
     environment = {"LANG": "C.UTF-8", "LC_ALL": "C.UTF-8", "PATH": "", "TZ": "UTC"}
+    # Builds of the runtime since 1.31 report their use to their makers and keep an identifier of the machine.
+    environment |= {"ORT_DISABLE_TELEMETRY": "1"}
     # The linear algebra library under NumPy would start a thread for each core; the engine's own steps need none.
     environment |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     library_path = os.environ.get("LD_LIBRARY_PATH")

@@ -85,7 +85,9 @@ def labels_of(file: bytes, *, name: str) -> list[str]:
     try:
         text = file.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise FallowError(Reason.BUNDLE_INVALID, f"labels file {name!r} is no UTF-8 text: {error}", field=name) from None
+        raise FallowError(
+            Reason.BUNDLE_INVALID, f"labels file {name!r} is no UTF-8 text: {error}", field=name
+        ) from None
     lines = text.replace("\r\n", "\n").removesuffix("\n").split("\n")
     if lines == [""]:
         raise FallowError(Reason.BUNDLE_INVALID, f"labels file {name!r} is empty", field=name, limit="one label a line")

@@ -276,4 +276,3 @@ DENIED: Final[dict[str, tuple[int | None, int | None]]] = {
 }
 """Refused with EPERM, so that the caller reads "not permitted". Whatever stands in no table is answered ENOSYS, as by a
 kernel that lacks it: libraries then fall back."""
-

@@ -35,6 +35,7 @@ from fallow_worker.engine.protocol import (
     Progress,
     Run,
     ToChild,
+    lanes_of,
 )
 
 _FAULTS_OF_TASKS = frozenset({Reason.ROW_BLOCK_MALFORMED, Reason.SCHEMA_MISMATCH, Reason.FIELD_INVALID})
@@ -99,6 +100,7 @@ class Worker:
                 slot_dependent=message.slot_dependent,
                 neighbour_dependent=message.neighbour_dependent,
                 threads=options.threads,
+                lanes=lanes_of(options),
                 allow_spinning=options.allow_spinning,
             )
             chain.warm_up()
@@ -194,15 +196,15 @@ class Worker:
 
     def _bytes(self, place: Placement, limit: int) -> bytes:
         _check_place(place, limit)
-        data = bytearray(place.length_bytes)
-        view = memoryview(data)
+        pieces: list[bytes] = []
         got = 0
         while got < place.length_bytes:
-            count = os.preadv(self._arguments.input_fd, [view[got:]], place.offset_bytes + got)
-            if count == 0:
+            piece = os.pread(self._arguments.input_fd, place.length_bytes - got, place.offset_bytes + got)
+            if not piece:
                 raise frames.FrameError(f"the input memory ends before {place.offset_bytes + place.length_bytes}")
-            got += count
-        return bytes(data)
+            pieces.append(piece)
+            got += len(piece)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def _slots(self, place: Placement | None) -> Sequence[int] | None:
         if place is None:
