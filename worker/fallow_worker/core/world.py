@@ -198,7 +198,7 @@ class Terms:
     slots: int
     """Leases that run at once."""
     task_kinds: frozenset[TaskKind]
-    precisions: frozenset[Precision] = frozenset({Precision.FP32})
+    precisions: frozenset[Precision] = frozenset(Precision)
     refusal: str = ""
     """Why this worker takes no foreign programs at all; empty when it does."""
     idle_release_ms: int = 300_000

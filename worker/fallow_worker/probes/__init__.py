@@ -1,8 +1,8 @@
 """What this machine has: one module for each kind of device, each a function without heavy imports.
 
-A probe reports what the operating system shows (*present*) and, when something is in the way of using it, the obstacle in
-words. Whether a runtime really works on a device (*usable*) is for the executor to find out, in a child; how fast it is
-(*measured*) for a challenge.
+A probe reports what the operating system shows (*present*) and, when something is in the way of using it, the obstacle
+in words. Whether a runtime really works on a device (*usable*) is for the executor to find out, in a child; how fast it
+is (*measured*) for a challenge.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from fallow.session import Device
 
 Probe = Callable[[], Sequence[Device]]
-"""Finds the devices of one kind. Must not raise, stall or import a runtime; a broken driver is an obstacle, not an error."""
+"""Finds devices of one kind. Must not raise, stall or import a runtime: a broken driver is an obstacle, no error."""
 
 
 def present_devices() -> tuple[Device, ...]:
