@@ -1,0 +1,47 @@
+"""Named settings and limits of the coordinator's processes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MIB = 1024 * 1024
+
+EXIT_STORAGE_FAILED = 74
+"""The journal could not be written (EX_IOERR): look at the last line of the log."""
+EXIT_WRITER_FENCED = 75
+"""Another coordinator has taken over the journal (EX_TEMPFAIL)."""
+EXIT_BROKEN = 70
+"""A mistake of ours left the state in doubt (EX_SOFTWARE): what is on disk is whole, start again."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """How the single writer works."""
+
+    queue_max: int = 10_000
+    """Commands that may wait; one more is refused as OVERLOADED."""
+    batch_max: int = 512
+    """Commands decided in one transaction."""
+    collect_ms_max: float = 5.0
+    """Longest time for which a busy writer lets commands gather into a batch."""
+    tick_ms: int = 250
+    archive_ms: int = 10_000
+    """How often finished jobs that are in the views leave the memory."""
+    packs_at_once: int = 8
+    """Pack calls to the blob service under way at a time."""
+    payload_cache_bytes_max: int = 16 * MIB
+    """Inline payloads kept in memory after they were written."""
+    replay_chunk_records: int = 2_000
+    """Records read at a time when the writer starts."""
+
+
+@dataclass(frozen=True, slots=True)
+class FollowerSettings:
+    """How the follower tails the journal."""
+
+    chunk_records: int = 2_000
+    """Records put into the views in one transaction."""
+    idle_poll_ms: int = 100
+    """Longest wait between two looks at an idle journal: the lag of the views stays below 200 ms."""
+    busy_poll_ms: int = 10
+    """Wait after a look that found something."""
