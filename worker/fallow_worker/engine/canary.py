@@ -1,7 +1,7 @@
 """A small trusted bundle that walks the very path which a foreign one will take: codec, session, run, heads, row block.
 
-Run before the filter it makes the runtime import and open whatever it opens lazily; run again behind the filter it shows
-that everything still works and gives the same bits.
+Run before the filter it makes the runtime import and open whatever it opens lazily; run again behind the filter it
+shows that everything still works and gives the same bits.
 """
 
 from __future__ import annotations

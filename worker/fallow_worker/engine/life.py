@@ -60,7 +60,7 @@ def live(arguments_json: str, *, started: float) -> NoReturn:
 
 
 def _lock_first(arguments: ChildArguments) -> tuple[sandbox.Probes, int]:
-    """What must come before imports: limits, no new privileges, Landlock, and the thread that stands for all later ones."""
+    """What must come before imports: limits, no new privileges, Landlock; and a thread that stands for later ones."""
     os.nice(arguments.options.niceness)
     if arguments.level_max is not SandboxLevel.NONE:
         sandbox.limit_resources(data_bytes=arguments.options.data_bytes_max, file_bytes=arguments.output_bytes)

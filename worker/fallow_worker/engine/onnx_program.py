@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
-import onnxruntime as ort
+import onnxruntime
 from numpy.typing import NDArray
 
 from fallow.bundle import ProgramStage
@@ -21,6 +21,9 @@ from fallow_worker.engine.protocol import WIDE_PROGRAM_BYTES_MAX, clipped_reason
 from fallow_worker.engine.stages import CODEC_VERSION
 
 Array = NDArray[Any]
+
+ort: Any = onnxruntime
+"""The package has no complete types."""
 
 _DTYPES: dict[str, DType] = {
     "tensor(float)": DType.FLOAT32,
@@ -37,8 +40,35 @@ _DTYPES: dict[str, DType] = {
     "tensor(bool)": DType.BOOL,
 }
 _NUMERIC_CPU_FLAGS = frozenset(
-    "sse4_1 sse4_2 avx avx2 fma f16c avx512f avx512bw avx512dq avx512vl avx512_vnni avx512_bf16 avx512_fp16 avx_vnni "
-    "avx_vnni_int8 amx_tile amx_int8 amx_bf16 asimd asimdhp asimddp fphp i8mm bf16 sve sve2 sme".split()
+    [
+        "sse4_1",
+        "sse4_2",
+        "avx",
+        "avx2",
+        "fma",
+        "f16c",
+        "avx512f",
+        "avx512bw",
+        "avx512dq",
+        "avx512vl",
+        "avx512_vnni",
+        "avx512_bf16",
+        "avx512_fp16",
+        "avx_vnni",
+        "avx_vnni_int8",
+        "amx_tile",
+        "amx_int8",
+        "amx_bf16",
+        "asimd",
+        "asimdhp",
+        "asimddp",
+        "fphp",
+        "i8mm",
+        "bf16",
+        "sve",
+        "sve2",
+        "sme",
+    ]
 )
 """Instruction sets by which the runtime and NumPy choose among kernels."""
 
@@ -63,7 +93,7 @@ class _Slot:
     """The fixed size of its row axis; None when it is free."""
 
 
-def session_options(*, threads: int, allow_spinning: bool) -> ort.SessionOptions:
+def session_options(*, threads: int, allow_spinning: bool) -> Any:
     """How every session runs: one operator at a time, deterministic kernels, all graph optimisations."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
@@ -81,7 +111,8 @@ class OnnxProgram:
     """A foreign model in one session or two: narrow for many batches at once, wide for one at a time."""
 
     def __init__(self, model: bytes, stage: ProgramStage, *, threads: int, lanes: int, allow_spinning: bool) -> None:
-        """Loads `model`. Raises PROGRAM_REFUSED when the runtime will not have it, BUNDLE_INVALID for wrong bindings."""
+        """Loads `model`. Raises PROGRAM_REFUSED when the runtime will not have it, BUNDLE_INVALID for wrong
+        bindings."""
         self._narrow = _session(model, stage.file, threads=max(1, threads // lanes), allow_spinning=allow_spinning)
         self._wide = self._narrow
         if lanes > 1 and len(model) <= WIDE_PROGRAM_BYTES_MAX:
@@ -138,22 +169,26 @@ class OnnxProgram:
 
         `wide` uses all threads for this batch; narrow runs may go on in several threads of the caller at once.
         """
-        session = self._wide if wide else self._narrow
-        fetched: Sequence[Any] = session.run(
+        session: Any = self._wide if wide else self._narrow
+        fetched: list[Any] = session.run(
             self._fetch_names, {tensor: values[value] for tensor, value in self._feed_names}
         )
         outputs: dict[str, Array] = {}
         for value, array in zip(self._fetch_values, fetched, strict=True):
-            if not isinstance(array, np.ndarray) or array.ndim < 1 or array.shape[0] != rows:
-                shape = getattr(array, "shape", None)
+            shape = tuple(getattr(array, "shape", ()))
+            if not isinstance(array, np.ndarray) or shape[:1] != (rows,):
                 raise FallowError(
                     Reason.BUNDLE_INVALID,
-                    f"output bound to {value!r} has no row axis: shape {shape} for {rows} rows",
+                    f"output bound to {value!r} has no row axis: shape {list(shape)} for {rows} rows",
                     field=f"outputs[{value}]",
                     limit=f"first dimension {rows}",
                 )
-            outputs[value] = array
+            outputs[value] = cast("Array", array)
         return outputs
+
+    def only_narrow(self) -> None:
+        """Runs every batch on the threads of a lane from now on."""
+        self._wide = self._narrow
 
     def _check_names(self, outputs: Mapping[str, object]) -> None:
         bound = [binding.tensor for binding in self.stage.inputs]
@@ -173,7 +208,7 @@ class OnnxProgram:
                 raise _unknown("output", binding.tensor, self.stage.file, outputs)
 
 
-def _session(model: bytes, file: str, *, threads: int, allow_spinning: bool) -> ort.InferenceSession:
+def _session(model: bytes, file: str, *, threads: int, allow_spinning: bool) -> Any:
     try:
         return ort.InferenceSession(
             model,

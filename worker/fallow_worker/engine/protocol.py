@@ -124,9 +124,9 @@ class SpawnOptions:
     threads: int = 1
     """Cores that the program may keep busy."""
     lanes: int = 0
-    """Batches in flight at once, each on threads // lanes threads; 0: as many as threads. Lanes waste nothing on waiting
-    for one another. Blocks too short to fill them run on all threads one batch after the other, in a second session
-    that small programs (`WIDE_PROGRAM_BYTES_MAX`) get. Neither changes a bit of the output."""
+    """Batches in flight at once, each on threads // lanes threads; 0: as many as threads. Lanes waste nothing on
+    waiting for one another. Blocks too short to fill them run on all threads one batch after the other, in a second
+    session that small programs (`WIDE_PROGRAM_BYTES_MAX`) get. Neither changes a bit of the output."""
     data_bytes_max: int = DATA_BYTES_DEFAULT
     """RLIMIT_DATA, rounded down to a power of two, at least `DATA_BYTES_MIN`."""
     allow_spinning: bool = False

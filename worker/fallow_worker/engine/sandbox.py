@@ -287,7 +287,7 @@ class Probes:
             "open-runtime": lambda: os.close(os.open(os.__file__, os.O_RDONLY)),
             "write": self._try_write,
             "socket": lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM).close(),
-            "local-socket": lambda: [end.close() for end in socket.socketpair()],
+            "local-socket": _try_local_socket,
             "fork": _try_fork,
             "exec": _try_exec,
             "signal": lambda: os.kill(self._parent, 0),
@@ -337,6 +337,11 @@ def _try_fork() -> None:
         os._exit(0)
     with contextlib.suppress(OSError):
         os.waitpid(child, 0)
+
+
+def _try_local_socket() -> None:
+    for end in socket.socketpair():
+        end.close()
 
 
 def _try_exec() -> None:

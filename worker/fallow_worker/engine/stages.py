@@ -1,4 +1,4 @@
-"""The stages that are ours: codecs before a program, heads after it. Pure NumPy, row by row the same bits in any batch."""
+"""The stages that are ours: codecs before a program, heads after it. A row gets the same bits in any batch."""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ import struct
 import sys
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from fallow.errors import FallowError, Reason
 from fallow.limits import BLOCK_BYTES_MAX, BLOCK_ROWS_MAX
@@ -167,7 +168,7 @@ class Worker:
         if self._arguments.options.kind is not ChildKind.INSPECT:
             raise frames.FrameError("Inspect goes to a child that was spawned for it")
         clock = UsageClock()
-        inspection = importlib.import_module("fallow_worker.engine.inspection")
+        inspection: Any = importlib.import_module("fallow_worker.engine.inspection")
         sample: RowBlock | None = None
         try:
             if message.sample is not None:
@@ -178,7 +179,7 @@ class Worker:
                 sample=sample,
                 options=self._arguments.options,
                 machine_class=self._machine_class,
-                progress=lambda done: self.send(Progress("", done)),
+                progress=self._inspected_so_far,
             )
         except FallowError as error:
             self.send(_failed("", error))
@@ -187,6 +188,9 @@ class Worker:
             self.send(_out_of_memory(""))
             return
         self.send(Inspected(report, clock.usage()))
+
+    def _inspected_so_far(self, steps: int) -> None:
+        self.send(Progress("", steps))
 
     # ----------------------------------------------------------------------------------------------------- memory
 
