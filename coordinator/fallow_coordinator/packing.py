@@ -1,67 +1,78 @@
-"""Which rows of which blocks make up a task's input, and the packing of inline ones on the spot."""
+"""The Packer port over the blob service."""
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Callable
-from dataclasses import dataclass
+import asyncio
+import random
+from collections.abc import Callable, Sequence
+from typing import Final
 
-from fallow.ids import Digest, TaskId
-from fallow.limits import INLINE_PAYLOAD_BYTES_MAX
-from fallow.row_block import RowBlock, pack_selection
-from fallow.session import BlobReference
-from fallow_coordinator.core.state import State, TaskPhase
+import grpc
 
+from fallow.errors import FallowError, Reason
+from fallow.ids import Digest
+from fallow.v1 import blob_pb2, blob_service_pb2
+from fallow.wire.chunks import CHUNK_MESSAGE_BYTES_MAX, PACK_METHOD
+from fallow.wire.errors import error_from_rpc
 
-@dataclass(frozen=True, slots=True)
-class PackPlan:
-    """What to pack for a task."""
+PACKS_AT_ONCE_MAX: Final = 16
+ATTEMPTS_MAX: Final = 8
+BACKOFF_MS_MIN: Final = 50
+BACKOFF_MS_MAX: Final = 5_000
+PACK_TIMEOUT_S: Final = 120.0
 
-    task_id: TaskId
-    pack_number: int
-    sources: tuple[BlobReference, ...]
-    """The dataset blocks that hold the task's rows, each once."""
-    spans: tuple[tuple[int, int, int], ...]
-    """(source, first row, rows), in packing order."""
-    inline: bool
-    """True when every source is an inline payload."""
+_TRANSIENT_REASONS: Final = frozenset({Reason.OVERLOADED, Reason.COORDINATOR_UNREACHABLE, Reason.COORDINATOR_STOPPING})
 
 
-def plan_of(state: State, task_id: TaskId, pack_number: int) -> PackPlan | None:
-    """The plan of a task's packing; None when the task is gone or has moved on."""
-    task = state.tasks.get(task_id)
-    if task is None or task.phase is not TaskPhase.PACKING or task.pack_number != pack_number or task.job_id is None:
-        return None
-    job = state.jobs[task.job_id]
-    places: dict[int, int] = {}
-    spans: list[tuple[int, int, int]] = []
-    for start, end in task.spans:
-        position = start
-        while position < end:
-            block = bisect_right(job.row_starts, position) - 1
-            until = min(end, job.row_starts[block + 1])
-            source = places.setdefault(block, len(places))
-            spans.append((source, position - job.row_starts[block], until - position))
-            position = until
-    return PackPlan(
-        task_id=task_id,
-        pack_number=pack_number,
-        sources=tuple(job.blocks[block].blob for block in places),
-        spans=tuple(spans),
-        inline=all(job.blocks[block].inline for block in places),
-    )
+class BlobServicePacker:
+    """Has blocks packed by the blob service, so that rows never pass through the coordinator's process."""
 
+    def __init__(self, channel: grpc.aio.Channel, *, chance: Callable[[], float] = random.random) -> None:
+        """`channel` is mTLS with the coordinator's own key; it stays the caller's."""
+        self._call = channel.unary_unary(
+            PACK_METHOD,
+            request_serializer=blob_service_pb2.PackRequest.SerializeToString,
+            response_deserializer=blob_service_pb2.PackResponse.FromString,
+        )
+        self._chance = chance
+        self._at_once = asyncio.Semaphore(PACKS_AT_ONCE_MAX)
 
-def pack_inline(plan: PackPlan, payload: Callable[[Digest], bytes | None], nonce: bytes) -> bytes | None:
-    """The packed block of an inline plan; None when the result is too large to be inline.
+    async def pack(
+        self, *, sources: Sequence[tuple[Digest, int]], spans: Sequence[tuple[int, int, int]], nonce: bytes
+    ) -> tuple[Digest, int]:
+        """The packed block as (digest, length_bytes).
 
-    Raises what `pack_selection` raises, and KeyError when a source's payload is gone.
-    """
-    sources: list[RowBlock] = []
-    for reference in plan.sources:
-        data = payload(reference.digest)
-        if data is None:
-            raise KeyError(reference.digest.hex())
-        sources.append(RowBlock.parse(data))
-    block = pack_selection(sources, [(source, first, first + rows) for source, first, rows in plan.spans], nonce)
-    return block if len(block) <= INLINE_PAYLOAD_BYTES_MAX else None
+        Raises BLOB_UNKNOWN, FIELD_INVALID, ROW_BLOCK_MALFORMED, SCHEMA_MISMATCH, BLOCK_TOO_LARGE, STORAGE_FULL,
+        LIMIT_EXCEEDED when the request itself is too long, or COORDINATOR_UNREACHABLE when the service stays away.
+        """
+        request = blob_service_pb2.PackRequest(
+            sources=[blob_pb2.BlobReference(digest=digest, length_bytes=length) for digest, length in sources],
+            spans=[
+                blob_service_pb2.PackSpan(source=source, first_row=first_row, rows=rows)
+                for source, first_row, rows in spans
+            ],
+            nonce=nonce,
+        )
+        if request.ByteSize() > CHUNK_MESSAGE_BYTES_MAX:
+            raise FallowError(
+                Reason.LIMIT_EXCEEDED,
+                f"{len(sources)} sources and {len(spans)} spans for one block",
+                field="spans",
+                limit=f"{CHUNK_MESSAGE_BYTES_MAX} bytes of request",
+                hint="pack fewer or longer runs of rows",
+            )
+        async with self._at_once:
+            response = await self._answered(request)
+        return Digest(response.blob.digest), response.blob.length_bytes
+
+    async def _answered(self, request: blob_service_pb2.PackRequest) -> blob_service_pb2.PackResponse:
+        for attempt in range(1, ATTEMPTS_MAX + 1):
+            try:
+                return await self._call(request, timeout=PACK_TIMEOUT_S)
+            except grpc.aio.AioRpcError as failure:
+                error = error_from_rpc(failure)
+                if error.reason not in _TRANSIENT_REASONS or attempt == ATTEMPTS_MAX:
+                    raise error from None
+            pause_ms = min(BACKOFF_MS_MAX, BACKOFF_MS_MIN << attempt)
+            await asyncio.sleep(pause_ms / 1000 * (0.5 + self._chance() / 2))
+        raise AssertionError("the last attempt raises")

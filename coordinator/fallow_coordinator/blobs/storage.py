@@ -1,0 +1,227 @@
+"""Where finished blobs lie, by digest. Everything that is here is whole; what is being uploaded lies elsewhere."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import secrets
+import shutil
+from pathlib import Path
+from typing import Final, Protocol
+
+import obstore
+from obstore.exceptions import BaseError
+from obstore.store import LocalStore, MemoryStore
+
+from fallow.errors import FallowError, Reason
+from fallow.ids import Digest
+
+Buffer = bytes | bytearray | memoryview
+
+_NOTE_BYTES_MAX: Final = 4096
+
+
+class BlobStorage(Protocol):
+    """Blobs by digest. Whoever puts has checked the digest. One contract suite for all implementations.
+
+    Notes are small companions of a blob (at most 4 KiB) that may be lost with the power but never lie.
+    Every call raises FallowError(STORAGE_FULL) when the storage is full.
+    """
+
+    async def put_file(self, digest: Digest, path: Path) -> None:
+        """Takes over a finished file of this machine; on return the blob is durable and the file gone."""
+        ...
+
+    async def put_bytes(self, digest: Digest, data: Buffer) -> None:
+        """Stores bytes; on return the blob is durable."""
+        ...
+
+    async def read(self, digest: Digest, *, offset: int, length: int) -> memoryview:
+        """Exactly `length` bytes from `offset`, which the caller knows to exist. Raises BLOB_UNKNOWN."""
+        ...
+
+    async def size(self, digest: Digest) -> int | None:
+        """Length in bytes, None when the blob is not here."""
+        ...
+
+    async def delete(self, digest: Digest) -> bool:
+        """Removes a blob and its notes; whether it was here."""
+        ...
+
+    async def put_note(self, digest: Digest, name: str, data: bytes) -> None:
+        """Keeps a note beside the place of a blob, which may come later. `name` is letters, digits and dashes."""
+        ...
+
+    async def note(self, digest: Digest, name: str) -> bytes | None:
+        """A note, None when there is none."""
+        ...
+
+    def free_bytes(self) -> int | None:
+        """Room left, None when unlimited."""
+        ...
+
+
+class _ObjectStorage:
+    """What every implementation over an object store shares."""
+
+    def __init__(self, store: LocalStore | MemoryStore) -> None:
+        self._store = store
+
+    async def read(self, digest: Digest, *, offset: int, length: int) -> memoryview:
+        try:
+            data = await obstore.get_range_async(self._store, blob_key(digest), start=offset, length=length)
+        except FileNotFoundError:
+            raise unknown(digest) from None
+        view = memoryview(data)
+        assert view.nbytes == length, "the range lies in the blob"
+        return view
+
+    async def size(self, digest: Digest) -> int | None:
+        try:
+            return (await obstore.head_async(self._store, blob_key(digest)))["size"]
+        except FileNotFoundError:
+            return None
+
+    async def delete(self, digest: Digest) -> bool:
+        if await self.size(digest) is None:
+            return False
+        with contextlib.suppress(FileNotFoundError):
+            await obstore.delete_async(self._store, blob_key(digest))
+        notes = await obstore.list_with_delimiter_async(  # pyright: ignore[reportUnknownMemberType]
+            self._store, f"{_notes_key(digest)}/"
+        )
+        for entry in notes["objects"]:
+            with contextlib.suppress(FileNotFoundError):
+                await obstore.delete_async(self._store, entry["path"])
+        return True
+
+    async def put_note(self, digest: Digest, name: str, data: bytes) -> None:
+        assert len(data) <= _NOTE_BYTES_MAX, "a note is small"
+        assert name.replace("-", "").isalnum(), "a note's name needs no escaping"
+        with translated():
+            await obstore.put_async(self._store, f"{_notes_key(digest)}/{name}", data)
+
+    async def note(self, digest: Digest, name: str) -> bytes | None:
+        try:
+            result = await obstore.get_async(self._store, f"{_notes_key(digest)}/{name}")
+            return (await result.bytes_async()).to_bytes()
+        except FileNotFoundError:
+            return None
+
+
+class FolderStorage(_ObjectStorage):
+    """Blobs in a local folder: `blobs/ab/cdef…`, notes in `notes/`, unfinished files in `uploads/`.
+
+    A blob comes into being by renaming a finished, synced file of the same file system, so none is ever seen in part.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Uses `folder`, made when missing."""
+        self.folder = folder
+        self.uploads = folder / "uploads"
+        """Files that `put_file` can take over by renaming; what lies here is nobody's blob."""
+        for path in (folder / "blobs", folder / "notes", self.uploads):
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        super().__init__(LocalStore(folder.resolve()))
+
+    async def put_file(self, digest: Digest, path: Path) -> None:
+        assert path.parent == self.uploads, "only files of the same file system are taken over"
+        key = blob_key(digest)
+        shelf = (self.folder / key).parent
+        await asyncio.to_thread(self._prepare, path, shelf)
+        with translated():
+            await obstore.rename_async(self._store, f"uploads/{path.name}", key)
+        await asyncio.to_thread(_sync_folder, shelf)
+
+    async def put_bytes(self, digest: Digest, data: Buffer) -> None:
+        path = self.uploads / f"{secrets.token_hex(16)}.new"
+        try:
+            with translated():
+                await asyncio.to_thread(path.write_bytes, data)
+            await self.put_file(digest, path)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+
+    def free_bytes(self) -> int | None:
+        return shutil.disk_usage(self.folder).free
+
+    def _prepare(self, path: Path, shelf: Path) -> None:
+        with translated():
+            _sync_file(path)
+            if not shelf.is_dir():
+                shelf.mkdir(mode=0o700, exist_ok=True)
+                _sync_folder(shelf.parent)
+
+
+class MemoryStorage(_ObjectStorage):
+    """Blobs in this process's memory, for tests and trials; nothing outlives the process."""
+
+    def __init__(self, *, free_bytes: int | None = None) -> None:
+        """`free_bytes` is what it says is left, forever."""
+        super().__init__(MemoryStore())
+        self._free_bytes = free_bytes
+
+    async def put_file(self, digest: Digest, path: Path) -> None:
+        await self.put_bytes(digest, await asyncio.to_thread(path.read_bytes))
+        path.unlink()
+
+    async def put_bytes(self, digest: Digest, data: Buffer) -> None:
+        with translated():
+            await obstore.put_async(self._store, blob_key(digest), bytes(data))
+
+    def free_bytes(self) -> int | None:
+        return self._free_bytes
+
+
+def blob_key(digest: Digest) -> str:
+    """Where a blob lies: 256 shelves, so that no folder grows without bound."""
+    text = digest.hex()
+    return f"blobs/{text[:2]}/{text[2:]}"
+
+
+def _notes_key(digest: Digest) -> str:
+    text = digest.hex()
+    return f"notes/{text[:2]}/{text[2:]}"
+
+
+def unknown(digest: Digest) -> FallowError:
+    """BLOB_UNKNOWN for that digest."""
+    return FallowError(Reason.BLOB_UNKNOWN, f"blob {digest.hex()} is not here", field="blob.digest")
+
+
+def storage_full(detail: str) -> FallowError:
+    """STORAGE_FULL, with what to do about it."""
+    return FallowError(
+        Reason.STORAGE_FULL,
+        f"the blob service's storage is full: {detail}",
+        hint="the operator must free or add disk space; uploads go on from where they stand",
+    )
+
+
+class translated(contextlib.AbstractContextManager[None]):  # noqa: N801 — reads as a verb where it stands
+    """Turns a full disk into STORAGE_FULL; everything else passes."""
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            raise storage_full(error.strerror or "no space left") from None
+        if isinstance(error, BaseError) and ("os error 28" in str(error) or "os error 122" in str(error)):
+            raise storage_full("no space left on device") from None
+
+
+def _sync_file(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
