@@ -310,7 +310,7 @@ def test_fetches_are_tried_again_with_growing_pauses_and_then_given_back(worker:
         assert any(isinstance(action, Fetch) for action in worker.later(limits.TRANSFER_RETRY_CAP_MS))
     actions = worker.after(FetchFailed(granted.lease_id, FetchTrouble.TRY_AGAIN, "network", 0.5))
     returned = LeaseReturned(granted.lease_id, 1, Cause.PLATFORM, "network")
-    assert actions == [Say(returned), Forget(granted.lease_id)]
+    assert actions == [Say(CapabilityChanged(None, 0)), Say(returned), Forget(granted.lease_id)]
     assert not worker.world.leases
 
 

@@ -5,20 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import hashlib
 import logging
 import os
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
+from collections.abc import Generator
 from pathlib import Path
-from typing import IO, Final, Protocol
+from typing import Final, Protocol
 
 from fallow.bundle import BundleFile
 from fallow.errors import FallowError, Reason
 from fallow.ids import Digest, LeaseId, digest_of
 from fallow.limits import GIB, MIB
-from fallow.session import BundleOffer, SignedBytes
+from fallow.session import BlobReference, BundleOffer, SignedBytes
 from fallow.wire.bundle import decode_manifest
 from fallow_worker.ports import LoadedBundle
 
@@ -27,44 +25,38 @@ _log = logging.getLogger(__name__)
 CACHE_BYTES_MAX_DEFAULT: Final = 20 * GIB
 DISK_BYTES_SPARE: Final = 256 * MIB
 """Left free on the disk: a volunteer's machine must not fill up."""
-_PARTIAL: Final = "partial"
-
-Buffer = bytes | bytearray | memoryview
 
 
 class BlobReader(Protocol):
     """Reads blobs under grants."""
 
-    def get(self, grant: SignedBytes, *, offset_bytes: int = 0) -> AsyncIterator[Buffer]:
-        """The bytes of the granted blob from an offset on. Raises FallowError: GRANT_EXPIRED, BLOB_UNKNOWN, …"""
+    async def get_to_file(self, grant: SignedBytes, reference: BlobReference, path: Path) -> None:
+        """Brings a blob into a file that appears whole, its digest checked, or not at all.
+
+        Raises FallowError (GRANT_EXPIRED, BLOB_UNKNOWN, DIGEST_MISMATCH, COORDINATOR_UNREACHABLE, …) and OSError.
+        """
         ...
-
-
-@dataclass(slots=True)
-class _Kept:
-    length_bytes: int
 
 
 class BundleCache:
     """Content-addressed files below one folder. Used from one event loop."""
 
     def __init__(self, folder: Path, *, bytes_max: int = CACHE_BYTES_MAX_DEFAULT) -> None:
-        """Keeps up to `bytes_max` in `folder`, which is made when missing; what an earlier worker left is taken over."""
+        """Keeps up to `bytes_max` in `folder`, made when missing; what an earlier worker left is taken over."""
         self._folder = folder
         self._bytes_max = bytes_max
-        self._kept: dict[Digest, _Kept] = {}
-        """Every complete file, the longest unused first."""
+        self._kept: dict[Digest, int] = {}
+        """Length of every complete file in bytes, the longest unused first."""
         self._holders: dict[LeaseId, tuple[Digest, ...]] = {}
         self._held: Counter[Digest] = Counter()
         self._fetching: dict[Digest, asyncio.Lock] = {}
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        (folder / _PARTIAL).mkdir(mode=0o700, exist_ok=True)
         self._take_over()
 
     @property
     def bytes_kept(self) -> int:
         """Bytes of complete files."""
-        return sum(kept.length_bytes for kept in self._kept.values())
+        return sum(self._kept.values())
 
     async def bundle(self, offer: BundleOffer, blobs: BlobReader, holder: LeaseId) -> LoadedBundle:
         """The offered bundle, every file of it here and checked, and kept until `release(holder)`.
@@ -133,26 +125,11 @@ class BundleCache:
 
     async def _fetch(self, file: BundleFile, grant: SignedBytes, blobs: BlobReader) -> None:
         self._make_room(file.length_bytes)
-        partial = self._folder / _PARTIAL / file.digest.hex()
-        with _disk_errors(partial):
-            digest, offset_bytes = await asyncio.to_thread(_resumed, partial, file.length_bytes)
-            with partial.open("ab") as target:
-                async for chunk in blobs.get(grant, offset_bytes=offset_bytes):
-                    offset_bytes += len(chunk)
-                    if offset_bytes > file.length_bytes:
-                        break
-                    await asyncio.to_thread(_append, target, digest, chunk)
-                target.flush()
-                await asyncio.to_thread(os.fsync, target.fileno())
-            if digest.digest() != file.digest or offset_bytes != file.length_bytes:
-                partial.unlink(missing_ok=True)
-                raise FallowError(
-                    Reason.DIGEST_MISMATCH, f"file {file.name!r} of the bundle did not arrive as its digest says"
-                )
-            path = self._path(file.digest)
+        path = self._path(file.digest)
+        with _disk_errors(path):
             path.parent.mkdir(mode=0o700, exist_ok=True)
-            partial.replace(path)
-        self._kept[file.digest] = _Kept(file.length_bytes)
+            await blobs.get_to_file(grant, BlobReference(file.digest, file.length_bytes), path)
+        self._kept[file.digest] = file.length_bytes
         _log.info("cache.fetched file=%s bytes=%d", file.digest.hex()[:16], file.length_bytes)
 
     # ------------------------------------------------------------------------------------------- keeping
@@ -164,7 +141,7 @@ class BundleCache:
                 status = path.stat()
                 found.append((status.st_mtime, Digest(bytes.fromhex(path.name)), status.st_size))
         for _, digest, length_bytes in sorted(found):
-            self._kept[digest] = _Kept(length_bytes)
+            self._kept[digest] = length_bytes
 
     def _hold(self, holder: LeaseId, digests: tuple[Digest, ...]) -> None:
         self.release(holder)
@@ -194,9 +171,9 @@ class BundleCache:
             raise self._full(length_bytes)
 
     def _drop(self, digest: Digest) -> None:
-        kept = self._kept.pop(digest)
+        length_bytes = self._kept.pop(digest)
         self._path(digest).unlink(missing_ok=True)
-        _log.info("cache.dropped file=%s bytes=%d", digest.hex()[:16], kept.length_bytes)
+        _log.info("cache.dropped file=%s bytes=%d", digest.hex()[:16], length_bytes)
 
     def _disk_bytes_free(self) -> int:
         status = os.statvfs(self._folder)
@@ -215,27 +192,8 @@ class BundleCache:
         return self._folder / name[:2] / name
 
 
-def _resumed(partial: Path, length_bytes: int) -> tuple[hashlib._Hash, int]:
-    """The running digest and length of what an earlier, broken fetch left."""
-    digest = hashlib.sha256()
-    offset_bytes = 0
-    with contextlib.suppress(FileNotFoundError), partial.open("rb") as source:
-        while chunk := source.read(MIB):
-            digest.update(chunk)
-            offset_bytes += len(chunk)
-    if offset_bytes >= length_bytes:
-        partial.unlink(missing_ok=True)
-        return hashlib.sha256(), 0
-    return digest, offset_bytes
-
-
-def _append(target: IO[bytes], digest: hashlib._Hash, chunk: Buffer) -> None:
-    digest.update(chunk)
-    target.write(chunk)
-
-
 @contextlib.contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
+def _disk_errors(path: Path) -> Generator[None]:
     """A full disk in words for people."""
     try:
         yield

@@ -94,7 +94,7 @@ class Greeting:
 
 
 class ResumeToken:
-    """The token of the last Welcome, on disk for the owner alone: with it, a restarted worker replaces its old session."""
+    """The token of the last Welcome, on disk for the owner alone: a restarted worker replaces its old session by it."""
 
     def __init__(self, path: Path) -> None:
         """Kept in the file at `path`, mode 0600."""

@@ -8,8 +8,9 @@ from fallow.limits import LEASES_PER_WORKER_MAX, MIB
 
 FETCHES_AT_ONCE_MAX: Final = 4
 UPLOADS_AT_ONCE_MAX: Final = 4
-FETCH_ATTEMPTS_MAX: Final = 6
-UPLOAD_ATTEMPTS_MAX: Final = 8
+FETCH_ATTEMPTS_MAX: Final = 4
+UPLOAD_ATTEMPTS_MAX: Final = 6
+"""On top of what the blob client tries by itself."""
 TRANSFER_RETRY_BASE_MS: Final = 500
 TRANSFER_RETRY_CAP_MS: Final = 30_000
 INPUT_BYTES_AHEAD_MAX: Final = 256 * MIB

@@ -265,7 +265,9 @@ def _fetch_failed(world: World, happening: FetchFailed, now_ms: int) -> World:
         return world
     attempts = held.phase.attempts + 1
     if happening.trouble is FetchTrouble.GIVE_UP or attempts >= limits.FETCH_ATTEMPTS_MAX:
-        return _given_back(world, held, Cause.PLATFORM, happening.reason)
+        # Without a pause the same lease could come back at once, for ever.
+        world = _given_back(world, held, Cause.PLATFORM, happening.reason)
+        return _troubled(world, happening, now_ms)
     if happening.trouble is FetchTrouble.GRANT_EXPIRED:
         return _with_phase(world, held, AwaitingGrants(attempts))
     delay_ms = _transfer_delay_ms(attempts, happening.jitter)
@@ -301,7 +303,7 @@ def _run_measured(world: World, run_ms: int) -> World:
     return replace(world, run_ms_typical=max(1, typical))
 
 
-def _troubled(world: World, happening: RunFailed, now_ms: int) -> World:
+def _troubled(world: World, happening: RunFailed | FetchFailed | UploadFailed, now_ms: int) -> World:
     failures = world.trouble.failures + 1 if world.trouble else 1
     delay_ms = limits.backoff_ms(
         failures - 1,
@@ -333,7 +335,7 @@ def _upload_failed(world: World, happening: UploadFailed, now_ms: int) -> World:
     attempts = phase.attempts + 1
     if happening.trouble is FetchTrouble.GIVE_UP or attempts >= limits.UPLOAD_ATTEMPTS_MAX:
         failed = TaskFailed(held.lease_id, held.fence, Cause.PLATFORM, happening.reason)
-        return _with_phase(world, held, GivenUp(failed))
+        return _troubled(_with_phase(world, held, GivenUp(failed)), happening, now_ms)
     if happening.trouble is FetchTrouble.GRANT_EXPIRED:
         # Repeating a commitment word for word is harmless, and is answered with a fresh grant.
         return _with_phase(world, held, Telling(phase.commitment, phase.commitment))

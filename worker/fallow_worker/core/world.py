@@ -99,6 +99,11 @@ class Running:
 
 
 @dataclass(frozen=True, slots=True)
+class Finishing:
+    """Its rows are done and its slot is free; its root is being computed."""
+
+
+@dataclass(frozen=True, slots=True)
 class Cancelling:
     """Its run is to stop, but its slot is not free yet. `told`: the executor knows."""
 

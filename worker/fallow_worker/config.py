@@ -1,0 +1,66 @@
+"""What an owner can say about a worker."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fallow.limits import GIB
+from fallow.session import SANDBOX_ORDER, Capability, SandboxLevel, TaskKind
+from fallow_worker.bundle_cache import CACHE_BYTES_MAX_DEFAULT
+from fallow_worker.core.limits import DRAIN_RUN_GRACE_MS
+from fallow_worker.executor.choice import ExecutorSetting
+
+IDLE_RELEASE_MS_DEFAULT = 300_000
+LIFE_LOCK_WAIT_S = 10.0
+"""A worker started by a coordinator waits so long for its predecessor, which ends with its own coordinator."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerConfig:
+    """The options of `fallow-worker start`."""
+
+    state: Path
+    executor: ExecutorSetting = ExecutorSetting.AUTO
+    ray_address: str = ""
+    """The owner's Ray cluster; empty: none, Ray stays on this machine."""
+    cpus: int = 0
+    """Cores to lend; 0: all that this process may use."""
+    slots: int = 0
+    """Leases that run at once; 0: as many as the executor has."""
+    task_kinds: frozenset[TaskKind] = frozenset({TaskKind.MAP})
+    weakest_sandbox: SandboxLevel = SandboxLevel.FULL
+    """Strangers' programs are refused below this."""
+    idle_release_ms: int = IDLE_RELEASE_MS_DEFAULT
+    drain_run_grace_ms: int = DRAIN_RUN_GRACE_MS
+    cache_bytes_max: int = CACHE_BYTES_MAX_DEFAULT
+    life_fd: int | None = None
+    """A descriptor that closes when whoever started this worker ends."""
+
+
+def refusal(config: WorkerConfig, reached: SandboxLevel) -> str:
+    """Why strangers' programs are refused here, and how the owner may allow them; empty when they are not refused."""
+    if SANDBOX_ORDER.index(reached) >= SANDBOX_ORDER.index(config.weakest_sandbox):
+        return ""
+    return (
+        f"the sandbox here reaches only level {reached.value}, below {config.weakest_sandbox.value}; "
+        f"the owner can allow that with --accept-weaker-sandbox {reached.value}"
+    )
+
+
+def offer_words(capability: Capability, slots: int, refused: str) -> str:
+    """What a worker offers, in one line for people."""
+    devices = ", ".join(
+        f"{device.kind.value} {device.model or device.device_id}"
+        + (f" ({device.cores} cores)" if device.cores else "")
+        + (f" [unusable: {device.obstacle}]" if device.obstacle else "")
+        for device in capability.devices
+    )
+    if refused:
+        return f"offers nothing: {refused}"
+    kinds = ", ".join(sorted(kind.value for kind in capability.task_kinds)) or "nothing"
+    memory = f", {capability.memory_bytes_free / GIB:.1f} GiB free" if capability.memory_bytes_free else ""
+    return (
+        f"offers {kinds} on {devices or 'no device'}{memory}; executor {capability.executor}, {slots} at once, "
+        f"sandbox {capability.sandbox_level.value}"
+    )

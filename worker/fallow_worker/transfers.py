@@ -1,0 +1,142 @@
+"""Everything that a lease needs brought here, and its output brought away, through one channel to the blob service."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final, Protocol
+
+from fallow.blob_client import BlobClient
+from fallow.channel import blob_channel
+from fallow.credentials import Credentials
+from fallow.errors import FallowError, Reason
+from fallow.ids import LeaseId, digest_of
+from fallow.session import BlobReference, BundleOffer, Lease, SignedBytes
+from fallow_worker.bundle_cache import BundleCache
+from fallow_worker.core.happenings import FetchTrouble
+from fallow_worker.ports import LoadedBundle
+
+_TROUBLES: Final[dict[Reason, FetchTrouble]] = {
+    Reason.GRANT_EXPIRED: FetchTrouble.GRANT_EXPIRED,
+    Reason.BLOB_UNKNOWN: FetchTrouble.GIVE_UP,
+    Reason.GRANT_INVALID: FetchTrouble.GIVE_UP,
+    Reason.PERMISSION_DENIED: FetchTrouble.GIVE_UP,
+    Reason.BUNDLE_INVALID: FetchTrouble.GIVE_UP,
+    Reason.FIELD_INVALID: FetchTrouble.GIVE_UP,
+    Reason.LIMIT_EXCEEDED: FetchTrouble.GIVE_UP,
+    Reason.STORAGE_FULL: FetchTrouble.GIVE_UP,
+    Reason.ROOT_MISMATCH: FetchTrouble.GIVE_UP,
+}
+
+
+class Blobs(Protocol):
+    """Reads and writes blobs under grants: `fallow.blob_client.BlobClient`, or a fake."""
+
+    async def get(self, grant: SignedBytes, reference: BlobReference) -> bytes: ...
+
+    async def get_to_file(self, grant: SignedBytes, reference: BlobReference, path: Path) -> None: ...
+
+    async def put(self, grant: SignedBytes, source: bytes) -> SignedBytes: ...
+
+    async def close(self) -> None: ...
+
+
+class ChannelBlobs:
+    """The real blob service, through a channel of its own that is made anew when the certificate is."""
+
+    def __init__(self, credentials: Credentials) -> None:
+        """Dials on first use."""
+        self._channel = blob_channel(credentials)
+        self._client = BlobClient(self._channel)
+
+    async def get(self, grant: SignedBytes, reference: BlobReference) -> bytes:
+        """As `BlobClient.get`."""
+        return await self._client.get(grant, reference)
+
+    async def get_to_file(self, grant: SignedBytes, reference: BlobReference, path: Path) -> None:
+        """As `BlobClient.get_to_file`."""
+        await self._client.get_to_file(grant, reference, path)
+
+    async def put(self, grant: SignedBytes, source: bytes) -> SignedBytes:
+        """As `BlobClient.put`."""
+        return await self._client.put(grant, source)
+
+    async def close(self) -> None:
+        """Cuts what is under way."""
+        await self._channel.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What a run needs."""
+
+    bundle: LoadedBundle
+    block: bytes
+    """Empty for inspections."""
+
+
+@dataclass(slots=True)
+class TransferCounts:
+    """How much went over the wire, for status and benchmarks."""
+
+    blob_bytes_fetched: int = 0
+    inline_bytes_fetched: int = 0
+    bytes_uploaded: int = 0
+
+
+class Transfers:
+    """Fetches and uploads for leases."""
+
+    def __init__(self, cache: BundleCache, blobs: Blobs) -> None:
+        """`blobs` may be replaced by `use`."""
+        self._cache = cache
+        self._blobs = blobs
+        self.counts = TransferCounts()
+
+    async def use(self, blobs: Blobs) -> None:
+        """From now on goes through `blobs`; what is under way through the old ones is cut and tried again."""
+        old, self._blobs = self._blobs, blobs
+        await old.close()
+
+    async def fetch(self, lease: Lease, offer: BundleOffer) -> Inputs:
+        """Bundle and input of a lease, all digests checked. Raises FallowError; `trouble_of` says what to do then."""
+        bundle = await self._cache.bundle(offer, self._blobs, lease.lease_id)
+        return Inputs(bundle, await self._input(lease))
+
+    async def upload(self, grant: SignedBytes, output: bytes) -> SignedBytes:
+        """The receipt of a stored output. Raises FallowError."""
+        receipt = await self._blobs.put(grant, output)
+        self.counts.bytes_uploaded += len(output)
+        return receipt
+
+    def forget(self, lease_id: LeaseId) -> None:
+        """The lease needs its bundle no more."""
+        self._cache.release(lease_id)
+
+    async def close(self) -> None:
+        """Cuts what is under way."""
+        await self._blobs.close()
+
+    async def _input(self, lease: Lease) -> bytes:
+        if lease.input is None:
+            return b""
+        if lease.inline_input:
+            if digest_of(lease.inline_input) != lease.input.digest:
+                raise FallowError(Reason.DIGEST_MISMATCH, "the inline input is not the one that the lease names")
+            self.counts.inline_bytes_fetched += len(lease.inline_input)
+            return lease.inline_input
+        if lease.input_grant is None:
+            raise FallowError(Reason.GRANT_EXPIRED, "the lease came without a grant for its input")
+        block = await self._blobs.get(lease.input_grant, lease.input)
+        self.counts.blob_bytes_fetched += len(block)
+        return block
+
+
+def trouble_of(error: FallowError) -> FetchTrouble:
+    """What to do about a failed transfer."""
+    return _TROUBLES.get(error.reason, FetchTrouble.TRY_AGAIN)
+
+
+def with_blob_endpoint(credentials: Credentials, endpoint: str) -> Credentials:
+    """The credentials with the endpoint that a Welcome names; an empty one changes nothing."""
+    return replace(credentials, blob_endpoint=endpoint) if endpoint else credentials
