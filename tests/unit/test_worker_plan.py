@@ -56,6 +56,7 @@ from fallow_worker.core.happenings import (
     RunFailed,
     SessionEnded,
     SessionOpened,
+    SlotFreed,
     TimePassed,
     Uploaded,
     UploadFailed,
@@ -191,6 +192,15 @@ def test_never_more_runs_than_slots_and_the_next_begins_at_once() -> None:
     assert worker.world.runs == 2
     assert Run(without_offer(leases[2]), OFFER) in worker.after(Ran(leases[0].lease_id, commitment(leases[0])))
     assert worker.world.runs == 2
+
+
+def test_the_next_run_begins_while_the_root_of_the_last_is_computed(worker: Worker) -> None:
+    first, second = lease(1), lease(2)
+    worker.runs(first)
+    worker.runs(second)
+    assert worker.after(SlotFreed(first.lease_id)) == [Run(without_offer(second), OFFER)]
+    committed = commitment(first)
+    assert worker.after(Ran(first.lease_id, committed)) == [Say(committed)]
 
 
 def test_a_lease_somebody_waits_for_runs_before_older_ones(worker: Worker) -> None:

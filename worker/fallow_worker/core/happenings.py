@@ -70,6 +70,13 @@ class FetchFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class SlotFreed:
+    """A run's rows are done; `Ran` or `RunFailed` follows."""
+
+    lease_id: LeaseId
+
+
+@dataclass(frozen=True, slots=True)
 class Ran:
     """A run ended with rows or a report; the output's bytes lie with the daemon."""
 
@@ -120,6 +127,7 @@ Happening = (
     | Received
     | Fetched
     | FetchFailed
+    | SlotFreed
     | Ran
     | RunFailed
     | Uploaded

@@ -35,6 +35,7 @@ from fallow_worker.core.happenings import (
     RunFailed,
     SessionEnded,
     SessionOpened,
+    SlotFreed,
     TimePassed,
     Uploaded,
     UploadFailed,
@@ -45,6 +46,7 @@ from fallow_worker.core.world import (
     Connecting,
     Drain,
     Fetching,
+    Finishing,
     GivenUp,
     Granted,
     Held,
@@ -84,6 +86,8 @@ def observe(world: World, happening: Happening, now_ms: int) -> World:
             after = _in_phase(world, lease_id, Fetching, Ready())
         case FetchFailed():
             after = _fetch_failed(world, happening, now_ms)
+        case SlotFreed(lease_id=lease_id):
+            after = _slot_freed(world, lease_id, now_ms)
         case Ran() | RunFailed():
             after = _run_ended(world, happening, now_ms)
         case Uploaded():
@@ -274,11 +278,20 @@ def _fetch_failed(world: World, happening: FetchFailed, now_ms: int) -> World:
     return _with_phase(world, held, Granted(attempts, now_ms + delay_ms))
 
 
+def _slot_freed(world: World, lease_id: LeaseId, now_ms: int) -> World:
+    held = world.leases.get(lease_id)
+    if held is None or not isinstance(held.phase, Running):
+        return world
+    return _with_phase(_run_measured(world, now_ms - held.phase.started_at_ms), held, Finishing())
+
+
 def _run_ended(world: World, happening: Ran | RunFailed, now_ms: int) -> World:
     held = world.leases.get(happening.lease_id)
     if held is None:
         return world
     match held.phase:
+        case Finishing():
+            pass
         case Running(started_at_ms=started_at_ms):
             world = _run_measured(world, now_ms - started_at_ms) if isinstance(happening, Ran) else world
         case Cancelling(then=None):

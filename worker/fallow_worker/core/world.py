@@ -155,7 +155,17 @@ class GivenUp:
 
 
 Phase = (
-    Granted | AwaitingGrants | Fetching | Ready | Running | Cancelling | Telling | Uploading | UploadWaiting | GivenUp
+    Granted
+    | AwaitingGrants
+    | Fetching
+    | Ready
+    | Running
+    | Finishing
+    | Cancelling
+    | Telling
+    | Uploading
+    | UploadWaiting
+    | GivenUp
 )
 
 
