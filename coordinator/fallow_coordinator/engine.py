@@ -3,7 +3,7 @@
 Everything from the first decision of a batch to its answers happens in one step of the event loop, the commit included.
 So nothing outside ever sees a state that is ahead of the disk, and `read` answers at once. The commit is not moved to a
 thread on purpose: SQLite gives up the interpreter lock at each row, and a thread must win it back from a busy loop each
-time (measured on two cores: 0.2 ms inline against 25 ms in a thread for three rows, 0.5 ms against 150 ms for a hundred).
+time (measured on two cores: 0.2 ms inline against 25 ms in a thread for three rows, 0.5 against 150 ms for a hundred).
 """
 
 from __future__ import annotations

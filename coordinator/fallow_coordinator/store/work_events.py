@@ -43,6 +43,7 @@ def _bundle_registered_to(event: ev.BundleRegistered) -> pb.BundleRegistered:
         output_schema_digest=event.output_schema_digest,
         size_feature_count=event.size_feature_count,
         bytes_feature_index=event.bytes_feature_index,
+        output_row_bytes=event.output_row_bytes,
     )
 
 
@@ -55,6 +56,7 @@ def _bundle_registered_from(message: pb.BundleRegistered) -> ev.BundleRegistered
         output_schema_digest=Digest(message.output_schema_digest),
         size_feature_count=message.size_feature_count,
         bytes_feature_index=message.bytes_feature_index,
+        output_row_bytes=message.output_row_bytes,
     )
 
 
