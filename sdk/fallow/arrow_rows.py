@@ -54,6 +54,8 @@ def arrow_schema(schema: Schema) -> pa.Schema:
 
 def to_arrow(values: ColumnValues, column: Column) -> pa.Array:
     """Decoded values of `column` as an Arrow array."""
+    if not len(values):
+        return pa.array([], type=arrow_type(column))
     if not isinstance(column, TensorColumn):
         if isinstance(column, RaggedColumn):
             values = [cast(Any, value).tolist() for value in values]

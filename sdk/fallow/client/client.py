@@ -1,0 +1,307 @@
+"""The asynchronous client: bundles, jobs, and who the caller is."""
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyarrow carries no types.
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Final
+
+from fallow.bundle import InspectionReport
+from fallow.bundle_file import Bundle, bundle_file
+from fallow.client.blobs import BlobTransfers, Upload
+from fallow.client.connection import CALL_TIMEOUT_S, Connection
+from fallow.client.job import AsyncJob
+from fallow.client.kept import KeptColumns
+from fallow.client.retry import PATIENCE_S
+from fallow.client.submission import MapRequest, check_texts, data_class_of, submission, upload_dataset
+from fallow.credentials import Credentials
+from fallow.errors import FallowError, Reason
+from fallow.ids import Digest, JobId
+from fallow.job import JobOptions, JobStatus
+from fallow.limits import PROTOCOL_VERSION, PROTOCOL_VERSION_MIN_SUPPORTED
+from fallow.places import STATE_VARIABLE, coordinator_folder, local_client_folder, login_folder
+from fallow.roles import DataClass
+from fallow.session import BlobReference
+from fallow.sources import Rows
+from fallow.v1 import identity_pb2, job_service_pb2
+from fallow.wire.blob import BlobKind
+from fallow.wire.bundle import report_from_message
+from fallow.wire.job import status_from_message
+from fallow.wire.schema import encode_schema
+
+CONNECT_PATIENCE_S: Final = 15.0
+"""How long a first connection may take: somebody is waiting for it."""
+JOBS_PER_PAGE: Final = 100
+IDEMPOTENCY_KEY_BYTES: Final = 32
+
+_STATES: Final = {
+    job_service_pb2.BUNDLE_STATE_INSPECTING: "inspecting",
+    job_service_pb2.BUNDLE_STATE_ACCEPTED: "accepted",
+    job_service_pb2.BUNDLE_STATE_REFUSED: "refused",
+    job_service_pb2.BUNDLE_STATE_HELD: "held",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """Who the caller is to the coordinator."""
+
+    party_id: str
+    account_id: str
+    pool_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class BundleState:
+    """What the coordinator knows of a bundle."""
+
+    digest: Digest
+    state: str
+    """`inspecting`, `accepted`, `refused` or `held`."""
+    reason: str
+    report: InspectionReport | None
+    """None until it is inspected."""
+
+
+async def connect_async(credentials: str | Path | None = None, *, patience_s: float = PATIENCE_S) -> AsyncClient:
+    """A client of the coordinator that this user may use.
+
+    `credentials` is a folder made by `fallow login`; without it: `$FALLOW_STATE`'s own client when set, else where
+    `fallow login` put them, else those of a coordinator that this user runs here. `patience_s` is how long the
+    coordinator may be away before a call gives up. Raises UNAUTHENTICATED, COORDINATOR_UNREACHABLE, PROTOCOL_TOO_OLD.
+    """
+    loaded = Credentials.load(Path(credentials).expanduser()) if credentials is not None else find_credentials()
+    connection = Connection(loaded, patience_s=min(patience_s, CONNECT_PATIENCE_S))
+    try:
+        session = await _session(connection)
+    except BaseException:
+        await connection.close()
+        raise
+    connection.patience_s = patience_s
+    return AsyncClient(connection, session)
+
+
+def find_credentials() -> Credentials:
+    """The credentials that `connect` uses when none are named. Raises UNAUTHENTICATED saying where it looked."""
+    local, login = local_client_folder(coordinator_folder()), login_folder()
+    folders = [local] if os.environ.get(STATE_VARIABLE) else [login, local]
+    for folder in folders:
+        try:
+            return Credentials.load(folder)
+        except FallowError as error:
+            if error.reason is not Reason.UNAUTHENTICATED:
+                raise
+    raise FallowError(
+        Reason.UNAUTHENTICATED,
+        f"nobody is logged in: there are no credentials in {' or '.join(map(str, folders))}",
+        hint="`fallow login LINE` with a line from the operator; whoever runs a coordinator here needs none",
+    )
+
+
+class AsyncClient:
+    """A connection that outlives the coordinator's restarts; an asynchronous context manager."""
+
+    def __init__(self, connection: Connection, session: Session) -> None:
+        """Call `connect_async`."""
+        self.session = session
+        """Who the caller is."""
+        self._connection = connection
+        self._transfers = BlobTransfers(connection)
+        self._registered: set[Digest] = set()
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Ends the connection; jobs go on."""
+        await self._connection.close()
+
+    async def map(
+        self,
+        bundle: Bundle,
+        rows: Rows,
+        *,
+        data: DataClass | str,
+        keep: Sequence[str] = (),
+        inputs: Mapping[str, str | Sequence[str]] | None = None,
+        cast: bool = False,
+        title: str = "",
+        failed_rows_max: int | None = None,
+        idempotency_key: str | bytes | None = None,
+        options: JobOptions | None = None,
+        pool: str = "",
+        on_rows: Callable[[int], None] | None = None,
+    ) -> AsyncJob:
+        """Submits a job that applies `bundle` to each row, and returns it once it is durable.
+
+        `rows`: arrays by column name, one array, an Arrow table, a Parquet file or several, a folder, or a source.
+        `data` states who may see the rows: `public`, `internal` or `sensitive`; there is no default. `keep` names
+        columns of the rows to carry to the result. `inputs` maps an input of the bundle to the column, or the several
+        columns side by side, that it is made of. `cast` allows conversions that may round. `failed_rows_max` rows may
+        fail before the job does (1,000 when None). The same `idempotency_key` within 24 hours gives the same job.
+        `on_rows` is told how many rows are uploaded so far.
+
+        Raises what is wrong by name: SCHEMA_MISMATCH, DATASET_EMPTY, ROW_TOO_LARGE, PROGRAM_REFUSED, PROGRAM_HELD,
+        DATA_CLASS_MISSING, IDEMPOTENCY_CONFLICT, …
+        """
+        options = options or JobOptions()
+        if failed_rows_max is not None:
+            options = replace(options, failed_rows_max=failed_rows_max)
+        request = MapRequest(
+            bundle=bundle,
+            rows=rows,
+            data=data_class_of(data),
+            keep=tuple(keep),
+            inputs=inputs or {},
+            cast=cast,
+            title=title,
+            options=options,
+            idempotency_key=_key(idempotency_key),
+            pool_id=pool,
+        )
+        check_texts(request.title, request.idempotency_key)
+        await self.register(bundle)
+        with tempfile.TemporaryDirectory(prefix="fallow-kept-") as folder:
+            kept_path = Path(folder) / "kept.arrow"
+            dataset = await upload_dataset(
+                request,
+                self._transfers,
+                nonce_key=self._connection.nonce_key,
+                kept_path=kept_path,
+                on_rows=on_rows,
+            )
+            # The mapping outlives the file's name.
+            kept = KeptColumns(kept_path) if dataset.kept is not None else None
+        job_id = await self._submit(submission(request, dataset), bundle)
+        return AsyncJob(
+            self._connection,
+            self._transfers,
+            job_id,
+            output_schema=encode_schema(bundle.manifest.output_schema),
+            kept=kept,
+            has_kept=kept is not None,
+        )
+
+    async def job(self, job_id: str) -> AsyncJob:
+        """A job of the account, from whatever process it was submitted. Raises JOB_UNKNOWN."""
+        job = AsyncJob(self._connection, self._transfers, JobId(job_id))
+        await job.status()
+        return job
+
+    async def jobs(self, limit: int = JOBS_PER_PAGE) -> list[JobStatus]:
+        """The account's jobs, newest first, at most `limit`."""
+        found: list[JobStatus] = []
+        token = ""
+        while len(found) < limit:
+            request = job_service_pb2.ListJobsRequest(
+                page_size=min(limit - len(found), JOBS_PER_PAGE), page_token=token
+            )
+            answer = await self._connection.call(lambda jobs: jobs.ListJobs(request, timeout=CALL_TIMEOUT_S))  # noqa: B023
+            found += [status_from_message(job) for job in answer.jobs]
+            token = answer.next_page_token
+            if not token:
+                break
+        return found
+
+    async def register(self, bundle: Bundle) -> None:
+        """Makes `bundle` known to the coordinator, which has it inspected; `map` does it by itself.
+
+        Raises PROGRAM_REFUSED or PROGRAM_HELD with the reasons, BUNDLE_INVALID.
+        """
+        if bundle.digest in self._registered:
+            return
+        state = await self.bundle_state(bundle.digest)
+        if state is None:
+            uploads: list[Upload] = []
+            for file in bundle.manifest.files:
+                source = bundle.files[file.name]
+                if bundle_file(file.name, source) != file:
+                    raise FallowError(
+                        Reason.BUNDLE_INVALID,
+                        f"{source!r} was changed after the bundle was made",
+                        field=f"files[{file.name}]",
+                    )
+                uploads.append(Upload(BlobReference(file.digest, file.length_bytes), BlobKind.OPAQUE, source))
+            await self._transfers.upload(uploads)
+            request = job_service_pb2.RegisterBundleRequest(manifest=bundle.manifest_bytes)
+            answer = await self._connection.call(lambda jobs: jobs.RegisterBundle(request, timeout=CALL_TIMEOUT_S))
+            state = _bundle_state(answer.status)
+        if state.state == "refused":
+            refusals = "; ".join(state.report.refusals) if state.report is not None else state.reason
+            raise FallowError(
+                Reason.PROGRAM_REFUSED, f"bundle {bundle.manifest.name!r} was refused: {refusals}", field="bundle"
+            )
+        if state.state == "held":
+            raise FallowError(
+                Reason.PROGRAM_HELD, f"bundle {bundle.manifest.name!r} is held: {state.reason}", field="bundle"
+            )
+        self._registered.add(bundle.digest)
+
+    async def bundle_state(self, digest: Digest) -> BundleState | None:
+        """What the coordinator knows of a bundle; None when it is not registered in this account."""
+        request = job_service_pb2.GetBundleRequest(bundle_digest=digest)
+        try:
+            answer = await self._connection.call(lambda jobs: jobs.GetBundle(request, timeout=CALL_TIMEOUT_S))
+        except FallowError as error:
+            if error.reason is Reason.BUNDLE_UNKNOWN:
+                return None
+            raise
+        return _bundle_state(answer.status)
+
+    async def _submit(self, request: job_service_pb2.SubmitMapJobRequest, bundle: Bundle) -> JobId:
+        try:
+            answer = await self._connection.call(lambda jobs: jobs.SubmitMapJob(request, timeout=CALL_TIMEOUT_S))
+        except FallowError as error:
+            if error.reason is not Reason.BUNDLE_UNKNOWN:
+                raise
+            # It was registered when this client began, and is no longer.
+            self._registered.discard(bundle.digest)
+            await self.register(bundle)
+            answer = await self._connection.call(lambda jobs: jobs.SubmitMapJob(request, timeout=CALL_TIMEOUT_S))
+        return JobId(answer.job_id)
+
+
+async def _session(connection: Connection) -> Session:
+    protocol = identity_pb2.ProtocolVersion(
+        version=PROTOCOL_VERSION, min_supported=PROTOCOL_VERSION_MIN_SUPPORTED, software="fallow"
+    )
+    request = job_service_pb2.GetSessionRequest(protocol=protocol)
+    answer = await connection.call(lambda jobs: jobs.GetSession(request, timeout=CALL_TIMEOUT_S))
+    if answer.protocol.version < PROTOCOL_VERSION_MIN_SUPPORTED:
+        raise FallowError(
+            Reason.PROTOCOL_TOO_OLD,
+            f"the coordinator speaks protocol {answer.protocol.version}",
+            limit=f"{PROTOCOL_VERSION_MIN_SUPPORTED} or newer",
+            hint="ask its operator to upgrade fallow",
+        )
+    return Session(answer.party_id, answer.account_id, answer.pool_id)
+
+
+def _bundle_state(message: job_service_pb2.BundleStatus) -> BundleState:
+    return BundleState(
+        digest=Digest(message.bundle_digest),
+        state=_STATES.get(message.state, "unknown"),
+        reason=message.reason,
+        report=report_from_message(message.report) if message.HasField("report") else None,
+    )
+
+
+def _key(given: str | bytes | None) -> bytes:
+    """An idempotency key: chance when none is given, a digest for text of any length."""
+    if given is None:
+        return secrets.token_bytes(IDEMPOTENCY_KEY_BYTES)
+    return hashlib.sha256(given.encode()).digest() if isinstance(given, str) else given

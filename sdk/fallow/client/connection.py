@@ -1,0 +1,138 @@
+"""A connection to a coordinator and its blob service that outlives both: retries, fresh certificates, one place."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Final, TypeVar
+
+import grpc
+
+from fallow.channel import blob_channel, control_channel
+from fallow.client.retry import PATIENCE_S, Backoff
+from fallow.credentials import Credentials
+from fallow.enrollment import renew
+from fallow.errors import FallowError, Reason
+from fallow.v1 import job_service_pb2_grpc
+from fallow.wire.errors import error_from_rpc
+
+if TYPE_CHECKING:
+    from fallow.v1.job_service_pb2_grpc import JobServiceAsyncStub
+
+_log = logging.getLogger(__name__)
+
+CALL_TIMEOUT_S: Final = 30.0
+CLOSE_GRACE_S: Final = 60.0
+"""How long calls may go on upon channels that were replaced."""
+
+Answer = TypeVar("Answer")
+
+
+class Connection:
+    """Channels under the caller's credentials, renewed at half the certificate's life."""
+
+    def __init__(self, credentials: Credentials, *, patience_s: float = PATIENCE_S) -> None:
+        """Prepares to connect; nothing is sent yet. To be made inside the event loop that uses it."""
+        self.credentials = credentials
+        self.patience_s = patience_s
+        self._renewing = asyncio.Lock()
+        self._retired: set[asyncio.Task[None]] = set()
+        self._renew_at_ms: float = 0
+        self._open()
+
+    @property
+    def nonce_key(self) -> bytes:
+        """A secret of this client, from its key, for nonces that only it can foretell."""
+        return hashlib.sha256(b"fallow/client/nonce" + self.credentials.key.pem).digest()
+
+    @property
+    def blobs(self) -> grpc.aio.Channel:
+        """The channel to the blob service."""
+        return self._blobs
+
+    @property
+    def jobs(self) -> JobServiceAsyncStub:
+        """The stub of the job service."""
+        return self._jobs
+
+    async def call(self, make: Callable[[JobServiceAsyncStub], Awaitable[Answer]]) -> Answer:
+        """The answer to a unary call that is safe to repeat; it is repeated while the coordinator is away.
+
+        Raises what the coordinator answers, and COORDINATOR_UNREACHABLE when patience is over.
+        """
+        backoff = self.backoff()
+        while True:
+            await self.keep_fresh()
+            try:
+                return await make(self._jobs)
+            except grpc.aio.AioRpcError as failure:
+                await self.recover(failure, backoff)
+
+    def backoff(self) -> Backoff:
+        """A fresh back-off with this connection's patience."""
+        return Backoff(self.patience_s)
+
+    async def keep_fresh(self) -> None:
+        """Renews the certificate when half of its life is over; a failure counts only once it has ended."""
+        now_ms = time.time() * 1000
+        if now_ms < self._renew_at_ms:
+            return
+        try:
+            await self._renew()
+        except FallowError as error:
+            if now_ms >= self.credentials.not_after_ms:
+                raise
+            self._renew_at_ms = now_ms + 60_000
+            _log.warning("client.renewal_failed reason=%s", error.reason.value)
+
+    async def recover(self, failure: grpc.aio.AioRpcError, backoff: Backoff) -> None:
+        """Makes the failed call worth repeating, after a pause, or raises what the failure means."""
+        if error_from_rpc(failure).reason is Reason.CERTIFICATE_EXPIRED and not backoff.renewed:
+            backoff.renewed = True
+            self._renew_at_ms = 0
+            return
+        await backoff.failed(failure)
+        await self._follow()
+
+    async def close(self) -> None:
+        """Ends all calls."""
+        for task in self._retired:
+            task.cancel()
+        await asyncio.gather(self._control.close(), self._blobs.close(), *self._retired, return_exceptions=True)
+
+    async def _renew(self) -> None:
+        async with self._renewing:
+            if time.time() * 1000 < self._renew_at_ms:
+                return
+            self._replace(await renew(self.credentials))
+
+    async def _follow(self) -> None:
+        """Takes up credentials that changed on disk: a coordinator that came back may listen elsewhere."""
+        try:
+            stored = await asyncio.to_thread(Credentials.load, self.credentials.folder)
+        except (FallowError, OSError):
+            return
+        if (stored.control_endpoint, stored.blob_endpoint, stored.certificate_pem) != (
+            self.credentials.control_endpoint,
+            self.credentials.blob_endpoint,
+            self.credentials.certificate_pem,
+        ):
+            self._replace(stored)
+
+    def _replace(self, credentials: Credentials) -> None:
+        old = (self._control, self._blobs)
+        self.credentials = credentials
+        self._open()
+        for channel in old:
+            task = asyncio.ensure_future(channel.close(CLOSE_GRACE_S))
+            self._retired.add(task)
+            task.add_done_callback(self._retired.discard)
+
+    def _open(self) -> None:
+        self._control = control_channel(self.credentials)
+        self._blobs = blob_channel(self.credentials)
+        self._jobs = job_service_pb2_grpc.JobServiceStub(self._control)
+        self._renew_at_ms = (self.credentials.not_before_ms + self.credentials.not_after_ms) / 2

@@ -1,0 +1,300 @@
+"""A job in the hands of its submitter, asynchronously."""
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownParameterType=false
+# pyright: reportUnknownArgumentType=false
+# pyarrow carries no types.
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from collections import Counter
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Final, Literal
+
+import pyarrow as pa
+
+from fallow.client.blobs import BlobTransfers
+from fallow.client.connection import CALL_TIMEOUT_S, Connection
+from fallow.client.kept import KeptColumns
+from fallow.client.results import STATUS_FAILED, ResultDecoder, ResultRows, RowResult, final_spans
+from fallow.client.stream import (
+    Arrived,
+    Outputs,
+    rows_as_they_come,
+    rows_in_order,
+    spans_in_order,
+    watch,
+)
+from fallow.client.tables import ResultFile, ResultTables, Saved, WorkerShare
+from fallow.errors import FallowError, Reason
+from fallow.ids import JobId
+from fallow.job import JOB_STATES_FINAL, JobProgress, JobState, JobStatus, RowSpan, TaskResult
+from fallow.v1 import job_service_pb2
+from fallow.wire.job import status_from_message
+
+Order = Literal["row", "any"]
+"""`row`: by position in the job; `any`: as soon as they are there."""
+
+BATCH_ROWS: Final = 16_384
+"""Rows that are put together before a table or file gets them."""
+
+
+class AsyncJob:
+    """One job. Get one from `AsyncClient.map` or `AsyncClient.job`."""
+
+    def __init__(
+        self,
+        connection: Connection,
+        transfers: BlobTransfers,
+        job_id: JobId,
+        *,
+        output_schema: bytes = b"",
+        kept: KeptColumns | None = None,
+        has_kept: bool | None = None,
+    ) -> None:
+        """Call `AsyncClient.map` or `AsyncClient.job` instead.
+
+        `output_schema`, `kept` and `has_kept` save asking when they are known.
+        """
+        self.id = job_id
+        """What `client.job(id)` takes, from any process of the account."""
+        self._connection = connection
+        self._transfers = transfers
+        self._output_schema = output_schema
+        self._kept = kept
+        self._has_kept = has_kept
+        self._last: JobStatus | None = None
+        self._shares: tuple[WorkerShare, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"<job {self.id}>"
+
+    async def status(self) -> JobStatus:
+        """The job as the coordinator has it now."""
+        request = job_service_pb2.GetJobRequest(job_id=self.id)
+        answer = await self._connection.call(lambda jobs: jobs.GetJob(request, timeout=CALL_TIMEOUT_S))
+        return self._seen(status_from_message(answer.job))
+
+    async def progress(self) -> JobProgress:
+        """Rows done, failed and leased so far."""
+        return (await self.status()).progress
+
+    async def statuses(self) -> AsyncGenerator[JobStatus, None]:
+        """Each change of status until the job has ended."""
+        async with aclosing(watch(self._connection, self.id, status_only=True)) as events:
+            async for event in events:
+                if isinstance(event, JobStatus):
+                    yield self._seen(event)
+
+    async def wait(self, *, check: bool = True) -> JobStatus:
+        """The final status, once there is one. With `check` raises JOB_FAILED or JOB_CANCELLED."""
+        async with aclosing(self.statuses()) as statuses:
+            async for status in statuses:
+                self._last = status
+        assert self._last is not None, "a watch ends with a status"
+        if check:
+            _check(self._last)
+        return self._last
+
+    async def cancel(self) -> JobStatus:
+        """Ends the job; rows that are done stay readable. Cancelling a finished job changes nothing."""
+        request = job_service_pb2.CancelJobRequest(job_id=self.id)
+        answer = await self._connection.call(lambda jobs: jobs.CancelJob(request, timeout=CALL_TIMEOUT_S))
+        return self._seen(status_from_message(answer.job))
+
+    async def results(self, order: Order = "row") -> AsyncGenerator[RowResult, None]:
+        """Every row of the job, while it runs: values, or why there are none.
+
+        Rows that could not be read come last. Raises JOB_FAILED or JOB_CANCELLED after the last row there is.
+        """
+        async with aclosing(self.row_lists(order)) as lists:
+            async for rows in lists:
+                for row in rows:
+                    yield row
+
+    async def row_lists(self, order: Order = "row") -> AsyncGenerator[list[RowResult], None]:
+        """As `results`, in handfuls."""
+        kept = await self._kept_columns()
+        async with aclosing(self._live(order)) as parts:
+            async for part in parts:
+                yield list(_row_results(part, kept))
+        if kept is not None and kept.unread_rows:
+            carried = kept.rows(kept.submitted_rows, kept.submitted_rows + kept.unread_rows)
+            yield [
+                RowResult(position, STATUS_FAILED, {}, values, failure)
+                for (position, failure), values in zip(kept.unread(), carried, strict=True)
+            ]
+        self._check_end()
+
+    async def batches(self, order: Order = "row") -> AsyncGenerator[pa.RecordBatch, None]:
+        """As `results`, as Arrow record batches.
+
+        Columns: kept ones, outputs, `fallow.row`, `fallow.status`, `fallow.cause`, `fallow.reason`; outputs of failed
+        rows are null.
+        """
+        tables: ResultTables | None = None
+        async with aclosing(self._live(order)) as parts:
+            async for part in parts:
+                tables = tables or await self._tables()
+                yield tables.batch([part])
+        unread = (tables or await self._tables()).unread()
+        if unread is not None:
+            yield unread
+        self._check_end()
+
+    async def table(self, *, partial: bool = False) -> pa.Table:
+        """All rows in order once the job has succeeded, with the columns that `batches` tells.
+
+        With `partial`, the rows there are of a job that failed or was cancelled; else JOB_FAILED, JOB_CANCELLED.
+        """
+        batches: list[pa.RecordBatch] = []
+        async with self._settled(partial=partial) as (tables, parts):
+            async for batch in parts:
+                batches.append(batch)
+        return pa.Table.from_batches(batches, schema=tables.schema)
+
+    async def save(self, path: str | Path, *, partial: bool = False) -> Saved:
+        """Writes the rows with a value to `path` once the job has succeeded, in order, in bounded memory.
+
+        The ending decides: `.parquet`, `.arrow` or `.jsonl`. Rows that failed go to a side file, `out.failed.parquet`
+        beside `out.parquet`, with cause and reason. Raises what `table` raises, and STORAGE_FULL.
+        """
+        async with self._settled(partial=partial) as (tables, parts):
+            file = await asyncio.to_thread(ResultFile, Path(path), tables)
+            try:
+                async for batch in parts:
+                    await asyncio.to_thread(file.write, batch)
+                return replace(await asyncio.to_thread(file.finish), shares=self._shares)
+            except BaseException:
+                file.abandon()
+                raise
+
+    def _seen(self, status: JobStatus) -> JobStatus:
+        self._last = status
+        self._output_schema = self._output_schema or status.output_schema
+        if self._has_kept is None:
+            self._has_kept = status.kept is not None
+        return status
+
+    def _note(self, status: JobStatus) -> None:
+        self._seen(status)
+
+    def _check_end(self) -> None:
+        if self._last is not None and self._last.state in JOB_STATES_FINAL:
+            _check(self._last)
+
+    async def _live(self, order: Order) -> AsyncGenerator[ResultRows, None]:
+        outputs: Outputs | None = None
+        events = watch(self._connection, self.id)
+        try:
+            outputs = Outputs(self._transfers, await self._decoder())
+            arrange = rows_in_order if order == "row" else rows_as_they_come
+            async with aclosing(arrange(events, outputs, self._note)) as parts:
+                async for part in parts:
+                    yield part
+        finally:
+            await events.aclose()
+            if outputs is not None:
+                outputs.close()
+
+    @asynccontextmanager
+    async def _settled(
+        self, *, partial: bool
+    ) -> AsyncGenerator[tuple[ResultTables, AsyncGenerator[pa.RecordBatch, None]], None]:
+        """All rows, corrections applied, as batches in order, once the job has ended."""
+        async with AsyncExitStack() as stack:
+            outputs = Outputs(self._transfers, await self._decoder())
+            stack.callback(outputs.close)
+            arrived: list[Arrived] = []
+            async with aclosing(watch(self._connection, self.id)) as events:
+                async for event in events:
+                    if isinstance(event, JobStatus):
+                        self._seen(event)
+                    else:
+                        outputs.hold(event)
+                        arrived.append(Arrived(event.result, b""))
+            if not partial:
+                self._check_end()
+            tables = await self._tables()
+            results = [entry.result for entry in arrived]
+            spans = [(span, results[index]) for span, index in final_spans(results)]
+            self._shares = _shares_of(spans)
+            yield tables, await stack.enter_async_context(aclosing(_batched(spans_in_order(spans, outputs), tables)))
+
+    async def _decoder(self) -> ResultDecoder:
+        if not self._output_schema:
+            await self.status()
+        if not self._output_schema:
+            raise FallowError(Reason.INTERNAL, f"the coordinator tells no output schema for job {self.id}")
+        return ResultDecoder(self._output_schema)
+
+    async def _tables(self) -> ResultTables:
+        return ResultTables((await self._decoder()).schema, await self._kept_columns())
+
+    async def _kept_columns(self) -> KeptColumns | None:
+        if self._kept is not None:
+            return self._kept
+        if self._has_kept is None:
+            await self.status()
+        if not self._has_kept:
+            return None
+        status = self._last if self._last is not None and self._last.kept is not None else await self.status()
+        assert status.kept is not None, "a job keeps its kept columns"
+        with tempfile.TemporaryDirectory(prefix="fallow-kept-") as folder:
+            path = Path(folder) / "kept.arrow"
+            with path.open("wb") as file:
+                async for chunk in self._transfers.chunks(status.kept):
+                    file.write(chunk)
+            # The mapping outlives the file's name.
+            self._kept = KeptColumns(path)
+        return self._kept
+
+
+async def _batched(
+    parts: AsyncGenerator[ResultRows, None], tables: ResultTables
+) -> AsyncGenerator[pa.RecordBatch, None]:
+    pending: list[ResultRows] = []
+    rows = 0
+    async with aclosing(parts):
+        async for part in parts:
+            pending.append(part)
+            rows += len(part.positions) + len(part.failures)
+            if rows >= BATCH_ROWS:
+                yield tables.batch(pending)
+                pending, rows = [], 0
+    if pending:
+        yield tables.batch(pending)
+    unread = tables.unread()
+    if unread is not None:
+        yield unread
+
+
+def _row_results(part: ResultRows, kept: KeptColumns | None) -> Iterator[RowResult]:
+    if kept is None:
+        yield from part.row_results(None, 0)
+        return
+    for span in part.result.spans:
+        inside = part.within(span)
+        if len(inside.positions) or inside.failures:
+            carried = kept.rows(span.job_position, span.job_position + span.rows)
+            yield from inside.row_results(carried, span.job_position)
+
+
+def _shares_of(spans: Sequence[tuple[RowSpan, TaskResult]]) -> tuple[WorkerShare, ...]:
+    rows: Counter[tuple[str, int]] = Counter()
+    for span, result in spans:
+        if result.worker_id:
+            rows[(result.worker_id, result.node)] += span.rows
+    return tuple(WorkerShare(worker, node, count) for (worker, node), count in rows.most_common())
+
+
+def _check(status: JobStatus) -> None:
+    """Raises JOB_FAILED or JOB_CANCELLED for a job that ended without success."""
+    if status.state is JobState.FAILED:
+        raise FallowError(Reason.JOB_FAILED, f"job {status.job_id} failed: {status.reason or 'no reason was given'}")
+    if status.state is JobState.CANCELLED:
+        raise FallowError(Reason.JOB_CANCELLED, f"job {status.job_id} was cancelled")
