@@ -27,9 +27,10 @@ from fallow_coordinator.core.answers import Decision
 from fallow_coordinator.core.commands import ArchiveJobs, Command, PackFailed, Restart, TaskPacked, Tick
 from fallow_coordinator.core.effects import Effect, PackTask
 from fallow_coordinator.core.evolve import evolve
-from fallow_coordinator.core.state import State, TaskPhase
+from fallow_coordinator.core.questions import PackPlan, pack_plan
+from fallow_coordinator.core.state import State
 from fallow_coordinator.core.turn import Turn, take_turn
-from fallow_coordinator.packing import PackPlan, pack_inline, plan_of
+from fallow_coordinator.inline_packing import pack_inline
 from fallow_coordinator.ports import EffectSink, Packer, StorageFailed, Store, Views, WriterFenced
 
 logger = logging.getLogger(__name__)
@@ -210,7 +211,6 @@ class Engine:
             # Time since the last record, in which the writer may have been up and idle: leases end later, never sooner.
             down_time_ms = max(0, self._clock() - self._last_at_ms)
             self._process([_Waiting(Restart(self._store.epoch, down_time_ms), _NO_PAYLOADS, None)])
-            self._resume_packing()
         spawn = asyncio.get_running_loop().create_task
         self._tasks = [
             spawn(self._run(), name="engine.run"),
@@ -245,14 +245,6 @@ class Engine:
                 f"the journal ends at record {sequence}, not at {self._store.last_sequence}; restore it from a backup"
             )
         return sequence
-
-    def _resume_packing(self) -> None:
-        """Effects are not stored: packings that were under way are asked for again."""
-        batch = _Batch(self._now_ms())
-        for task in list(self._state.tasks.values()):
-            if task.phase is TaskPhase.PACKING:
-                self._start_pack(PackTask(task.task_id, task.pack_number), batch, deque())
-        self._commit(batch)
 
     # --------------------------------------------------------------------------------------------- the loop
 
@@ -392,8 +384,8 @@ class Engine:
 
     def _start_pack(self, effect: PackTask, batch: _Batch, follow_ups: deque[Effect]) -> None:
         """Packs inline rows at once, in the same batch; leaves the others to the packer."""
-        plan = plan_of(self._state, effect.task_id, effect.pack_number)
-        if plan is None:
+        plan = pack_plan(self._state, effect.task_id)
+        if plan is None or plan.pack_number != effect.pack_number:
             return
         if not plan.inline:
             batch.plans.append(plan)
@@ -404,14 +396,9 @@ class Engine:
             block = pack_inline(
                 plan, lambda digest: batch.payloads.get(digest) or self.payload(digest), self._entropy(NONCE_BYTES)
             )
-        except (FallowError, KeyError) as error:
-            command = PackFailed(
-                plan.task_id, plan.pack_number, f"inline rows can't be packed: {error}", retryable=False
-            )
+        except FallowError as error:
+            command = PackFailed(plan.task_id, plan.pack_number, str(error), retryable=False)
         else:
-            if block is None:
-                batch.plans.append(plan)
-                return
             digest = digest_of(block)
             command = TaskPacked(plan.task_id, plan.pack_number, BlobReference(digest, len(block)), inline=True)
             payloads = {digest: block}

@@ -3,9 +3,10 @@
 The VFS stands between SQLite and the operating system (https://sqlite.org/vfs.html): it hands each call to the built-in
 one and keeps a log of writes, truncations, deletions and syncs, in order. From the log and a moment in it, `survivors`
 makes a file system as a power cut at that moment might have left it: what was synced is there; of each later write
-nothing, all, or only its first 512-byte sectors; a file that was never synced may be missing altogether. The shared-memory
-index is memory and never survives. What this proves: SQLite, used as our store uses it, asks for its syncs before `append`
-returns, in an order that always leaves a whole journal. What it can't prove: that a disk keeps what it reported as synced.
+nothing, all, or only its first 512-byte sectors; a file that was never synced may be missing altogether. The shared
+index is memory and never survives. What this proves: SQLite, used as our store uses it, asks for its syncs before
+`append` returns, in an order that always leaves a whole journal. What it can't prove: that a disk keeps what it reported
+as synced.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ _POINTER = ctypes.c_void_p
 _WRITE = ctypes.CFUNCTYPE(ctypes.c_int, _POINTER, _POINTER, ctypes.c_int, ctypes.c_int64)
 _TRUNCATE = ctypes.CFUNCTYPE(ctypes.c_int, _POINTER, ctypes.c_int64)
 _SYNC = ctypes.CFUNCTYPE(ctypes.c_int, _POINTER, ctypes.c_int)
-_OPEN = ctypes.CFUNCTYPE(ctypes.c_int, _POINTER, ctypes.c_char_p, _POINTER, ctypes.c_int, ctypes.POINTER(ctypes.c_int))
+# The name is handed on as the pointer it came as: SQLite keeps it for as long as the file is open.
+_OPEN = ctypes.CFUNCTYPE(ctypes.c_int, _POINTER, _POINTER, _POINTER, ctypes.c_int, ctypes.POINTER(ctypes.c_int))
 _DELETE = ctypes.CFUNCTYPE(ctypes.c_int, _POINTER, ctypes.c_char_p, ctypes.c_int)
 
 
@@ -119,10 +121,10 @@ class PowerCutDisk:
         self._alive.append(made)
         return ctypes.cast(made, _POINTER).value
 
-    def _open(self, _vfs: int, name: bytes | None, file: int, flags: int, out_flags: Any) -> int:
+    def _open(self, _vfs: int, name: int | None, file: int, flags: int, out_flags: Any) -> int:
         code: int = _OPEN(self._under.contents.xOpen)(ctypes.cast(self._under, _POINTER), name, file, flags, out_flags)
         if code == SQLITE_OK and name is not None:
-            self._files[file] = name.decode()
+            self._files[file] = ctypes.string_at(name).decode()
             opened = ctypes.cast(file, ctypes.POINTER(_File))
             opened.contents.pMethods = ctypes.pointer(self._wrapped(opened.contents.pMethods))
         return code
