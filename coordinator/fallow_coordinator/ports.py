@@ -8,7 +8,7 @@ from typing import Protocol
 
 from fallow.ids import AccountId, Digest, JobId
 from fallow.job import JobStatus, TaskResult
-
+from fallow.session import BlobReference
 from fallow_coordinator.core.effects import Effect
 from fallow_coordinator.core.events import Event
 
@@ -91,6 +91,10 @@ class Views(Protocol):
         ...
 
     def results(self, job_id: JobId, *, after_cursor: int, limit: int) -> Sequence[TaskResult]: ...
+
+    def output(self, account_id: AccountId, digest: Digest) -> BlobReference | None:
+        """An output block of one of the account's jobs, or None: archived results stay readable by their owner."""
+        ...
 
 
 class EffectSink(Protocol):

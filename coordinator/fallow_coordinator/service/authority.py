@@ -26,7 +26,6 @@ from fallow.identity import (
     write_private,
 )
 from fallow.ids import Digest, digest_of
-
 from fallow_coordinator.core.answers import CertificateGranted
 
 AUTHORITY_VALID_FOR: Final = datetime.timedelta(days=3650)
@@ -94,14 +93,13 @@ class Authority:
         self, public_key: ec.EllipticCurvePublicKey, granted: CertificateGranted, now: datetime.datetime
     ) -> bytes:
         """DER of a party's certificate with exactly the facts that the core granted, valid from a little before now."""
-        assert 1 <= len(granted.serial) <= _SERIAL_BYTES_MAX, "a serial number has 1 to 19 bytes"
+        assert 1 <= len(granted.serial) <= _SERIAL_BYTES_MAX and any(granted.serial), "a serial is positive"
         not_after = datetime.datetime.fromtimestamp(granted.not_after_ms / 1000, datetime.UTC)
         facts = "\n".join(
             (granted.account_id, granted.role.value, granted.tier.value if granted.tier else "", granted.pool_id)
         )
         uri = x509.UniformResourceIdentifier(f"fallow://party/{granted.party_id}")
-        # X.509 wants a positive number; the leading byte keeps it so whatever the recorded bytes are.
-        serial = int.from_bytes(b"\x01" + granted.serial, "big")
+        serial = int.from_bytes(granted.serial, "big")
         certificate = (
             self._builder(granted.party_id, public_key, now, not_after, serial)
             .add_extension(x509.SubjectAlternativeName([uri]), critical=False)

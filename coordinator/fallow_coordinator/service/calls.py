@@ -7,8 +7,9 @@ request are at hand.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final, Generic, TypeVar
@@ -21,7 +22,6 @@ from google.protobuf.message import DecodeError, Message
 from fallow.errors import FallowError, Reason
 from fallow.identity import load_certificate, public_der_of_certificate
 from fallow.ids import KeyFingerprint, digest_of
-
 from fallow_coordinator.service.errors import abort
 from fallow_coordinator.service.rate_limit import RateLimit
 
@@ -59,7 +59,7 @@ class Call(Generic[RequestT]):
 
 
 Answer = Callable[[Call[RequestT]], Awaitable[ResponseT]]
-Stream = Callable[[Call[RequestT]], AsyncIterator[ResponseT]]
+Stream = Callable[[Call[RequestT]], AsyncGenerator[ResponseT, None]]
 
 
 def unary(
@@ -90,8 +90,9 @@ def server_stream(
     async def handle(raw: bytes, context: Context) -> None:
         try:
             call = admitted(raw, context, request_type, limit)
-            async for response in answer(call):
-                await context.write(response.SerializeToString())
+            async with contextlib.aclosing(answer(call)) as responses:
+                async for response in responses:
+                    await context.write(response.SerializeToString())
         except Exception as error:
             await abort(context, error, method)
 
@@ -116,7 +117,7 @@ def both_streams(
 
 def service_handlers(
     descriptor: ServiceDescriptor, handlers: Mapping[str, grpc.RpcMethodHandler[Any, Any]]
-) -> grpc.GenericRpcHandler[Any, Any]:
+) -> grpc.GenericRpcHandler:
     """All methods of a service; a method of the contract without a handler is our mistake and fails at start."""
     missing = {method.name for method in descriptor.methods} ^ handlers.keys()
     assert not missing, f"{descriptor.full_name}: {sorted(missing)}"

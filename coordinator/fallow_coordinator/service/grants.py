@@ -11,7 +11,6 @@ from fallow.identity import PrivateKey
 from fallow.ids import AccountId, KeyFingerprint
 from fallow.session import BlobReference, SignedBytes
 from fallow.wire.blob import BlobKind, BlobOperation, Grant, Receipt, decode_receipt, encode_grant
-
 from fallow_coordinator.core.commands import StoredBlob
 
 GRANT_VALID_FOR_MS: Final = 3_600_000
@@ -61,8 +60,8 @@ class Grants:
 def stored_blob(receipt: SignedBytes, blob_service_key: bytes, account_id: AccountId, field: str) -> StoredBlob:
     """What a receipt says is stored for an account.
 
-    Raises GRANT_INVALID for anything that the blob service did not sign, PERMISSION_DENIED for another account's receipt,
-    LIMIT_EXCEEDED or MALFORMED_MESSAGE.
+    Raises GRANT_INVALID for anything that the blob service did not sign, PERMISSION_DENIED for another account's
+    receipt, LIMIT_EXCEEDED or MALFORMED_MESSAGE.
     """
     if len(receipt.payload) > RECEIPT_BYTES_MAX:
         raise FallowError(

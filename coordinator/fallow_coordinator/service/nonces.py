@@ -1,7 +1,8 @@
 """Nonces for renewals: made without remembering them, good once, for one key, for a short while.
 
-A nonce is its expiry, 16 random bytes and an HMAC over both and the key's fingerprint under a secret of this process. Only
-nonces that were used are remembered, until they expire; so nobody can push another's nonce out of a table by asking for many.
+A nonce is its expiry, 16 random bytes and an HMAC over both and the key's fingerprint under a secret of this process.
+Only nonces that were used are remembered, until they expire; so nobody can push another's out of a table by asking for
+many.
 """
 
 from __future__ import annotations

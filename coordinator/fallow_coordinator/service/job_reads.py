@@ -1,0 +1,85 @@
+"""Jobs wherever they are: in the state while they live, in the follower's views once they have left it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Final
+
+from fallow.errors import FallowError, Reason
+from fallow.ids import AccountId, Digest, JobId
+from fallow.job import JobStatus, TaskResult
+from fallow.session import BlobReference
+from fallow.wire.bundle import decode_manifest
+from fallow.wire.schema import encode_schema
+from fallow_coordinator.core.questions import job_status, jobs_of, readable_blob, results_after
+from fallow_coordinator.engine import Engine
+from fallow_coordinator.ports import Views
+
+SCHEMAS_REMEMBERED_MAX: Final = 1_024
+
+
+class JobReads:
+    """Answers about jobs of one account at a time; another account's are as unknown as none."""
+
+    def __init__(self, engine: Engine, views: Views) -> None:
+        """Looks into `engine`'s state first, then into `views`, in another thread."""
+        self._engine = engine
+        self._views = views
+        self._schemas: OrderedDict[Digest, bytes] = OrderedDict()
+
+    async def status(self, account_id: AccountId, job_id: JobId) -> JobStatus:
+        """The job as its owner sees it. Raises JOB_UNKNOWN."""
+        status = job_status(self._engine.state, job_id)
+        if status is None:
+            status = await asyncio.to_thread(self._views.job_status, job_id)
+        if status is None or status.account_id != account_id:
+            raise FallowError(
+                Reason.JOB_UNKNOWN, "this account has no such job", field="job_id", hint="list jobs to see them"
+            )
+        return self._complete(status)
+
+    async def results(self, job_id: JobId, *, after_cursor: int, limit: int) -> Sequence[TaskResult]:
+        """Results after a cursor, rising; the caller has checked whose job it is."""
+        if job_id in self._engine.state.jobs:
+            return results_after(self._engine.state, job_id, after_cursor, limit)
+        return await asyncio.to_thread(self._views.results, job_id, after_cursor=after_cursor, limit=limit)
+
+    async def page(self, account_id: AccountId, *, before: tuple[int, str] | None, limit: int) -> Sequence[JobStatus]:
+        """Up to `limit` jobs, newest first, after the one `before` (submitted_at_ms, job_id)."""
+        viewed = await asyncio.to_thread(self._views.jobs, account_id, before=before, limit=limit)
+        found = {status.job_id: status for status in viewed}
+        # The state is asked last and wins: it is ahead of the views.
+        for status in jobs_of(self._engine.state, account_id):
+            if before is None or (status.submitted_at_ms, status.job_id) < before:
+                found[status.job_id] = status
+        newest_first = sorted(found.values(), key=lambda s: (s.submitted_at_ms, s.job_id), reverse=True)
+        return [self._complete(status) for status in newest_first[:limit]]
+
+    async def owned_blobs(self, account_id: AccountId, digests: Sequence[Digest]) -> Sequence[BlobReference]:
+        """The account's blobs with these digests. Raises BLOB_UNKNOWN for one that it may not read, whoever has it."""
+        blobs: list[BlobReference] = []
+        for index, digest in enumerate(digests):
+            blob = readable_blob(self._engine.state, account_id, digest)
+            if blob is None:
+                blob = await asyncio.to_thread(self._views.output, account_id, digest)
+            if blob is None:
+                raise FallowError(Reason.BLOB_UNKNOWN, "this account has no such blob", field=f"digests[{index}]")
+            blobs.append(blob)
+        return blobs
+
+    def _complete(self, status: JobStatus) -> JobStatus:
+        """With the schema of its output rows, from the bundle's manifest."""
+        if status.output_schema:
+            return status
+        schema = self._schemas.get(status.bundle_digest)
+        if schema is None:
+            manifest = self._engine.payload(status.bundle_digest)
+            if manifest is None:
+                return status
+            schema = self._schemas[status.bundle_digest] = encode_schema(decode_manifest(manifest).output_schema)
+            if len(self._schemas) > SCHEMAS_REMEMBERED_MAX:
+                self._schemas.popitem(last=False)
+        return replace(status, output_schema=schema)

@@ -1,0 +1,260 @@
+"""One open stream of one worker: what comes in is checked and submitted, what becomes durable goes out in order."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Final
+
+import grpc
+
+from fallow.errors import FallowError, Reason
+from fallow.identity import PrivateKey
+from fallow.ids import Digest, LeaseId, SessionId
+from fallow.session import (
+    SIGNED_COORDINATOR_MESSAGES,
+    SIGNED_WORKER_MESSAGES,
+    CoordinatorMessage,
+    LeaseRevoked,
+    Refused,
+    Settled,
+    WorkerMessage,
+)
+from fallow.session_signature import check_worker_signature, sign_coordinator_payload
+from fallow.v1 import worker_service_pb2 as pb
+from fallow.wire.session import decode_worker_message, encode_coordinator_message
+from fallow_coordinator.core.effects import EndSession, SendLease, SendRevoked, SendSettled, SendUploadOffer
+from fallow_coordinator.service.auth import Caller
+from fallow_coordinator.service.calls import Context, decoded
+from fallow_coordinator.service.errors import told
+from fallow_coordinator.service.lease_messages import LeaseMessages
+from fallow_coordinator.service.live_streams import LiveStream
+from fallow_coordinator.service.outbox import SessionEffect, session_ended
+
+_log = logging.getLogger(__name__)
+
+OUTBOUND_MAX: Final = 1024
+"""Messages that wait for a worker that reads slowly; one more ends its session, and it reconciles when it is back."""
+INBOUND_MAX: Final = 64
+"""Messages of one worker that wait for the disk; then its stream is read no further until one is done."""
+
+
+@dataclass(frozen=True, slots=True)
+class Regrant:
+    """The worker asked for fresh grants of a lease."""
+
+    lease_id: LeaseId
+
+
+@dataclass(frozen=True, slots=True)
+class Incoming:
+    """One message of the worker, its signature checked if its kind needs one."""
+
+    message: WorkerMessage
+    payload: bytes
+    signature: bytes
+    sequence: int
+
+
+Outgoing = CoordinatorMessage | SessionEffect | Regrant
+
+
+class WorkerSession:
+    """The two directions of a stream after its Hello. `run` lasts until one of them, or the coordinator, ends it."""
+
+    def __init__(
+        self,
+        *,
+        context: Context,
+        caller: Caller,
+        stream: LiveStream,
+        key: PrivateKey,
+        leases: LeaseMessages,
+        session_id: SessionId,
+        last_sequence: int,
+    ) -> None:
+        """`key` is the coordinator's; `last_sequence` is the Hello's."""
+        self.session_id = session_id
+        self.caller = caller
+        self.stream = stream
+        self._context = context
+        self._key = key
+        self._leases = leases
+        self._received = last_sequence
+        self._sent = 0
+        self._outbound: deque[Outgoing] = deque()
+        self._outbound_ready = asyncio.Event()
+        self._offered: set[Digest] = set()
+        self.last_heard = asyncio.get_running_loop().time()
+        """When the last message came, on the loop's clock."""
+
+    # ------------------------------------------------------------------------------------------- out
+
+    def send(self, item: Outgoing) -> None:
+        """Queues a message or effect; ends the stream when the worker does not keep up."""
+        if isinstance(item, EndSession):
+            self.stream.end(session_ended(item))
+            return
+        if len(self._outbound) >= OUTBOUND_MAX:
+            self.stream.end(
+                FallowError(
+                    Reason.OVERLOADED, "the worker reads too slowly", limit=f"{OUTBOUND_MAX} messages", hint="reconnect"
+                )
+            )
+            return
+        self._outbound.append(item)
+        self._outbound_ready.set()
+
+    async def write_all(self) -> None:
+        """Runs for ever: sends what is queued, in order."""
+        while True:
+            await self._outbound_ready.wait()
+            self._outbound_ready.clear()
+            while self._outbound:
+                message = self._message(self._outbound.popleft())
+                if message is not None:
+                    await self.write_now(message)
+
+    async def write_now(self, message: CoordinatorMessage) -> None:
+        """Sends one message past the queue."""
+        payload = encode_coordinator_message(message)
+        self._sent += 1
+        signature = b""
+        if isinstance(message, SIGNED_COORDINATOR_MESSAGES):
+            signature = sign_coordinator_payload(
+                self._key,
+                payload,
+                session=self.session_id,
+                sequence=self._sent,
+                worker=self.caller.key_fingerprint,
+            )
+        response = pb.SessionResponse(sequence=self._sent, payload=payload, signature=signature)
+        await self._context.write(response.SerializeToString())
+
+    def _message(self, item: Outgoing) -> CoordinatorMessage | None:
+        """The message for an item; None when its lease has ended in the meantime, which has a message of its own."""
+        match item:
+            case SendLease(_, lease_id) | Regrant(lease_id):
+                facts = self._leases.facts(self.session_id, lease_id)
+                if facts is None:
+                    return None
+                if isinstance(item, Regrant):
+                    return self._leases.renewed(facts, self.caller.key_fingerprint)
+                fresh = facts.bundle_digest not in self._offered
+                self._offered.add(facts.bundle_digest)
+                return self._leases.lease(facts, self.caller.key_fingerprint, with_offer=fresh)
+            case SendUploadOffer(_, lease_id):
+                return self._leases.upload_offer(self.session_id, lease_id, self.caller.key_fingerprint)
+            case SendSettled(_, lease_id, fence, microcredits):
+                return Settled(lease_id, fence, microcredits)
+            case SendRevoked(_, lease_id, fence, reason):
+                return LeaseRevoked(lease_id, fence, reason)
+            case EndSession():
+                return None
+            case _:
+                return item
+
+    # ------------------------------------------------------------------------------------------- in
+
+    async def read_all(self, handle: Callable[[Incoming], Awaitable[None]]) -> None:
+        """Reads until the worker ends its side. `handle` runs for up to `INBOUND_MAX` messages at once, begun in order.
+
+        Raises what ends the stream: MALFORMED_MESSAGE, SIGNATURE_INVALID, SEQUENCE_REPLAYED.
+        """
+        room = asyncio.Semaphore(INBOUND_MAX)
+        working: set[asyncio.Task[None]] = set()
+
+        def done(task: asyncio.Task[None]) -> None:
+            room.release()
+            working.discard(task)
+
+        while True:
+            raw = await read_message(self._context)
+            if raw is None:
+                break
+            self.last_heard = asyncio.get_running_loop().time()
+            request = self._next(raw)
+            await room.acquire()
+            task = asyncio.create_task(self._handled(request, handle))
+            working.add(task)
+            task.add_done_callback(done)
+        if working:
+            await asyncio.wait(working)
+
+    def _next(self, raw: bytes) -> pb.SessionRequest:
+        request = decoded(raw, pb.SessionRequest)
+        check_sequence(request, last_sequence=self._received)
+        self._received = request.sequence
+        return request
+
+    async def _handled(self, request: pb.SessionRequest, handle: Callable[[Incoming], Awaitable[None]]) -> None:
+        lease_id: LeaseId | None = None
+        try:
+            incoming = checked_message(request, caller=self.caller, coordinator=self._key, session_id=self.session_id)
+            lease_id = getattr(incoming.message, "lease_id", None)
+            await handle(incoming)
+        except FallowError as error:
+            if error.reason in _ENDS_THE_SESSION:
+                self.stream.end(error)
+                return
+            _log.info(
+                "session.refused session=%s worker=%s lease=%s reason=%s message=%s",
+                self.session_id, self.caller.party_id, lease_id, error.reason.value, error.message,
+            )  # fmt: skip
+            self.send(Refused(request.sequence, lease_id, error.reason.value, str(error)))
+        except Exception as error:
+            _log.exception("session.failed session=%s worker=%s", self.session_id, self.caller.party_id)
+            self.stream.end(told(error))
+
+
+_ENDS_THE_SESSION: Final = frozenset(
+    {
+        Reason.MALFORMED_MESSAGE,
+        Reason.SIGNATURE_INVALID,
+        Reason.SEQUENCE_REPLAYED,
+        Reason.SESSION_REPLACED,
+        Reason.COORDINATOR_STOPPING,
+    }
+)
+
+
+async def read_message(context: Context) -> bytes | None:
+    """The next raw message; None when the peer has ended its side."""
+    raw = await context.read()
+    # types-grpcio gives the end of a stream no type of its own.
+    return None if raw is grpc.aio.EOF else bytes(raw)
+
+
+def check_sequence(request: pb.SessionRequest, *, last_sequence: int) -> None:
+    """Returns when a message comes after the last one. Raises SEQUENCE_REPLAYED."""
+    if request.sequence <= last_sequence:
+        raise FallowError(
+            Reason.SEQUENCE_REPLAYED,
+            f"message {request.sequence} came after message {last_sequence}",
+            field="sequence",
+            limit="counts from 1 and only rises",
+        )
+
+
+def checked_message(
+    request: pb.SessionRequest, *, caller: Caller, coordinator: PrivateKey, session_id: SessionId
+) -> Incoming:
+    """A worker's message, its signature checked if its kind needs one; nothing in it has been acted on.
+
+    `session_id` is `NO_SESSION` for a Hello, which is signed before there is one. Raises MALFORMED_MESSAGE,
+    SIGNATURE_INVALID, and what the decoder raises for fields out of range.
+    """
+    message = decode_worker_message(request.payload)
+    if isinstance(message, SIGNED_WORKER_MESSAGES):
+        check_worker_signature(
+            caller.public_key,
+            request.signature,
+            request.payload,
+            session=session_id,
+            sequence=request.sequence,
+            coordinator_key=coordinator.public_der,
+        )
+    return Incoming(message, request.payload, request.signature, request.sequence)

@@ -1,0 +1,401 @@
+"""The worker's stream: Hello, Welcome, then leases and results until one side ends it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+from collections.abc import Callable
+from typing import Final, assert_never
+
+import grpc
+
+from fallow.errors import FallowError, Reason
+from fallow.identity import PrivateKey
+from fallow.ids import Digest, LeaseId, digest_of
+from fallow.limits import (
+    LEASES_PER_WORKER_MAX,
+    PROTOCOL_VERSION,
+    PROTOCOL_VERSION_MIN_SUPPORTED,
+)
+from fallow.roles import Role
+from fallow.session import (
+    CapabilityChanged,
+    Commitment,
+    Delivery,
+    Draining,
+    Goodbye,
+    GrantsWanted,
+    Heartbeat,
+    Hello,
+    Inspection,
+    LeaseReturned,
+    TaskFailed,
+    Welcome,
+)
+from fallow.session_signature import NO_SESSION
+from fallow.v1 import worker_service_pb2 as pb
+from fallow_coordinator.core.answers import SessionGranted
+from fallow_coordinator.core.commands import (
+    ChangeCapability,
+    CloseSession,
+    Commit,
+    Deliver,
+    DrainSession,
+    FailTask,
+    OpenSession,
+    ReportInspection,
+    ReturnLease,
+    StoredBlob,
+)
+from fallow_coordinator.core.questions import LeaseToSend
+from fallow_coordinator.engine import Engine
+from fallow_coordinator.service.auth import Caller, Doorkeeper
+from fallow_coordinator.service.calls import Context, Peer, both_streams, decoded, method_name, service_handlers
+from fallow_coordinator.service.errors import told
+from fallow_coordinator.service.grants import stored_blob
+from fallow_coordinator.service.inline_blocks import inspected_block
+from fallow_coordinator.service.lease_messages import LeaseMessages
+from fallow_coordinator.service.live_streams import LiveStreams
+from fallow_coordinator.service.outbox import Outbox
+from fallow_coordinator.service.protocol import check_versions
+from fallow_coordinator.service.rate_limit import RateLimit
+from fallow_coordinator.service.worker_session import (
+    Incoming,
+    Regrant,
+    WorkerSession,
+    check_sequence,
+    checked_message,
+    read_message,
+)
+
+_log = logging.getLogger(__name__)
+
+HELLO_PATIENCE_S: Final = 10.0
+RESUME_TOKEN_BYTES: Final = 32
+SILENT_HEARTBEATS_MAX: Final = 3
+"""Heartbeat intervals without any message after which a stream is half-open and closed."""
+GOODBYE_PATIENCE_S: Final = 2.0
+MESSAGES_PER_S: Final = 1_000
+MESSAGES_BURST: Final = 4_000
+
+_SERVICE = pb.DESCRIPTOR.services_by_name["WorkerService"]
+
+
+class WorkerService:
+    """Session: one stream for each worker."""
+
+    def __init__(
+        self,
+        *,
+        engine: Engine,
+        doorkeeper: Doorkeeper,
+        streams: LiveStreams,
+        outbox: Outbox,
+        leases: LeaseMessages,
+        key: PrivateKey,
+        blob_service_key: bytes,
+        blob_endpoint: str,
+        heartbeat_interval_ms: int,
+        now_ms: Callable[[], int],
+    ) -> None:
+        """`key` signs what is sent; `blob_service_key` is the public key whose receipts are believed."""
+        self._engine = engine
+        self._doorkeeper = doorkeeper
+        self._streams = streams
+        self._outbox = outbox
+        self._leases = leases
+        self._key = key
+        self._blob_service_key = blob_service_key
+        self._blob_endpoint = blob_endpoint
+        self._heartbeat_interval_ms = heartbeat_interval_ms
+        self._now_ms = now_ms
+        self._closing: set[asyncio.Task[None]] = set()
+
+    def handlers(self, limit: RateLimit) -> grpc.GenericRpcHandler:
+        """The one method; `limit` counts openings by key."""
+        return service_handlers(
+            _SERVICE, {"Session": both_streams(method_name(_SERVICE, "Session"), self.session, limit)}
+        )
+
+    async def session(self, context: Context, peer: Peer) -> None:
+        """The whole life of one stream."""
+        caller = await self._doorkeeper.admit(peer, Role.WORKER)
+        with self._streams.open(caller.party_id, caller.not_after_ms) as stream:
+            hello, sequence = await self._hello(context, caller)
+            resume_token = secrets.token_bytes(RESUME_TOKEN_BYTES)
+            with self._outbox.opening():
+                granted = await self._open(caller, hello, resume_token)
+                session = WorkerSession(
+                    context=context,
+                    caller=caller,
+                    stream=stream,
+                    key=self._key,
+                    leases=self._leases,
+                    session_id=granted.session_id,
+                    last_sequence=sequence,
+                )
+                session.send(
+                    Welcome(
+                        protocol_version=PROTOCOL_VERSION,
+                        protocol_min_supported=PROTOCOL_VERSION_MIN_SUPPORTED,
+                        session_id=granted.session_id,
+                        resume_token=resume_token,
+                        heartbeat_interval_ms=self._heartbeat_interval_ms,
+                        keep_lease_ids=granted.kept,
+                        now_ms=self._now_ms(),
+                        blob_endpoint=self._blob_endpoint,
+                    )
+                )
+                self._outbox.register(granted.session_id, session.send)
+            _log.info(
+                "session.opened session=%s worker=%s address=%s", session.session_id, caller.party_id, peer.address
+            )
+            reason = "the connection was lost"
+            try:
+                reason = await self._run(session)
+            finally:
+                self._outbox.forget(session.session_id)
+                self._close(session, reason)
+
+    async def drain(self) -> None:
+        """Waits until the ends of all streams have been submitted."""
+        while self._closing:
+            await asyncio.wait(self._closing)
+
+    # ------------------------------------------------------------------------------------------- opening
+
+    async def _hello(self, context: Context, caller: Caller) -> tuple[Hello, int]:
+        try:
+            raw = await asyncio.wait_for(read_message(context), HELLO_PATIENCE_S)
+        except TimeoutError:
+            raw = None
+        if raw is None:
+            raise FallowError(
+                Reason.DEADLINE_EXCEEDED, "no Hello came", limit=f"{HELLO_PATIENCE_S:g} s after the stream opened"
+            )
+        request = decoded(raw, pb.SessionRequest)
+        check_sequence(request, last_sequence=0)
+        incoming = checked_message(request, caller=caller, coordinator=self._key, session_id=NO_SESSION)
+        hello = incoming.message
+        if not isinstance(hello, Hello):
+            raise FallowError(
+                Reason.MALFORMED_MESSAGE, f"the first message is a {type(hello).__name__}", limit="a Hello first"
+            )
+        check_versions(version=hello.protocol_version, min_supported=hello.protocol_min_supported)
+        if len(hello.resume_token) not in (0, RESUME_TOKEN_BYTES):
+            raise FallowError(
+                Reason.FIELD_INVALID,
+                f"a resume token of {len(hello.resume_token)} bytes",
+                field="hello.resume_token",
+                limit=f"{RESUME_TOKEN_BYTES} bytes, or none on a first session",
+            )
+        _check_window(hello.window)
+        return hello, request.sequence
+
+    async def _open(self, caller: Caller, hello: Hello, resume_token: bytes) -> SessionGranted:
+        decision = await self._engine.submit(
+            OpenSession(
+                worker_id=caller.party_id,
+                resume_token_digest=digest_of(hello.resume_token) if hello.resume_token else None,
+                next_resume_token_digest=digest_of(resume_token),
+                capability=hello.capability,
+                window=hello.window,
+                held_leases=hello.held_leases,
+            )
+        )
+        answer = decision.answer
+        assert isinstance(answer, SessionGranted), "opening grants a session"
+        return answer
+
+    # ------------------------------------------------------------------------------------------- running
+
+    async def _run(self, session: WorkerSession) -> str:
+        """Runs both directions until something ends the stream; says why. Raises what the worker is to be told."""
+        limit = RateLimit(
+            per_s=MESSAGES_PER_S, burst=MESSAGES_BURST, peers_max=1, clock=asyncio.get_running_loop().time
+        )
+
+        async def handle(incoming: Incoming) -> None:
+            limit.take(session.session_id)
+            await self._handle(session, incoming)
+
+        reading = asyncio.create_task(session.read_all(handle))
+        writing = asyncio.create_task(session.write_all())
+        watching = asyncio.create_task(self._until_silent(session))
+        parts = (reading, writing, watching)
+        try:
+            await asyncio.wait((*parts, session.stream.ended), return_when=asyncio.FIRST_COMPLETED)
+            if session.stream.ended.done():
+                error = session.stream.ended.result()
+                await _say_goodbye(session, writing, error)
+                raise error
+            for part in parts:
+                if part.done() and part.exception() is not None:
+                    raise part.exception() or AssertionError
+            return "the worker ended its stream" if reading.done() else "the worker went silent"
+        finally:
+            for part in parts:
+                part.cancel()
+            await asyncio.gather(*parts, return_exceptions=True)
+
+    async def _until_silent(self, session: WorkerSession) -> None:
+        patience_s = SILENT_HEARTBEATS_MAX * self._heartbeat_interval_ms / 1000
+        loop = asyncio.get_running_loop()
+        # Each message moves the end of the patience; an event for every message would cost more than this look.
+        while (left_s := session.last_heard + patience_s - loop.time()) > 0:  # noqa: ASYNC110
+            await asyncio.sleep(left_s)
+
+    def _close(self, session: WorkerSession, reason: str) -> None:
+        """Submits the session's end in a task of its own: the stream's coroutine may be cancelled already."""
+        task = asyncio.create_task(self._submit_close(session, reason))
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
+
+    async def _submit_close(self, session: WorkerSession, reason: str) -> None:
+        ended = session.stream.ended
+        if ended.done() and not ended.cancelled():
+            reason = ended.result().message
+        _log.info("session.closed session=%s worker=%s reason=%s", session.session_id, session.caller.party_id, reason)
+        # The core may have closed it already, and a coordinator that stops closes all sessions when it is back.
+        with contextlib.suppress(FallowError):
+            await self._engine.submit(CloseSession(session.session_id, reason))
+
+    # ------------------------------------------------------------------------------------------- messages
+
+    async def _handle(self, session: WorkerSession, incoming: Incoming) -> None:
+        worker_id, session_id = session.caller.party_id, session.session_id
+        match incoming.message:
+            case Heartbeat():
+                pass
+            case CapabilityChanged(capability, window):
+                _check_window(window)
+                await self._engine.submit(ChangeCapability(session_id, capability, window))
+            case Commitment():
+                await self._commit(session, incoming, incoming.message)
+            case Delivery():
+                await self._deliver(session, incoming.message)
+            case Inspection(lease_id, fence, report, usage):
+                await self._engine.submit(
+                    ReportInspection(
+                        session_id=session_id,
+                        worker_id=worker_id,
+                        lease_id=lease_id,
+                        fence=fence,
+                        report=report,
+                        usage=usage,
+                        message_digest=digest_of(incoming.payload),
+                        signature=incoming.signature,
+                        sequence=incoming.sequence,
+                    )
+                )
+            case TaskFailed(lease_id, fence, cause, reason):
+                await self._engine.submit(FailTask(session_id, worker_id, lease_id, fence, cause, reason))
+            case LeaseReturned(lease_id, fence, cause, reason):
+                await self._engine.submit(ReturnLease(session_id, worker_id, lease_id, fence, cause, reason))
+            case GrantsWanted():
+                self._regrant(session, incoming.message)
+            case Draining():
+                await self._engine.submit(DrainSession(session_id))
+            case Hello():
+                raise FallowError(Reason.MALFORMED_MESSAGE, "a second Hello in one session")
+            case _:
+                assert_never(incoming.message)
+
+    async def _commit(self, session: WorkerSession, incoming: Incoming, commitment: Commitment) -> None:
+        if commitment.partial:
+            raise FallowError(
+                Reason.FIELD_INVALID, "partial results are not taken yet", field="commitment.partial", limit="false"
+            )
+        payloads: dict[Digest, bytes] = {}
+        stored: StoredBlob | None = None
+        if commitment.inline_output:
+            stored = checked_inline_output(commitment)
+            payloads[commitment.output.digest] = commitment.inline_output
+        await self._engine.submit(
+            Commit(
+                session_id=session.session_id,
+                worker_id=session.caller.party_id,
+                lease_id=commitment.lease_id,
+                fence=commitment.fence,
+                output_root=commitment.output_root,
+                rows=commitment.rows,
+                output=commitment.output,
+                inline=bool(commitment.inline_output),
+                failures=commitment.failures,
+                usage=commitment.usage,
+                execution_class=commitment.execution_class,
+                message_digest=digest_of(incoming.payload),
+                signature=incoming.signature,
+                sequence=incoming.sequence,
+                stored=stored,
+            ),
+            payloads,
+        )
+
+    async def _deliver(self, session: WorkerSession, delivery: Delivery) -> None:
+        facts = self._facts(session, delivery.lease_id)
+        stored = stored_blob(delivery.receipt, self._blob_service_key, facts.account_id, "delivery.receipt")
+        await self._engine.submit(
+            Deliver(session.session_id, session.caller.party_id, delivery.lease_id, delivery.fence, stored)
+        )
+
+    def _regrant(self, session: WorkerSession, wanted: GrantsWanted) -> None:
+        facts = self._facts(session, wanted.lease_id)
+        if facts.fence != wanted.fence:
+            raise FallowError(Reason.FENCE_STALE, f"the lease has fence {facts.fence}", field="fence")
+        session.send(Regrant(wanted.lease_id))
+
+    def _facts(self, session: WorkerSession, lease_id: LeaseId) -> LeaseToSend:
+        facts = self._leases.facts(session.session_id, lease_id)
+        if facts is None:
+            raise FallowError(Reason.LEASE_UNKNOWN, "this session holds no such lease", field="lease_id")
+        return facts
+
+
+def checked_inline_output(commitment: Commitment) -> StoredBlob:
+    """What stands in the inline block's frame, once it is what the commitment says: digest, length, rows and root.
+
+    Raises DIGEST_MISMATCH, ROOT_MISMATCH, FIELD_INVALID or what parsing the block's frame raises.
+    """
+    block, stored = inspected_block(commitment.inline_output, commitment.output, "commitment.inline_output")
+    if stored.rows != commitment.rows:
+        raise FallowError(
+            Reason.FIELD_INVALID,
+            f"the block has {stored.rows} rows where the commitment says {commitment.rows}",
+            field="commitment.rows",
+        )
+    if stored.root != commitment.output_root:
+        raise FallowError(
+            Reason.ROOT_MISMATCH, "the root is not that of the block's rows", field="commitment.output_root"
+        )
+    offsets = block.offsets
+    for failure in commitment.failures:
+        if failure.row >= len(block) or offsets[failure.row] != offsets[failure.row + 1]:
+            raise FallowError(
+                Reason.FIELD_INVALID,
+                f"row {failure.row} is told as failed but has a value, or is not there",
+                field="commitment.failures",
+            )
+    return stored
+
+
+async def _say_goodbye(session: WorkerSession, writing: asyncio.Task[None], error: FallowError) -> None:
+    """Tells the worker in the stream too: a status alone is lost when a proxy ends the connection."""
+    writing.cancel()
+    await asyncio.gather(writing, return_exceptions=True)
+    detail = told(error)
+    with contextlib.suppress(TimeoutError, grpc.RpcError):
+        async with asyncio.timeout(GOODBYE_PATIENCE_S):
+            await session.write_now(Goodbye(detail.reason.value, str(detail)))
+
+
+def _check_window(window: int) -> None:
+    if not 0 <= window <= LEASES_PER_WORKER_MAX:
+        raise FallowError(
+            Reason.LIMIT_EXCEEDED,
+            f"a window of {window} leases",
+            field="window",
+            limit=f"0 to {LEASES_PER_WORKER_MAX} leases",
+        )
