@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from fallow.ids import AccountId, JobId, LeaseId, PartyId, PoolId, SessionId, TokenId
 from fallow.roles import Role, Tier
-
 from fallow_coordinator.core.events import Event
 
 

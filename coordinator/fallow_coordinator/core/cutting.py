@@ -1,0 +1,99 @@
+"""How large the next task of a job is: cut by cost, smaller as the end comes near, never beyond a block."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import dataclass
+
+from fallow.limits import BLOCK_BYTES_MAX, BLOCK_ROWS_MAX, JOB_TASKS_MAX
+from fallow_coordinator.core.limits import (
+    TASK_BLOCKS_MAX,
+    TASK_SHARES_PER_SLOT,
+    TASK_UNITS_MIN_DENOMINATOR,
+    TASK_UNITS_MIN_NUMERATOR,
+    TASK_UNITS_TARGET,
+    UNIT_MICROS,
+)
+
+_TARGET = TASK_UNITS_TARGET * UNIT_MICROS
+_SMALLEST = UNIT_MICROS * TASK_UNITS_MIN_NUMERATOR // TASK_UNITS_MIN_DENOMINATOR
+_ROW_OVERHEAD_BYTES = 64
+"""Offsets, size features and length prefixes of an output row, generously."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What rows cost, as inspection found."""
+
+    unit_micros_per_row: int
+    unit_micros_per_kib: int
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where a job's rows lie: block i holds rows `row_starts[i]` up to `row_starts[i + 1]`."""
+
+    row_starts: tuple[int, ...]
+    byte_starts: tuple[int, ...]
+
+    def block_of(self, row: int) -> int:
+        """Which block holds the row."""
+        return bisect_right(self.row_starts, row) - 1
+
+    def bytes_before(self, row: int) -> int:
+        """Bytes of all rows before this one, rows of one block taken as equal."""
+        if row >= self.row_starts[-1]:
+            return self.byte_starts[-1]
+        block = self.block_of(row)
+        first, end = self.row_starts[block], self.row_starts[block + 1]
+        length = self.byte_starts[block + 1] - self.byte_starts[block]
+        return self.byte_starts[block] + length * (row - first) // (end - first)
+
+
+def unit_micros(layout: Layout, cost: Cost, start: int, end: int) -> int:
+    """Cost of the rows from `start` up to `end`, in micro-units; at least 1 for any row."""
+    size_bytes = layout.bytes_before(end) - layout.bytes_before(start)
+    return max(1, cost.unit_micros_per_row * (end - start) + cost.unit_micros_per_kib * size_bytes // 1024)
+
+
+def cut_size(layout: Layout, cost: Cost, *, start: int, batch_rows: int, slots: int, output_row_bytes: int) -> int:
+    """How many rows, from `start` on, the next task takes: at least 1, at most what is left.
+
+    About one in `slots` × `TASK_SHARES_PER_SLOT` of what is left, between half a unit and `TASK_UNITS_TARGET` (guided
+    self-scheduling: Polychronopoulos and Kuck, 1987), in whole canonical batches, and never so much that the packed block
+    could exceed `BLOCK_BYTES_MAX` even if the large rows of every block it touches were its own. At least one in
+    `JOB_TASKS_MAX` / 2 of the job unless a block ends before, so that no job has more than `JOB_TASKS_MAX` tasks.
+    """
+    total = layout.row_starts[-1]
+    assert 0 <= start < total and batch_rows > 0 and slots > 0, "there is something to cut"
+    left = unit_micros(layout, cost, start, total)
+    target = min(_TARGET, max(_SMALLEST, left // (slots * TASK_SHARES_PER_SLOT)))
+    ceiling = _ceiling(layout, start, output_row_bytes)
+    least = max(batch_rows, -(-total // (JOB_TASKS_MAX // 2)))
+    rows = max(least, _rows_for(layout, cost, start, ceiling, target))
+    rows -= rows % batch_rows if rows % batch_rows < rows and rows - rows % batch_rows >= least else 0
+    return min(rows, ceiling - start)
+
+
+def _ceiling(layout: Layout, start: int, output_row_bytes: int) -> int:
+    """First row that the task may not take, so that input and output fit a block."""
+    first = layout.block_of(start)
+    block = first
+    budget = BLOCK_BYTES_MAX + layout.byte_starts[first]
+    last = min(len(layout.row_starts) - 1, first + TASK_BLOCKS_MAX)
+    while block + 1 < last and layout.byte_starts[block + 2] <= budget:
+        block += 1
+    rows_max = min(BLOCK_ROWS_MAX, max(1, BLOCK_BYTES_MAX // (output_row_bytes + _ROW_OVERHEAD_BYTES)))
+    return min(layout.row_starts[block + 1], start + rows_max)
+
+
+def _rows_for(layout: Layout, cost: Cost, start: int, ceiling: int, target: int) -> int:
+    """Most rows whose cost stays within `target`, or 0."""
+    low, high = start, ceiling
+    while low < high:
+        middle = (low + high + 1) // 2
+        if unit_micros(layout, cost, start, middle) <= target:
+            low = middle
+        else:
+            high = middle - 1
+    return low - start

@@ -1,0 +1,170 @@
+"""Events of one decision as they add up: ends of leases, tasks and jobs, each counted once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fallow.errors import Reason
+from fallow.ids import Digest, JobId, LeaseId, TaskId
+from fallow.job import JOB_STATES_FINAL, JobState
+from fallow.limits import ROW_FAILURE_REASON_BYTES_MAX, TASK_ATTEMPTS_MAX
+from fallow.session import Cause
+from fallow_coordinator.core.events import (
+    Event,
+    JobStateChanged,
+    LeaseEnded,
+    LeaseOutcome,
+    TaskAbandoned,
+    TaskDropped,
+    TaskSettled,
+)
+from fallow_coordinator.core.evolve_tasks import counts_as_attempt
+from fallow_coordinator.core.limits import TASK_LOSSES_MAX
+from fallow_coordinator.core.state import Job, Lease, State, Task
+
+
+@dataclass(slots=True)
+class _Tally:
+    """A job as it will be after the events drafted so far."""
+
+    results: int
+    rows_done: int
+    rows_failed: int
+    ended: bool
+
+
+class Draft:
+    """Collects events and knows what they will have changed; the state itself stands still."""
+
+    def __init__(self, state: State) -> None:
+        self.events: list[Event] = []
+        self._state = state
+        self._tallies: dict[JobId, _Tally] = {}
+        self._leases_ended: set[LeaseId] = set()
+        self._tasks_gone: set[TaskId] = set()
+
+    def end_lease(self, lease: Lease, outcome: LeaseOutcome, cause: Cause, reason: str) -> None:
+        """Ends a lease without result; its task is tried again, or given up when it has been tried often enough."""
+        if lease.lease_id in self._leases_ended:
+            return
+        reason = shortened(reason)
+        task = self._state.tasks[lease.task_id]
+        self._leases_ended.add(lease.lease_id)
+        self.events.append(LeaseEnded(lease_id=lease.lease_id, outcome=outcome, cause=cause, reason=reason))
+        if counts_as_attempt(outcome, cause):
+            if task.attempts + 1 >= TASK_ATTEMPTS_MAX:
+                self.abandon(task, cause, reason)
+        elif task.losses + 1 >= TASK_LOSSES_MAX:
+            self.abandon(task, cause, f"lost {TASK_LOSSES_MAX} times, last: {reason}")
+
+    def abandon(self, task: Task, cause: Cause, reason: str) -> None:
+        """Gives a task up, whose lease has ended: its rows fail."""
+        if task.task_id in self._tasks_gone:
+            return
+        self._tasks_gone.add(task.task_id)
+        reason = shortened(reason)
+        if task.job_id is None:
+            self.events.append(TaskAbandoned(task_id=task.task_id, cursor=0, rows=0, cause=cause, reason=reason))
+            self._fail_jobs(task.bundle_digest, f"the bundle could not be inspected: {reason}", Reason.JOB_FAILED)
+            return
+        tally = self._tally(task.job_id)
+        tally.results += 1
+        tally.rows_done += task.rows
+        tally.rows_failed += task.rows
+        self.events.append(
+            TaskAbandoned(task_id=task.task_id, cursor=tally.results, rows=task.rows, cause=cause, reason=reason)
+        )
+        self._judge(self._state.jobs[task.job_id], tally)
+
+    def settle(self, task: Task, lease: Lease, *, rows_failed: int) -> None:
+        """The lease's commitment becomes the task's result."""
+        self._tasks_gone.add(task.task_id)
+        self._leases_ended.add(lease.lease_id)
+        cursor = 0
+        tally = None
+        if task.job_id is not None:
+            tally = self._tally(task.job_id)
+            tally.results += 1
+            tally.rows_done += task.rows
+            tally.rows_failed += rows_failed
+            cursor = tally.results
+        self.events.append(
+            TaskSettled(
+                task_id=task.task_id,
+                lease_id=lease.lease_id,
+                cursor=cursor,
+                rows=task.rows,
+                rows_failed=rows_failed,
+                microcredits=0,
+            )
+        )
+        if task.job_id is not None and tally is not None:
+            self._judge(self._state.jobs[task.job_id], tally)
+
+    def finish(self, job: Job, state: JobState, reason: str, code: Reason | None) -> None:
+        """Ends a job: its leases are revoked, its tasks dropped."""
+        tally = self._tally(job.job_id)
+        if tally.ended:
+            return
+        tally.ended = True
+        for task_id in job.tasks:
+            if task_id in self._tasks_gone:
+                continue
+            self._tasks_gone.add(task_id)
+            lease_id = self._state.tasks[task_id].lease_id
+            if lease_id is not None and lease_id not in self._leases_ended:
+                self._leases_ended.add(lease_id)
+                self.events.append(
+                    LeaseEnded(
+                        lease_id=lease_id,
+                        outcome=LeaseOutcome.REVOKED,
+                        cause=Cause.PLATFORM,
+                        reason=f"its job is {state.value}",
+                    )
+                )
+            self.events.append(TaskDropped(task_id=task_id))
+        self.events.append(
+            JobStateChanged(
+                job_id=job.job_id, state=state, reason=reason, reason_code=code.value if code is not None else ""
+            )
+        )
+
+    def fail_jobs_of(self, bundle_digest: Digest, reason: str, code: Reason) -> None:
+        """Ends all unfinished jobs that use a bundle."""
+        self._fail_jobs(bundle_digest, reason, code)
+
+    def _fail_jobs(self, bundle_digest: Digest, reason: str, code: Reason) -> None:
+        for job_id in self._state.bundles[bundle_digest].jobs:
+            self.finish(self._state.jobs[job_id], JobState.FAILED, reason, code)
+
+    def _judge(self, job: Job, tally: _Tally) -> None:
+        if tally.ended:
+            return
+        if tally.rows_failed > job.options.failed_rows_max:
+            reason = (
+                f"{tally.rows_failed} of {job.rows} rows failed, {tally.rows_done - tally.rows_failed} succeeded; "
+                f"allowed: {job.options.failed_rows_max} failed rows"
+            )
+            self.finish(job, JobState.FAILED, reason, Reason.JOB_FAILED)
+        elif tally.rows_done == job.rows:
+            self.finish(job, JobState.SUCCEEDED, "", None)
+
+    def _tally(self, job_id: JobId) -> _Tally:
+        tally = self._tallies.get(job_id)
+        if tally is None:
+            job = self._state.jobs[job_id]
+            tally = self._tallies[job_id] = _Tally(
+                results=len(job.results),
+                rows_done=len(job.done),
+                rows_failed=job.rows_failed,
+                ended=job.state in JOB_STATES_FINAL,
+            )
+        return tally
+
+
+def shortened(text: str) -> str:
+    """`text` in at most `ROW_FAILURE_REASON_BYTES_MAX` bytes of UTF-8."""
+    encoded = text.encode("utf-8", errors="replace")
+    if len(encoded) <= ROW_FAILURE_REASON_BYTES_MAX:
+        return text
+    return encoded[:ROW_FAILURE_REASON_BYTES_MAX].decode("utf-8", errors="ignore")

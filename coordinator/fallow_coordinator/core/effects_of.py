@@ -1,0 +1,97 @@
+"""What follows from an event once it is durable."""
+
+from __future__ import annotations
+
+from fallow.errors import Reason
+from fallow.ids import LeaseId
+from fallow_coordinator.core import effects as f
+from fallow_coordinator.core import events as e
+from fallow_coordinator.core.sessions import REPLACED
+from fallow_coordinator.core.state import State, TaskPhase
+
+_NOTHING: tuple[f.Effect, ...] = ()
+
+
+def effects_of(state: State, event: e.Event) -> tuple[f.Effect, ...]:  # noqa: PLR0911 one arm each
+    """Effects of one event, asked right after `evolve` applied it, so that `state` is the state it left behind."""
+    match event:
+        case e.PackRequested():
+            return (f.PackTask(task_id=event.task_id, pack_number=event.pack_number),)
+        case e.LeaseGranted():
+            task = state.tasks[event.task_id]
+            sent = f.SendLease(session_id=event.session_id, lease_id=event.lease_id)
+            return (sent,) if task.job_id is None else (sent, f.WakeWatchers(job_id=task.job_id))
+        case e.CommitmentRecorded():
+            return _NOTHING if event.inline else _offers(state, (event.lease_id,))
+        case e.TaskSettled():
+            return _settled(state, event)
+        case e.LeaseEnded():
+            return _ended(state, event)
+        case e.TaskAbandoned():
+            return _NOTHING
+        case e.JobSubmitted() | e.JobStateChanged():
+            return (f.WakeWatchers(job_id=event.job_id),)
+        case e.BundleInspected() | e.BundleHeld() | e.BundleRegistered():
+            return (f.WakeBundleWatchers(bundle_digest=event.bundle_digest),)
+        case e.SessionOpened():
+            return _offers(state, event.kept)
+        case e.SessionClosed():
+            return (_end_session(state, event),)
+        case e.PartyRevoked():
+            return (f.EndParty(party_id=event.party_id),)
+        case e.Restarted():
+            packing = [task for task in state.tasks.values() if task.phase is TaskPhase.PACKING]
+            return tuple(f.PackTask(task_id=task.task_id, pack_number=task.pack_number) for task in packing)
+        case _:
+            return _NOTHING
+
+
+def _offers(state: State, lease_ids: tuple[LeaseId, ...]) -> tuple[f.Effect, ...]:
+    """Upload offers for committed leases; after a reconnect they are made again."""
+    made: list[f.Effect] = []
+    for lease_id in lease_ids:
+        lease = state.leases[lease_id]
+        if lease.commitment is not None and not lease.commitment.inline:
+            made.append(f.SendUploadOffer(session_id=lease.session_id, lease_id=lease_id))
+    return tuple(made)
+
+
+def _settled(state: State, event: e.TaskSettled) -> tuple[f.Effect, ...]:
+    ended = state.ended_leases[event.lease_id]
+    worker = state.workers[ended.worker_id]
+    made: list[f.Effect] = []
+    if worker.session_id is not None:
+        made.append(
+            f.SendSettled(
+                session_id=worker.session_id,
+                lease_id=event.lease_id,
+                fence=ended.fence,
+                microcredits=event.microcredits,
+            )
+        )
+    if ended.job_id is not None:
+        made.append(f.WakeWatchers(job_id=ended.job_id))
+    return tuple(made)
+
+
+def _ended(state: State, event: e.LeaseEnded) -> tuple[f.Effect, ...]:
+    """The worker is told unless it said so itself; a worker that is away finds out when it comes back."""
+    ended = state.ended_leases[event.lease_id]
+    worker = state.workers[ended.worker_id]
+    made: list[f.Effect] = []
+    if worker.session_id is not None and event.outcome is not e.LeaseOutcome.RETURNED:
+        made.append(
+            f.SendRevoked(session_id=worker.session_id, lease_id=event.lease_id, fence=ended.fence, reason=event.reason)
+        )
+    if ended.job_id is not None:
+        made.append(f.WakeWatchers(job_id=ended.job_id))
+    return tuple(made)
+
+
+def _end_session(state: State, event: e.SessionClosed) -> f.EndSession:
+    code = {
+        REPLACED: Reason.SESSION_REPLACED.value,
+        "revoked": Reason.PARTY_REVOKED.value,
+        "quarantined": Reason.PARTY_QUARANTINED.value,
+    }.get(event.reason, "")
+    return f.EndSession(session_id=event.session_id, reason_code=code, reason=event.reason)

@@ -1,0 +1,64 @@
+"""How an event changes the state. The only place where state changes; integers only; replay calls nothing else.
+
+Shipped meaning is for ever: `tests/golden_journals` fold to the same state with every later version.
+"""
+
+from __future__ import annotations
+
+from typing import assert_never
+
+from fallow_coordinator.core import events as e
+from fallow_coordinator.core import evolve_identity, evolve_jobs, evolve_sessions, evolve_tasks
+from fallow_coordinator.core.state import State
+
+
+def evolve(state: State, event: e.Event, at_ms: int) -> None:
+    """Applies one event, the next of its journal; `state.sequence` then is its sequence number, `state.clock_ms` its moment.
+
+    Asserts on anything that no decision can have made: then the journal or this program is broken.
+    """
+    assert at_ms >= state.clock_ms, "the journal's clock never goes back"
+    state.sequence += 1
+    state.clock_ms = at_ms
+    match event:
+        case (
+            e.TaskCreated()
+            | e.PackRequested()
+            | e.TaskInputPacked()
+            | e.PackingFailed()
+            | e.LeaseGranted()
+            | e.LeaseEnded()
+            | e.CommitmentRecorded()
+            | e.TaskSettled()
+            | e.TaskAbandoned()
+            | e.TaskDropped()
+        ):
+            evolve_tasks.evolve_task(state, event, at_ms)
+        case e.SessionOpened() | e.SessionClosed() | e.CapabilityReported() | e.Restarted():
+            evolve_sessions.evolve_session(state, event, at_ms)
+        case (
+            e.BlobRecorded()
+            | e.BundleRegistered()
+            | e.BundleInspected()
+            | e.BundleHeld()
+            | e.BundleCrashed()
+            | e.JobSubmitted()
+            | e.JobStateChanged()
+            | e.JobArchived()
+        ):
+            evolve_jobs.evolve_job(state, event, at_ms)
+        case (
+            e.JournalStarted()
+            | e.AccountCreated()
+            | e.PoolCreated()
+            | e.TokenIssued()
+            | e.TokenRevoked()
+            | e.PartyEnrolled()
+            | e.CertificateIssued()
+            | e.PartyRevoked()
+            | e.WorkerQuarantined()
+            | e.WorkerReleased()
+        ):
+            evolve_identity.evolve_identity(state, event, at_ms)
+        case _:
+            assert_never(event)

@@ -1,0 +1,178 @@
+"""How events about blobs, bundles and jobs change the state."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from typing import assert_never
+
+from fallow.job import JOB_MOVES, JOB_STATES_FINAL, JobState
+from fallow.ranges import RangeSet
+from fallow.roles import DataClass
+from fallow_coordinator.core import events as e
+from fallow_coordinator.core.commands import StoredBlob
+from fallow_coordinator.core.limits import IDEMPOTENCY_MS
+from fallow_coordinator.core.state import Bundle, IdempotencyRecord, Job, Lane, LaneKey, State
+
+JobEvent = (
+    e.BlobRecorded
+    | e.BundleRegistered
+    | e.BundleInspected
+    | e.BundleHeld
+    | e.BundleCrashed
+    | e.JobSubmitted
+    | e.JobStateChanged
+    | e.JobArchived
+)
+
+_CUTTABLE = frozenset({JobState.QUEUED, JobState.RUNNING})
+
+
+def evolve_job(state: State, event: JobEvent, at_ms: int) -> None:
+    """Applies one event about blobs, bundles or jobs."""
+    match event:
+        case e.BlobRecorded():
+            state.accounts[event.account_id].blobs[event.blob.digest] = StoredBlob(
+                blob=event.blob,
+                rows=event.rows,
+                root=event.root,
+                schema_digest=event.schema_digest,
+                size_feature_sums=event.size_feature_sums,
+                rows_failed=event.rows_failed,
+            )
+        case e.BundleRegistered():
+            _register(state, event)
+        case e.BundleInspected():
+            bundle = state.bundles[event.bundle_digest]
+            assert bundle.report is None, "a bundle is inspected once"
+            assert bundle.inspection_task_id == event.task_id, "the report answers the open inspection"
+            bundle.report = event.report
+            bundle.obstacle = ""
+        case e.BundleHeld():
+            state.bundles[event.bundle_digest].held_reason = event.reason
+        case e.BundleCrashed():
+            state.bundles[event.bundle_digest].crashed_accounts[event.account_id] = None
+        case e.JobSubmitted():
+            _submit(state, event, at_ms)
+        case e.JobStateChanged():
+            _move(state, event, at_ms)
+        case e.JobArchived():
+            _archive(state, event)
+        case _:
+            assert_never(event)
+
+
+def _register(state: State, event: e.BundleRegistered) -> None:
+    bundle = state.bundles.get(event.bundle_digest)
+    if bundle is None:
+        bundle = state.bundles[event.bundle_digest] = Bundle(
+            bundle_digest=event.bundle_digest,
+            files=event.files,
+            input_schema_digest=event.input_schema_digest,
+            output_schema_digest=event.output_schema_digest,
+            size_feature_count=event.size_feature_count,
+            bytes_feature_index=event.bytes_feature_index,
+            output_row_bytes=event.output_row_bytes,
+        )
+    bundle.owners[event.account_id] = None
+    state.accounts[event.account_id].bundles[event.bundle_digest] = None
+
+
+def _submit(state: State, event: e.JobSubmitted, at_ms: int) -> None:
+    assert event.job_id not in state.jobs, "a job is submitted once"
+    account = state.accounts[event.account_id]
+    job = state.jobs[event.job_id] = Job(
+        job_id=event.job_id,
+        account_id=event.account_id,
+        party_id=event.party_id,
+        pool_id=event.pool_id,
+        bundle_digest=event.bundle_digest,
+        blocks=event.blocks,
+        row_starts=tuple(accumulate((block.rows for block in event.blocks), initial=0)),
+        byte_starts=tuple(accumulate((block.blob.length_bytes for block in event.blocks), initial=0)),
+        size_feature_sums=event.size_feature_sums,
+        rows=event.rows,
+        data_class=DataClass(event.data_class),
+        title=event.title,
+        options=event.options,
+        kept=event.kept,
+        policy=event.policy,
+        price_microcredits=event.price_microcredits,
+        submitted_at_ms=at_ms,
+        done=RangeSet(),
+    )
+    assert job.row_starts[-1] == job.rows, "the blocks hold the job's rows"
+    account.jobs_unfinished += 1
+    state.bundles[event.bundle_digest].jobs[job.job_id] = None
+    lane_of(state, job.lane).jobs += 1
+    _forget_old_keys(state, at_ms)
+    key = (event.account_id, event.idempotency_key)
+    assert key not in state.idempotency, "a key makes one job in its time"
+    state.idempotency[key] = IdempotencyRecord(event.request_digest, event.job_id, at_ms)
+    state.idempotency_order.append(key)
+    account.idempotency_keys += 1
+
+
+def _forget_old_keys(state: State, at_ms: int) -> None:
+    while state.idempotency_order:
+        key = state.idempotency_order[0]
+        if at_ms - state.idempotency[key].at_ms < IDEMPOTENCY_MS:
+            return
+        state.idempotency_order.popleft()
+        del state.idempotency[key]
+        state.accounts[key[0]].idempotency_keys -= 1
+
+
+def _move(state: State, event: e.JobStateChanged, at_ms: int) -> None:
+    job = state.jobs[event.job_id]
+    assert event.state in JOB_MOVES[job.state], f"no move from {job.state} to {event.state}"
+    lane = state.lanes[job.lane]
+    could_cut, can_cut = job.state in _CUTTABLE, event.state in _CUTTABLE
+    job.state, job.reason, job.reason_code = event.state, event.reason, event.reason_code
+    if can_cut and not could_cut and job.next_row < job.rows:
+        lane.accounts.setdefault(job.account_id, {})[job.job_id] = None
+    elif could_cut and not can_cut and job.next_row < job.rows:
+        leave_queue(lane, job)
+    if event.state in JOB_STATES_FINAL:
+        assert not job.tasks, "a finished job has no live tasks"
+        assert event.state is not JobState.SUCCEEDED or len(job.done) == job.rows, "success means every row"
+        job.finished_at_ms = at_ms
+        state.finished[job.job_id] = state.sequence
+        state.accounts[job.account_id].jobs_unfinished -= 1
+        del state.bundles[job.bundle_digest].jobs[job.job_id]
+        release_lane(state, job.lane)
+
+
+def _archive(state: State, event: e.JobArchived) -> None:
+    job = state.jobs.pop(event.job_id)
+    del state.finished[event.job_id]
+    outputs = state.accounts[job.account_id].outputs
+    for result in job.results:
+        if result.output is not None:
+            length_bytes, results = outputs.pop(result.output.digest)
+            if results > 1:
+                outputs[result.output.digest] = (length_bytes, results - 1)
+
+
+def leave_queue(lane: Lane, job: Job) -> None:
+    """The job has no more rows to cut, or may not be cut now."""
+    jobs = lane.accounts[job.account_id]
+    del jobs[job.job_id]
+    if not jobs:
+        del lane.accounts[job.account_id]
+
+
+def lane_of(state: State, key: LaneKey) -> Lane:
+    """The lane, made when it is not there."""
+    lane = state.lanes.get(key)
+    if lane is None:
+        lane = state.lanes[key] = Lane()
+    return lane
+
+
+def release_lane(state: State, key: LaneKey) -> None:
+    """One job or inspection less in the lane; an empty lane goes."""
+    lane = state.lanes[key]
+    lane.jobs -= 1
+    if not lane.jobs:
+        assert not lane.accounts and not lane.waiting and not lane.packing and not lane.ready, "an empty lane is empty"
+        del state.lanes[key]

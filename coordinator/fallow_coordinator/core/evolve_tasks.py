@@ -1,0 +1,354 @@
+"""How events about tasks and leases change the state."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from typing import assert_never
+
+from fallow.ids import LeaseId, PartyId
+from fallow.job import JobRowFailure, RowSpan, TaskResult
+from fallow.limits import ROW_FAILURES_LISTED_PER_TASK_MAX
+from fallow.session import Cause, RowFailure, TaskKind
+from fallow_coordinator.core import events as e
+from fallow_coordinator.core.evolve_jobs import lane_of, leave_queue, release_lane
+from fallow_coordinator.core.evolve_sessions import end_grace_if_empty
+from fallow_coordinator.core.groups import hold
+from fallow_coordinator.core.limits import LEASES_REMEMBERED_MAX, RETRY_DELAY_MS_MAX, RETRY_DELAY_MS_MIN
+from fallow_coordinator.core.state import (
+    ANY_POOL,
+    CommitmentFacts,
+    EndedLease,
+    Job,
+    LaneKey,
+    Lease,
+    State,
+    Task,
+    TaskPhase,
+)
+
+TaskEvent = (
+    e.TaskCreated
+    | e.PackRequested
+    | e.TaskInputPacked
+    | e.PackingFailed
+    | e.LeaseGranted
+    | e.LeaseEnded
+    | e.CommitmentRecorded
+    | e.TaskSettled
+    | e.TaskAbandoned
+    | e.TaskDropped
+)
+
+BLAMELESS = frozenset({e.LeaseOutcome.EXPIRED, e.LeaseOutcome.LOST, e.LeaseOutcome.REVOKED})
+"""Outcomes that count as losses, not as failed attempts."""
+
+
+def evolve_task(state: State, event: TaskEvent, at_ms: int) -> None:
+    """Applies one event about a task or its leases."""
+    match event:
+        case e.TaskCreated():
+            _create(state, event)
+        case e.PackRequested():
+            task = state.tasks[event.task_id]
+            assert event.pack_number == task.pack_number + 1, "packings are counted"
+            _leave_phase(state, task)
+            task.pack_number = event.pack_number
+            task.pack_requested_at_ms = at_ms
+            task.phase = TaskPhase.PACKING
+            state.lanes[task.lane].packing[task.task_id] = None
+        case e.TaskInputPacked():
+            task = state.tasks[event.task_id]
+            assert task.phase is TaskPhase.PACKING and event.pack_number == task.pack_number, (
+                "the newest packing counts"
+            )
+            _leave_phase(state, task)
+            task.pack_failures = 0
+            task.input, task.input_inline = event.input, event.inline
+            task.phase = TaskPhase.READY
+            state.lanes[task.lane].ready[task.task_id] = None
+        case e.PackingFailed():
+            task = state.tasks[event.task_id]
+            assert task.phase is TaskPhase.PACKING and event.pack_number == task.pack_number, (
+                "the newest packing counts"
+            )
+            task.pack_failures += 1
+            _wait(state, task, event.retry_at_ms)
+        case e.LeaseGranted():
+            _grant(state, event, at_ms)
+        case e.LeaseEnded():
+            _end(state, event, at_ms)
+        case e.CommitmentRecorded():
+            lease = state.leases[event.lease_id]
+            assert lease.commitment is None, "a lease commits once"
+            lease.commitment = CommitmentFacts(
+                output_root=event.output_root,
+                rows=event.rows,
+                output=event.output,
+                inline=event.inline,
+                failures=event.failures,
+                rows_failed=event.rows_failed,
+                node=event.usage.node,
+            )
+        case e.TaskSettled():
+            _settle(state, event)
+        case e.TaskAbandoned():
+            _abandon(state, event)
+        case e.TaskDropped():
+            _remove(state, state.tasks[event.task_id])
+        case _:
+            assert_never(event)
+
+
+def lane_of_task(event: e.TaskCreated, job: Job | None) -> LaneKey:
+    """Where the task queues."""
+    return job.lane if job is not None else LaneKey(event.kind, ANY_POOL, None)
+
+
+def _create(state: State, event: e.TaskCreated) -> None:
+    assert event.task_id not in state.tasks, "a task is created once"
+    job = state.jobs[event.job_id] if event.job_id is not None else None
+    state.tasks_created += 1
+    task = state.tasks[event.task_id] = Task(
+        task_id=event.task_id,
+        number=state.tasks_created,
+        kind=event.kind,
+        job_id=event.job_id,
+        bundle_digest=event.bundle_digest,
+        pool_id=event.pool_id,
+        lane=lane_of_task(event, job),
+        spans=event.spans,
+        rows=sum(end - start for start, end in event.spans),
+        unit_micros=event.unit_micros,
+        phase=TaskPhase.WAITING,
+    )
+    lane = lane_of(state, task.lane)
+    if job is None:
+        assert event.kind is TaskKind.INSPECT, "work of no job is an inspection"
+        lane.jobs += 1
+        state.bundles[task.bundle_digest].inspection_task_id = task.task_id
+    else:
+        _cut(job, task)
+        job.tasks[task.task_id] = None
+        job.tasks_created += 1
+        jobs = lane.accounts.pop(job.account_id)
+        lane.accounts[job.account_id] = jobs
+        if job.next_row == job.rows:
+            leave_queue(lane, job)
+    insort(lane.waiting, (task.not_before_ms, task.number, task.task_id))
+
+
+def _cut(job: Job, task: Task) -> None:
+    for start, end in task.spans:
+        assert start == job.next_row < end <= job.rows, "rows are cut in order, each once"
+        job.next_row = end
+
+
+def _leave_phase(state: State, task: Task) -> None:
+    """Takes a task out of the index of its phase."""
+    lane = state.lanes[task.lane]
+    match task.phase:
+        case TaskPhase.WAITING:
+            entry = (task.not_before_ms, task.number, task.task_id)
+            index = bisect_left(lane.waiting, entry)
+            assert lane.waiting[index] == entry, "a waiting task stands in its lane"
+            del lane.waiting[index]
+        case TaskPhase.PACKING:
+            del lane.packing[task.task_id]
+        case TaskPhase.READY:
+            del lane.ready[task.task_id]
+        case TaskPhase.LEASED:
+            assert task.lease_id is None, "a leased task is let go by its lease"
+        case _:
+            assert_never(task.phase)
+
+
+def _wait(state: State, task: Task, not_before_ms: int) -> None:
+    _leave_phase(state, task)
+    task.phase = TaskPhase.WAITING
+    task.not_before_ms = not_before_ms
+    insort(state.lanes[task.lane].waiting, (not_before_ms, task.number, task.task_id))
+
+
+def _grant(state: State, event: e.LeaseGranted, at_ms: int) -> None:
+    task = state.tasks[event.task_id]
+    worker = state.workers[event.worker_id]
+    assert event.lease_id not in state.leases and event.lease_id not in state.ended_leases, "a lease is granted once"
+    assert event.fence == task.fence + 1, "a fence only grows, one by one"
+    assert worker.session_id == event.session_id and worker.free > 0, "a lease goes to a free, open session"
+    assert task.phase is (TaskPhase.WAITING if task.kind is TaskKind.INSPECT else TaskPhase.READY), "it can be leased"
+    _leave_phase(state, task)
+    task.phase = TaskPhase.LEASED
+    task.fence = event.fence
+    task.lease_id = event.lease_id
+    state.leases[event.lease_id] = Lease(
+        lease_id=event.lease_id,
+        task_id=event.task_id,
+        worker_id=event.worker_id,
+        session_id=event.session_id,
+        fence=event.fence,
+        granted_at_ms=at_ms,
+        deadline_ms=event.deadline_ms,
+        runtime_max_ms=event.runtime_max_ms,
+    )
+    insort(state.deadlines, (event.deadline_ms, event.lease_id))
+    hold(state, worker, lease_id=event.lease_id, unit_micros=task.unit_micros, holds=True)
+    if task.job_id is not None:
+        state.jobs[task.job_id].rows_leased += task.rows
+
+
+def _release(state: State, lease_id: LeaseId, outcome: e.LeaseOutcome | None) -> Task:
+    """Takes a lease off its worker and its task, and remembers it; gives the task."""
+    lease = state.leases.pop(lease_id)
+    task = state.tasks[lease.task_id]
+    assert task.lease_id == lease_id and task.fence == lease.fence, "a task has one live lease, its newest"
+    task.lease_id = None
+    entry = (lease.deadline_ms, lease_id)
+    index = bisect_left(state.deadlines, entry)
+    assert state.deadlines[index] == entry, "a live lease has a deadline"
+    del state.deadlines[index]
+    worker = state.workers[lease.worker_id]
+    hold(state, worker, lease_id=lease_id, unit_micros=task.unit_micros, holds=False)
+    end_grace_if_empty(state, worker)
+    if task.job_id is not None:
+        state.jobs[task.job_id].rows_leased -= task.rows
+    state.ended_leases[lease_id] = EndedLease(
+        lease.task_id, task.job_id, lease.worker_id, lease.fence, outcome, lease.commitment
+    )
+    state.ended_order.append(lease_id)
+    if len(state.ended_order) > LEASES_REMEMBERED_MAX:
+        del state.ended_leases[state.ended_order.popleft()]
+    return task
+
+
+def counts_as_attempt(outcome: e.LeaseOutcome, cause: Cause) -> bool:
+    """Whether an end was somebody's fault; else it is a loss."""
+    return outcome not in BLAMELESS and cause is not Cause.OWNER_PREEMPT
+
+
+def retry_delay_ms(attempts: int) -> int:
+    """How long a task rests after its n-th failed attempt."""
+    return min(RETRY_DELAY_MS_MAX, RETRY_DELAY_MS_MIN << min(attempts, 16) >> 1)
+
+
+def _end(state: State, event: e.LeaseEnded, at_ms: int) -> None:
+    worker_id: PartyId = state.leases[event.lease_id].worker_id
+    task = _release(state, event.lease_id, event.outcome)
+    task.last_cause, task.last_reason = event.cause, event.reason
+    task.input, task.input_inline = None, False
+    not_before_ms = at_ms
+    if counts_as_attempt(event.outcome, event.cause):
+        task.attempts += 1
+        task.avoid[worker_id] = None
+        not_before_ms = at_ms + retry_delay_ms(task.attempts)
+    else:
+        task.losses += 1
+    _wait(state, task, not_before_ms)
+
+
+def _remove(state: State, task: Task) -> None:
+    """A task leaves the state; its phase's index too."""
+    _leave_phase(state, task)
+    del state.tasks[task.task_id]
+    if task.job_id is not None:
+        del state.jobs[task.job_id].tasks[task.task_id]
+    else:
+        bundle = state.bundles[task.bundle_digest]
+        bundle.inspection_task_id = None
+        release_lane(state, task.lane)
+
+
+def _settle(state: State, event: e.TaskSettled) -> None:
+    lease = state.leases[event.lease_id]
+    commitment = lease.commitment
+    task = _release(state, event.lease_id, None)
+    assert task.task_id == event.task_id, "a lease settles its own task"
+    _remove(state, task)
+    worker = state.workers[lease.worker_id]
+    worker.tasks_settled += 1
+    worker.rows_settled += event.rows - event.rows_failed
+    if task.job_id is None:
+        return
+    assert commitment is not None, "what settles was committed"
+    assert commitment.rows == event.rows == task.rows, "every row of the task is delivered"
+    job = state.jobs[task.job_id]
+    outputs = state.accounts[job.account_id].outputs
+    length_bytes, results = outputs.get(commitment.output.digest, (commitment.output.length_bytes, 0))
+    outputs[commitment.output.digest] = (length_bytes, results + 1)
+    _deliver(
+        job,
+        task,
+        event.rows_failed,
+        TaskResult(
+            cursor=event.cursor,
+            spans=row_spans(task.spans),
+            output=commitment.output,
+            failures=job_failures(task.spans, commitment.failures),
+            worker_id=lease.worker_id,
+            node=commitment.node,
+            output_root=commitment.output_root,
+            status=job.policy,
+        ),
+    )
+    job.tasks_settled += 1
+    job.microcredits += event.microcredits
+
+
+def _abandon(state: State, event: e.TaskAbandoned) -> None:
+    task = state.tasks[event.task_id]
+    assert task.lease_id is None, "an abandoned task is not leased"
+    _remove(state, task)
+    if task.job_id is None:
+        state.bundles[task.bundle_digest].obstacle = event.reason
+        return
+    job = state.jobs[task.job_id]
+    listed = min(task.rows, ROW_FAILURES_LISTED_PER_TASK_MAX)
+    failures = tuple(RowFailure(row, event.cause, event.reason) for row in range(listed))
+    _deliver(
+        job,
+        task,
+        event.rows,
+        TaskResult(
+            cursor=event.cursor,
+            spans=row_spans(task.spans),
+            output=None,
+            failures=job_failures(task.spans, failures),
+            worker_id="",
+            node=0,
+            output_root=None,
+            status=job.policy,
+        ),
+    )
+
+
+def _deliver(job: Job, task: Task, rows_failed: int, result: TaskResult) -> None:
+    assert result.cursor == len(job.results) + 1, "results are counted"
+    for start, end in task.spans:
+        assert not job.done.overlaps(start, end), "each row is delivered once"
+        job.done = job.done.add(start, end)
+    job.rows_failed += rows_failed
+    job.results.append(result)
+
+
+def row_spans(spans: tuple[tuple[int, int], ...]) -> tuple[RowSpan, ...]:
+    """Where the job positions of a task lie in its block."""
+    block_row = 0
+    made: list[RowSpan] = []
+    for start, end in spans:
+        made.append(RowSpan(job_position=start, block_row=block_row, rows=end - start))
+        block_row += end - start
+    return tuple(made)
+
+
+def job_failures(spans: tuple[tuple[int, int], ...], failures: tuple[RowFailure, ...]) -> tuple[JobRowFailure, ...]:
+    """Failures of a block's rows, by job position."""
+    if not failures:
+        return ()
+    made: list[JobRowFailure] = []
+    for failure in failures:
+        row = failure.row
+        for start, end in spans:
+            if row < end - start:
+                made.append(JobRowFailure(start + row, failure.cause, failure.reason))
+                break
+            row -= end - start
+    return tuple(made)

@@ -1,0 +1,326 @@
+"""Decisions about jobs: submission, cancelling, packing, archiving."""
+
+from __future__ import annotations
+
+from fallow.errors import FallowError, Reason
+from fallow.ids import Digest, JobId, PoolId, TaskId
+from fallow.job import JOB_STATES_FINAL, JobState
+from fallow.limits import (
+    BLOCK_BYTES_MAX,
+    BLOCK_ROWS_MAX,
+    INLINE_PAYLOAD_BYTES_MAX,
+    JOB_BLOCKS_MAX,
+    JOB_ROWS_MAX,
+    TITLE_BYTES_MAX,
+)
+from fallow_coordinator.core import commands as c
+from fallow_coordinator.core import events as e
+from fallow_coordinator.core.answers import Decision, JobAccepted
+from fallow_coordinator.core.bundles import account_of, usable_bundle
+from fallow_coordinator.core.draft import Draft, shortened
+from fallow_coordinator.core.limits import (
+    ARCHIVED_PER_COMMAND_MAX,
+    IDEMPOTENCY_KEY_BYTES_MAX,
+    IDEMPOTENCY_KEY_BYTES_MIN,
+    IDEMPOTENCY_KEYS_PER_ACCOUNT_MAX,
+    IDEMPOTENCY_MS,
+    JOBS_UNFINISHED_PER_ACCOUNT_MAX,
+    PACK_ATTEMPTS_MAX,
+    RETRY_DELAY_MS_MAX,
+    RETRY_DELAY_MS_MIN,
+)
+from fallow_coordinator.core.names import Names
+from fallow_coordinator.core.state import Account, Bundle, State, Task, TaskPhase
+
+
+def submit_map_job(state: State, command: c.SubmitMapJob, now_ms: int, names: Names) -> Decision:
+    """A map job; the same idempotency key with the same request gives the same job for 24 hours.
+
+    Raises ACCOUNT_UNKNOWN, POOL_UNKNOWN, BUNDLE_UNKNOWN, PROGRAM_REFUSED, PROGRAM_HELD, BUNDLE_INVALID, DATASET_EMPTY,
+    LIMIT_EXCEEDED, BLOCK_TOO_LARGE, BLOB_UNKNOWN, SCHEMA_MISMATCH, ROW_BLOCK_MALFORMED, FIELD_INVALID,
+    IDEMPOTENCY_CONFLICT, OVERLOADED.
+    """
+    account = account_of(state, command.account_id)
+    repeated = _repeated(state, command, now_ms)
+    if repeated is not None:
+        return Decision(answer=JobAccepted(repeated, repeated=True))
+    if account.idempotency_keys >= IDEMPOTENCY_KEYS_PER_ACCOUNT_MAX:
+        raise FallowError(
+            Reason.OVERLOADED,
+            "the account submitted too many jobs today",
+            field="idempotency_key",
+            limit=f"{IDEMPOTENCY_KEYS_PER_ACCOUNT_MAX} jobs in 24 hours",
+        )
+    if account.jobs_unfinished >= JOBS_UNFINISHED_PER_ACCOUNT_MAX:
+        raise FallowError(
+            Reason.OVERLOADED,
+            "the account has too many unfinished jobs",
+            field="account_id",
+            limit=f"{JOBS_UNFINISHED_PER_ACCOUNT_MAX} unfinished jobs",
+            hint="wait for some to finish",
+        )
+    pool_id = _pool_of(state, command)
+    _check_options(command)
+    bundle = usable_bundle(state, account, command.bundle_digest)
+    sums = _check_blocks(account, bundle, command)
+    job_id = JobId(names.new("job"))
+    events: list[e.Event] = [
+        e.JobSubmitted(
+            job_id=job_id,
+            account_id=command.account_id,
+            party_id=command.party_id,
+            pool_id=pool_id,
+            idempotency_key=command.idempotency_key,
+            request_digest=command.request_digest,
+            bundle_digest=command.bundle_digest,
+            blocks=command.blocks,
+            size_feature_sums=sums,
+            rows=sum(block.rows for block in command.blocks),
+            data_class=command.data_class,
+            title=command.title,
+            options=command.options,
+            kept=command.kept,
+            policy=state.pools[pool_id].policy,
+            price_microcredits=0,
+        )
+    ]
+    if bundle.report is not None:
+        events.append(e.JobStateChanged(job_id=job_id, state=JobState.QUEUED, reason="", reason_code=""))
+    return Decision(tuple(events), JobAccepted(job_id, repeated=False))
+
+
+def cancel_job(state: State, command: c.CancelJob) -> Decision:
+    """Ends the job; its leases are revoked. Once cancelled, nothing happens. Raises JOB_UNKNOWN, JOB_FINISHED."""
+    job = state.jobs.get(command.job_id)
+    if job is None or job.account_id != command.account_id:
+        raise FallowError(Reason.JOB_UNKNOWN, f"this account has no job {command.job_id}", field="job_id")
+    if job.state is JobState.CANCELLED:
+        return Decision()
+    if job.state in JOB_STATES_FINAL:
+        raise FallowError(Reason.JOB_FINISHED, f"the job is {job.state.value} already", field="job_id")
+    draft = Draft(state)
+    draft.finish(job, JobState.CANCELLED, "cancelled by its owner", Reason.JOB_CANCELLED)
+    return Decision(tuple(draft.events))
+
+
+def task_packed(state: State, command: c.TaskPacked) -> Decision:
+    """The task can be leased. An answer to an older packing changes nothing."""
+    task = _task_in_packing(state, command.task_id, command.pack_number)
+    if task is None:
+        return Decision()
+    if command.input.length_bytes > BLOCK_BYTES_MAX or (
+        command.inline and command.input.length_bytes > INLINE_PAYLOAD_BYTES_MAX
+    ):
+        return _packing_is_hopeless(state, task, f"the packed block has {command.input.length_bytes} bytes")
+    event = e.TaskInputPacked(
+        task_id=command.task_id, pack_number=command.pack_number, input=command.input, inline=command.inline
+    )
+    return Decision((event,))
+
+
+def pack_failed(state: State, command: c.PackFailed, now_ms: int) -> Decision:
+    """Tried again after a while, or, when a source is gone or it failed too often, the end of the job."""
+    task = _task_in_packing(state, command.task_id, command.pack_number)
+    if task is None:
+        return Decision()
+    if not command.retryable or task.pack_failures + 1 >= PACK_ATTEMPTS_MAX:
+        return _packing_is_hopeless(state, task, command.reason)
+    delay_ms = min(RETRY_DELAY_MS_MAX, RETRY_DELAY_MS_MIN << min(task.pack_failures, 16))
+    event = e.PackingFailed(
+        task_id=command.task_id,
+        pack_number=command.pack_number,
+        retry_at_ms=now_ms + delay_ms,
+        reason=shortened(command.reason),
+    )
+    return Decision((event,))
+
+
+def archive_jobs(state: State, command: c.ArchiveJobs) -> Decision:
+    """Finished jobs that the views show leave the state, oldest first, so many at a time."""
+    events: list[e.Event] = []
+    for job_id, end_sequence in state.finished.items():
+        if end_sequence > command.view_sequence or len(events) >= ARCHIVED_PER_COMMAND_MAX:
+            break
+        events.append(e.JobArchived(job_id=job_id))
+    return Decision(tuple(events))
+
+
+def _task_in_packing(state: State, task_id: TaskId, pack_number: int) -> Task | None:
+    task = state.tasks.get(task_id)
+    if task is None or task.phase is not TaskPhase.PACKING or task.pack_number != pack_number:
+        return None
+    return task
+
+
+def _packing_is_hopeless(state: State, task: Task, reason: str) -> Decision:
+    assert task.job_id is not None, "only rows of jobs are packed"
+    draft = Draft(state)
+    text = shortened(f"the rows could not be packed: {reason}")
+    draft.finish(state.jobs[task.job_id], JobState.FAILED, text, Reason.BLOB_UNKNOWN)
+    return Decision(tuple(draft.events))
+
+
+def _repeated(state: State, command: c.SubmitMapJob, now_ms: int) -> JobId | None:
+    size = len(command.idempotency_key)
+    if not IDEMPOTENCY_KEY_BYTES_MIN <= size <= IDEMPOTENCY_KEY_BYTES_MAX:
+        raise FallowError(
+            Reason.FIELD_INVALID,
+            f"the idempotency key has {size} bytes",
+            field="idempotency_key",
+            limit=f"{IDEMPOTENCY_KEY_BYTES_MIN} to {IDEMPOTENCY_KEY_BYTES_MAX} bytes",
+        )
+    record = state.idempotency.get((command.account_id, command.idempotency_key))
+    if record is None or now_ms - record.at_ms >= IDEMPOTENCY_MS:
+        return None
+    if record.request_digest != command.request_digest:
+        raise FallowError(
+            Reason.IDEMPOTENCY_CONFLICT,
+            f"this key has made {record.job_id} from another request",
+            field="idempotency_key",
+            hint="use a fresh key for a new job",
+        )
+    return record.job_id
+
+
+def _pool_of(state: State, command: c.SubmitMapJob) -> PoolId:
+    if command.pool_id is None:
+        party = state.parties.get(command.party_id)
+        return party.pool_id if party is not None else state.default_pool_id
+    if command.pool_id not in state.pools:
+        raise FallowError(Reason.POOL_UNKNOWN, f"there is no pool {command.pool_id}", field="pool_id")
+    return command.pool_id
+
+
+def _check_options(command: c.SubmitMapJob) -> None:
+    options = command.options
+    size = len(command.title.encode("utf-8", errors="replace"))
+    if size > TITLE_BYTES_MAX:
+        raise FallowError(
+            Reason.LIMIT_EXCEEDED,
+            f"the title has {size} bytes",
+            field="title",
+            limit=f"{TITLE_BYTES_MAX} bytes of UTF-8",
+        )
+    if not 0 <= options.failed_rows_max <= JOB_ROWS_MAX:
+        raise FallowError(
+            Reason.FIELD_INVALID,
+            f"failed_rows_max is {options.failed_rows_max}",
+            field="options.failed_rows_max",
+            limit=f"0 to {JOB_ROWS_MAX} rows",
+        )
+    # NOTE: placement by these needs measured devices and a market; ignoring them silently would be a lie.
+    wishes = (
+        ("region", bool(options.region)),
+        ("device_kind", bool(options.device_kind)),
+        ("memory_bytes_min", bool(options.memory_bytes_min)),
+        ("deadline", bool(options.deadline_ms)),
+        ("assurance", bool(options.assurance)),
+    )
+    for name, wished in wishes:
+        if wished:
+            raise FallowError(
+                Reason.FIELD_INVALID,
+                f"this coordinator cannot place jobs by {name} yet",
+                field=f"options.{name}",
+                limit="unset",
+            )
+
+
+def _check_blocks(account: Account, bundle: Bundle, command: c.SubmitMapJob) -> tuple[int, ...]:
+    """Checks every block against what is recorded of it; gives the sums of the size features."""
+    _check_counts(command)
+    inline = {stored.blob.digest: stored for stored in command.inline_blocks}
+    sums = [0] * bundle.size_feature_count
+    inline_bytes = 0
+    for index, block in enumerate(command.blocks):
+        field = f"blocks[{index}]"
+        if block.inline:
+            inline_bytes += block.blob.length_bytes
+            stored = inline.get(block.blob.digest)
+        else:
+            stored = account.blobs.get(block.blob.digest)
+        if stored is None or stored.blob != block.blob:
+            raise _blob_unknown(block.blob.digest, field)
+        _check_block(bundle, stored, block.rows, field)
+        for feature, total in enumerate(stored.size_feature_sums):
+            sums[feature] += total
+    if inline_bytes > INLINE_PAYLOAD_BYTES_MAX:
+        raise FallowError(
+            Reason.LIMIT_EXCEEDED,
+            f"the inline blocks have {inline_bytes} bytes",
+            field="blocks",
+            limit=f"{INLINE_PAYLOAD_BYTES_MAX} bytes",
+            hint="upload them to the blob service",
+        )
+    if command.kept is not None:
+        kept = account.blobs.get(command.kept.digest)
+        if kept is None or kept.blob != command.kept:
+            raise _blob_unknown(command.kept.digest, "kept")
+    return tuple(sums)
+
+
+def _check_counts(command: c.SubmitMapJob) -> None:
+    if len(command.blocks) > JOB_BLOCKS_MAX:
+        raise FallowError(
+            Reason.LIMIT_EXCEEDED,
+            f"the dataset has {len(command.blocks)} blocks",
+            field="blocks",
+            limit=f"{JOB_BLOCKS_MAX} blocks",
+        )
+    for index, block in enumerate(command.blocks):
+        if not 1 <= block.rows <= BLOCK_ROWS_MAX:
+            raise FallowError(
+                Reason.LIMIT_EXCEEDED if block.rows else Reason.DATASET_EMPTY,
+                f"the block has {block.rows} rows",
+                field=f"blocks[{index}].rows",
+                limit=f"1 to {BLOCK_ROWS_MAX} rows",
+            )
+        if not 1 <= block.blob.length_bytes <= BLOCK_BYTES_MAX:
+            raise FallowError(
+                Reason.BLOCK_TOO_LARGE,
+                f"the block has {block.blob.length_bytes} bytes",
+                field=f"blocks[{index}].blob.length_bytes",
+                limit=f"1 to {BLOCK_BYTES_MAX} bytes",
+            )
+    rows = sum(block.rows for block in command.blocks)
+    if not rows:
+        raise FallowError(Reason.DATASET_EMPTY, "the dataset has no rows", field="blocks", limit="at least 1 row")
+    if rows > JOB_ROWS_MAX:
+        raise FallowError(
+            Reason.LIMIT_EXCEEDED, f"the dataset has {rows} rows", field="blocks", limit=f"{JOB_ROWS_MAX} rows"
+        )
+
+
+def _check_block(bundle: Bundle, stored: c.StoredBlob, rows: int, field: str) -> None:
+    if not stored.rows or stored.root is None:
+        raise FallowError(Reason.ROW_BLOCK_MALFORMED, "the blob is not a row block", field=field)
+    if stored.schema_digest != bundle.input_schema_digest:
+        raise FallowError(
+            Reason.SCHEMA_MISMATCH,
+            "the block's rows do not have the bundle's input schema",
+            field=field,
+            hint="encode the rows with the columns, types and shapes that `fallow bundle inspect` shows",
+        )
+    if stored.rows != rows:
+        raise FallowError(
+            Reason.FIELD_INVALID,
+            f"the block has {stored.rows} rows, not {rows}",
+            field=f"{field}.rows",
+            limit=f"{stored.rows}",
+        )
+    if len(stored.size_feature_sums) != bundle.size_feature_count:
+        raise FallowError(
+            Reason.SCHEMA_MISMATCH,
+            f"the block has {len(stored.size_feature_sums)} size features",
+            field=field,
+            limit=f"{bundle.size_feature_count}",
+        )
+
+
+def _blob_unknown(digest: Digest, field: str) -> FallowError:
+    return FallowError(
+        Reason.BLOB_UNKNOWN,
+        f"this account has no blob {digest.hex()[:16]}… of this length",
+        field=field,
+        hint="upload it first",
+    )

@@ -1,0 +1,246 @@
+"""Decisions about leases in workers' hands: commitments, deliveries, reports, failures, returns."""
+
+from __future__ import annotations
+
+from fallow.errors import FallowError, Reason
+from fallow.ids import LeaseId, PartyId, SessionId
+from fallow.limits import BLOCK_BYTES_MAX, INLINE_PAYLOAD_BYTES_MAX, ROW_FAILURES_LISTED_PER_TASK_MAX
+from fallow.session import Cause, RowFailure, TaskKind
+from fallow_coordinator.core import commands as c
+from fallow_coordinator.core import events as e
+from fallow_coordinator.core.answers import Decision
+from fallow_coordinator.core.bundles import crash_report, fault_of_report, inspected
+from fallow_coordinator.core.draft import Draft, shortened
+from fallow_coordinator.core.state import CommitmentFacts, EndedLease, Lease, State, Task
+
+CRASHED_ACCOUNTS_MAX = 2
+"""A program that crashes workers of so many accounts is held."""
+
+
+def commit(state: State, command: c.Commit) -> Decision:
+    """Records a commitment; an inline one settles at once, else the output is asked for.
+
+    The same commitment again is harmless. Wrong content ends the lease as the worker's failure.
+    Raises SESSION_REPLACED, LEASE_UNKNOWN, LEASE_ENDED, FENCE_STALE, FIELD_MISSING.
+    """
+    ended = state.ended_leases.get(command.lease_id)
+    if ended is not None and ended.outcome is None and _is_same(ended.commitment, command):
+        _check_holder(state, command, ended)
+        return Decision()
+    lease = _live_lease(state, command.session_id, command.worker_id, command.lease_id, command.fence)
+    if lease.commitment is not None:
+        if _is_same(lease.commitment, command):
+            return Decision()
+        raise FallowError(Reason.FENCE_STALE, "this lease has committed to another output already", field="output_root")
+    task = state.tasks[lease.task_id]
+    if task.kind is not TaskKind.MAP:
+        raise FallowError(Reason.FIELD_INVALID, "this lease is answered by a report", field="lease_id")
+    if command.inline and command.stored is None:
+        raise FallowError(Reason.FIELD_MISSING, "an inline output comes with what its frame says", field="stored")
+    draft = Draft(state)
+    fault = _fault_of_commitment(task, command)
+    if not fault and command.stored is not None:
+        bundle = state.bundles[task.bundle_digest]
+        fault = _fault_of_output(_facts(command), command.stored, bundle.output_schema_digest)
+    if fault:
+        draft.end_lease(lease, e.LeaseOutcome.FAILED, Cause.WORKER, fault)
+        return Decision(tuple(draft.events))
+    rows_failed = command.stored.rows_failed if command.stored is not None else len(command.failures)
+    draft.events.append(
+        e.CommitmentRecorded(
+            lease_id=command.lease_id,
+            output_root=command.output_root,
+            rows=command.rows,
+            output=command.output,
+            inline=command.inline,
+            failures=_shortened_failures(command.failures),
+            rows_failed=rows_failed,
+            usage=command.usage,
+            execution_class=command.execution_class,
+            message_digest=command.message_digest,
+            signature=command.signature,
+            sequence=command.sequence,
+        )
+    )
+    if command.inline:
+        draft.settle(task, lease, rows_failed=rows_failed)
+    return Decision(tuple(draft.events))
+
+
+def deliver(state: State, command: c.Deliver) -> Decision:
+    """Settles a committed lease with the blob service's receipt; another root than the committed one fails the lease.
+
+    Raises SESSION_REPLACED, LEASE_UNKNOWN, LEASE_ENDED, FENCE_STALE, FIELD_INVALID.
+    """
+    ended = state.ended_leases.get(command.lease_id)
+    if ended is not None and ended.outcome is None and ended.commitment is not None:
+        _check_holder(state, command, ended)
+        if ended.commitment.output == command.stored.blob:
+            return Decision()
+    lease = _live_lease(state, command.session_id, command.worker_id, command.lease_id, command.fence)
+    if lease.commitment is None:
+        raise FallowError(Reason.FIELD_INVALID, "nothing was committed for this lease yet", field="lease_id")
+    task = state.tasks[lease.task_id]
+    bundle = state.bundles[task.bundle_digest]
+    fault = _fault_of_output(lease.commitment, command.stored, bundle.output_schema_digest)
+    draft = Draft(state)
+    if fault:
+        draft.end_lease(lease, e.LeaseOutcome.FAILED, Cause.WORKER, fault)
+    else:
+        draft.settle(task, lease, rows_failed=command.stored.rows_failed)
+    return Decision(tuple(draft.events))
+
+
+def report_inspection(state: State, command: c.ReportInspection) -> Decision:
+    """An inspection's report: the bundle is accepted or refused. Raises as `commit`, and FIELD_INVALID."""
+    lease = _live_lease(state, command.session_id, command.worker_id, command.lease_id, command.fence)
+    task = state.tasks[lease.task_id]
+    if task.kind is not TaskKind.INSPECT:
+        raise FallowError(Reason.FIELD_INVALID, "this lease is no inspection", field="lease_id")
+    fault = fault_of_report(task, command.report)
+    if fault:
+        draft = Draft(state)
+        draft.end_lease(lease, e.LeaseOutcome.FAILED, Cause.WORKER, fault)
+        return Decision(tuple(draft.events))
+    return inspected(state, lease, task, command.report)
+
+
+def fail_task(state: State, command: c.FailTask) -> Decision:
+    """The task could not be done there: tried again elsewhere, unless the program is to blame twice.
+
+    Raises SESSION_REPLACED, LEASE_UNKNOWN, LEASE_ENDED, FENCE_STALE.
+    """
+    lease = _live_lease(state, command.session_id, command.worker_id, command.lease_id, command.fence)
+    task = state.tasks[lease.task_id]
+    if command.cause is Cause.PROGRAM and task.kind is TaskKind.INSPECT:
+        return inspected(state, lease, task, crash_report(task.bundle_digest, command.reason))
+    draft = Draft(state)
+    if command.cause is Cause.PROGRAM:
+        _blame_program(state, draft, lease, task, command.reason)
+    draft.end_lease(lease, e.LeaseOutcome.FAILED, command.cause, command.reason)
+    return Decision(tuple(draft.events))
+
+
+def return_lease(state: State, command: c.ReturnLease) -> Decision:
+    """The worker gives it back undone. Raises SESSION_REPLACED, LEASE_UNKNOWN, LEASE_ENDED, FENCE_STALE."""
+    lease = _live_lease(state, command.session_id, command.worker_id, command.lease_id, command.fence)
+    draft = Draft(state)
+    draft.end_lease(lease, e.LeaseOutcome.RETURNED, command.cause, command.reason)
+    return Decision(tuple(draft.events))
+
+
+def _blame_program(state: State, draft: Draft, lease: Lease, task: Task, reason: str) -> None:
+    bundle = state.bundles[task.bundle_digest]
+    account_id = state.workers[lease.worker_id].account_id
+    if account_id in bundle.crashed_accounts or bundle.held_reason:
+        return
+    draft.events.append(
+        e.BundleCrashed(bundle_digest=bundle.bundle_digest, account_id=account_id, reason=shortened(reason))
+    )
+    if len(bundle.crashed_accounts) + 1 >= CRASHED_ACCOUNTS_MAX:
+        text = shortened(f"it crashed workers of {CRASHED_ACCOUNTS_MAX} accounts, last: {reason}")
+        draft.events.append(e.BundleHeld(bundle_digest=bundle.bundle_digest, reason=text))
+        draft.fail_jobs_of(bundle.bundle_digest, f"the bundle is held: {text}", Reason.PROGRAM_HELD)
+
+
+def _live_lease(state: State, session_id: SessionId, worker_id: PartyId, lease_id: LeaseId, fence: int) -> Lease:
+    """The worker's own live lease with this very fence; anything else is refused and changes nothing."""
+    if state.sessions.get(session_id) != worker_id:
+        raise FallowError(Reason.SESSION_REPLACED, "this session is over", hint="open a new one")
+    lease = state.leases.get(lease_id)
+    if lease is None:
+        raise _ended(state, worker_id, lease_id, fence)
+    if lease.worker_id != worker_id:
+        raise _unknown(lease_id)
+    if fence != lease.fence:
+        raise FallowError(
+            Reason.FENCE_STALE, f"fence {fence} is not the lease's", field="fence", limit=f"{lease.fence}"
+        )
+    return lease
+
+
+def _ended(state: State, worker_id: PartyId, lease_id: LeaseId, fence: int) -> FallowError:
+    ended = state.ended_leases.get(lease_id)
+    if ended is None or ended.worker_id != worker_id:
+        return _unknown(lease_id)
+    task = state.tasks.get(ended.task_id)
+    if fence != ended.fence or (task is not None and task.fence > ended.fence):
+        return FallowError(
+            Reason.FENCE_STALE, f"fence {fence} is stale: the task has been leased anew", field="fence", hint="drop it"
+        )
+    word = "settled" if ended.outcome is None else ended.outcome.value
+    return FallowError(Reason.LEASE_ENDED, f"lease {lease_id} is over: {word}", field="lease_id", hint="drop it")
+
+
+def _unknown(lease_id: LeaseId) -> FallowError:
+    return FallowError(Reason.LEASE_UNKNOWN, f"this worker has no lease {lease_id}", field="lease_id", hint="drop it")
+
+
+def _check_holder(state: State, command: c.Commit | c.Deliver, ended: EndedLease) -> None:
+    if state.sessions.get(command.session_id) != command.worker_id:
+        raise FallowError(Reason.SESSION_REPLACED, "this session is over", hint="open a new one")
+    if ended.worker_id != command.worker_id:
+        raise _unknown(command.lease_id)
+    if ended.fence != command.fence:
+        raise FallowError(Reason.FENCE_STALE, f"fence {command.fence} is not the lease's", field="fence")
+
+
+def _facts(command: c.Commit) -> CommitmentFacts:
+    return CommitmentFacts(
+        output_root=command.output_root,
+        rows=command.rows,
+        output=command.output,
+        inline=command.inline,
+        failures=_shortened_failures(command.failures),
+        rows_failed=len(command.failures),
+        node=command.usage.node,
+    )
+
+
+def _is_same(facts: CommitmentFacts | None, command: c.Commit) -> bool:
+    return (
+        facts is not None
+        and facts.output_root == command.output_root
+        and facts.rows == command.rows
+        and facts.output == command.output
+        and facts.failures == _shortened_failures(command.failures)
+    )
+
+
+def _shortened_failures(failures: tuple[RowFailure, ...]) -> tuple[RowFailure, ...]:
+    if not failures:
+        return failures
+    return tuple(RowFailure(failure.row, failure.cause, shortened(failure.reason)) for failure in failures)
+
+
+def _fault_of_commitment(task: Task, command: c.Commit) -> str:
+    """What is wrong with a commitment, or nothing."""
+    if command.rows != task.rows:
+        return f"committed {command.rows} rows, leased were {task.rows}"
+    size_max = INLINE_PAYLOAD_BYTES_MAX if command.inline else BLOCK_BYTES_MAX
+    if not 1 <= command.output.length_bytes <= size_max:
+        return f"the output has {command.output.length_bytes} bytes, allowed are 1 to {size_max}"
+    failures = command.failures
+    if not failures:
+        return ""
+    if len(failures) > min(task.rows, ROW_FAILURES_LISTED_PER_TASK_MAX):
+        return f"{len(failures)} failed rows are listed, of {task.rows} rows and at most {ROW_FAILURES_LISTED_PER_TASK_MAX}"
+    rows = {failure.row for failure in failures}
+    if len(rows) != len(failures) or min(rows) < 0 or max(rows) >= task.rows:
+        return "a failed row is listed twice or not of this task"
+    return ""
+
+
+def _fault_of_output(committed: CommitmentFacts, stored: c.StoredBlob, schema_digest: bytes) -> str:
+    """How an output differs from what was committed, or nothing."""
+    if stored.blob != committed.output or stored.root != committed.output_root:
+        return "ROOT_MISMATCH: the output's rows do not have the committed root"
+    if stored.rows != committed.rows:
+        return f"ROOT_MISMATCH: the output has {stored.rows} rows, committed were {committed.rows}"
+    if stored.schema_digest != schema_digest:
+        return "SCHEMA_MISMATCH: the output's schema is not the bundle's"
+    listed = len(committed.failures)
+    full = listed >= ROW_FAILURES_LISTED_PER_TASK_MAX
+    if stored.rows_failed != listed and not (full and listed <= stored.rows_failed <= stored.rows):
+        return f"the output has {stored.rows_failed} failed rows, listed are {listed}"
+    return ""

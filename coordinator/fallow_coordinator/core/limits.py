@@ -1,0 +1,73 @@
+"""Named limits of the core: every wait, retry and count has one."""
+
+from __future__ import annotations
+
+SECOND_MS = 1_000
+MINUTE_MS = 60 * SECOND_MS
+HOUR_MS = 60 * MINUTE_MS
+DAY_MS = 24 * HOUR_MS
+
+STEPS_PER_TURN_MAX = 4_096
+"""Events that may start work in one turn; what is left starts in the next."""
+
+ACCOUNTS_MAX = 100_000
+POOLS_MAX = 1_000
+TOKENS_MAX = 100_000
+PARTIES_MAX = 1_000_000
+SESSIONS_MAX = 10_000
+NAME_BYTES_MAX = 200
+TAGS_MAX = 32
+TOKEN_VALID_MS_MAX = 365 * DAY_MS
+CERTIFICATE_VALID_MS_MAX = 30 * DAY_MS
+
+SESSION_GRACE_MS = 15 * SECOND_MS
+"""How long leases outlive their closed session, so that an honest reconnect keeps them."""
+RESTART_GRACE_MS = 30 * SECOND_MS
+"""The same after a restart of the coordinator, when everybody reconnects at once."""
+
+BLOBS_PER_ACCOUNT_MAX = 1_000_000
+BLOBS_PER_COMMAND_MAX = 1_000
+BUNDLES_PER_ACCOUNT_MAX = 10_000
+JOBS_UNFINISHED_PER_ACCOUNT_MAX = 1_000
+ARCHIVED_PER_COMMAND_MAX = 1_000
+
+IDEMPOTENCY_KEY_BYTES_MIN = 16
+IDEMPOTENCY_KEY_BYTES_MAX = 64
+IDEMPOTENCY_MS = 24 * HOUR_MS
+IDEMPOTENCY_KEYS_PER_ACCOUNT_MAX = 20_000
+
+LEASES_REMEMBERED_MAX = 20_000
+"""Leases that are over and still get a precise answer; older ones are unknown."""
+
+TASK_LOSSES_MAX = 50
+"""How often a task may be lost, expire, be pre-empted or revoked: nobody's fault, but not for ever."""
+RETRY_DELAY_MS_MIN = 250
+RETRY_DELAY_MS_MAX = 10 * SECOND_MS
+"""Wait before a failed task is tried again: doubles with every attempt between these two."""
+
+PACK_ATTEMPTS_MAX = 100
+"""Packings of one task in a row that may fail before its job fails: about a quarter of an hour."""
+PACK_PATIENCE_MS = 120 * SECOND_MS
+"""A packing that nobody answered for so long is asked for again, with the next number."""
+
+UNIT_MICROS = 1_000_000
+TASK_UNITS_TARGET = 8
+"""Largest task, in units: seconds of a reference core."""
+TASK_UNITS_MIN_NUMERATOR = 1
+TASK_UNITS_MIN_DENOMINATOR = 2
+"""Smallest task worth its overhead: half a unit."""
+TASK_SHARES_PER_SLOT = 2
+"""A task takes at most one in (slots × this) of what is left, so that all workers end together."""
+SLOTS_PER_WORKER_MAX = 1_024
+
+RUNTIME_MS_MIN = 60 * SECOND_MS
+RUNTIME_FACTOR = 20
+"""A lease may run this many times longer than its cost on a reference core."""
+RUNTIME_MS_MAX = 6 * HOUR_MS
+INSPECTION_RUNTIME_MS = 10 * MINUTE_MS
+TRANSFER_BYTES_PER_MS_MIN = 125
+"""Slowest link we wait for: 1 Mbit/s."""
+TASK_BLOCKS_MAX = 256
+"""Dataset blocks that one task's rows may come from."""
+DUE_PER_TICK_MAX = 4_096
+"""Deadlines, and workers gone, that one tick deals with; the rest waits for the next."""

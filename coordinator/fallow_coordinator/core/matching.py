@@ -1,0 +1,151 @@
+"""What can start now: one step at a time, found by looking at the state. Ties are broken by number and by identifier."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from fallow.ids import LeaseId, PartyId, TaskId
+from fallow.job import JobState
+from fallow.session import TaskKind
+from fallow_coordinator.core import events as e
+from fallow_coordinator.core.cutting import Cost, Layout, cut_size, unit_micros
+from fallow_coordinator.core.groups import groups_of_lane
+from fallow_coordinator.core.limits import (
+    INSPECTION_RUNTIME_MS,
+    RUNTIME_FACTOR,
+    RUNTIME_MS_MAX,
+    RUNTIME_MS_MIN,
+    TRANSFER_BYTES_PER_MS_MIN,
+    UNIT_MICROS,
+)
+from fallow_coordinator.core.names import Names
+from fallow_coordinator.core.state import Job, Lane, LaneKey, State, Task, Worker, WorkerGroup
+
+
+def next_step(state: State, now_ms: int, names: Names) -> tuple[e.Event, ...]:
+    """Events that start one more piece of work: a lease, or a packing, or a fresh task; none when nothing can start."""
+    chosen: tuple[Task, Worker] | None = None
+    for key, lane in state.lanes.items():
+        if not lane.ready and key.kind is not TaskKind.INSPECT:
+            continue
+        pair = _first_pair(state, key, lane, now_ms)
+        if pair is not None and (chosen is None or pair[0].number < chosen[0].number):
+            chosen = pair
+    if chosen is not None:
+        return _grant(state, chosen[0], chosen[1], now_ms, names)
+    for key, lane in state.lanes.items():
+        if key.kind is TaskKind.INSPECT or not (lane.waiting or lane.accounts):
+            continue
+        groups = _groups(state, key)
+        demand = sum(group.free_total + group.ahead_total for group in groups)
+        if len(lane.packing) + len(lane.ready) >= demand:
+            continue
+        if lane.waiting and lane.waiting[0][0] <= now_ms:
+            task = state.tasks[lane.waiting[0][2]]
+            return (e.PackRequested(task_id=task.task_id, pack_number=task.pack_number + 1),)
+        if lane.accounts:
+            job_id = next(iter(next(iter(lane.accounts.values()))))
+            return _cut(state, state.jobs[job_id], sum(group.window_total for group in groups), names)
+    return ()
+
+
+def _groups(state: State, key: LaneKey) -> list[WorkerGroup]:
+    return [state.groups[group] for group in groups_of_lane(key) if group in state.groups]
+
+
+def _first_pair(state: State, key: LaneKey, lane: Lane, now_ms: int) -> tuple[Task, Worker] | None:
+    """The first task of a lane that a free worker may take, and that worker."""
+    groups = _groups(state, key)
+    if not any(group.free for group in groups):
+        return None
+    task_ids: Iterable[TaskId] = lane.ready
+    if key.kind is TaskKind.INSPECT:
+        task_ids = (task_id for not_before_ms, _, task_id in lane.waiting if not_before_ms <= now_ms)
+    for task_id in task_ids:
+        task = state.tasks[task_id]
+        worker_id = _pick(groups, task)
+        if worker_id is not None:
+            return task, state.workers[worker_id]
+    return None
+
+
+def _pick(groups: list[WorkerGroup], task: Task) -> PartyId | None:
+    """The least loaded free worker, the least trusted group first; one on which the task failed only if there is no other."""
+    best: tuple[int, PartyId] | None = None
+    for group in groups:
+        for entry in group.free:
+            if entry[1] not in task.avoid:
+                if best is None or entry[0] < best[0]:
+                    best = entry
+                break
+    if best is not None:
+        return best[1]
+    if any(worker_id not in task.avoid for group in groups for worker_id in group.members):
+        return None
+    return next((group.free[0][1] for group in groups if group.free), None)
+
+
+def _grant(state: State, task: Task, worker: Worker, now_ms: int, names: Names) -> tuple[e.Event, ...]:
+    assert worker.session_id is not None, "free workers are connected"
+    runtime_max_ms = runtime_limit_ms(task)
+    granted = e.LeaseGranted(
+        lease_id=LeaseId(names.new("lease")),
+        task_id=task.task_id,
+        worker_id=worker.worker_id,
+        session_id=worker.session_id,
+        fence=task.fence + 1,
+        deadline_ms=now_ms + runtime_max_ms + _queue_ms(worker) + _transfer_ms(task),
+        runtime_max_ms=runtime_max_ms,
+    )
+    if task.job_id is not None and state.jobs[task.job_id].state is JobState.QUEUED:
+        running = e.JobStateChanged(job_id=task.job_id, state=JobState.RUNNING, reason="", reason_code="")
+        return (granted, running)
+    return (granted,)
+
+
+def runtime_limit_ms(task: Task) -> int:
+    """How long a task may run: generous, because a reference core is not the worker's."""
+    if task.kind is TaskKind.INSPECT:
+        return INSPECTION_RUNTIME_MS
+    return min(RUNTIME_MS_MAX, max(RUNTIME_MS_MIN, RUNTIME_FACTOR * task.unit_micros * 1_000 // UNIT_MICROS))
+
+
+def _queue_ms(worker: Worker) -> int:
+    """How long the leases that it holds already may take before this one's turn comes."""
+    rounds = len(worker.leases) // worker.slots
+    held_ms = RUNTIME_FACTOR * worker.unit_micros_held * 1_000 // UNIT_MICROS // worker.slots
+    return min(RUNTIME_MS_MAX, max(held_ms, rounds * RUNTIME_MS_MIN))
+
+
+def _transfer_ms(task: Task) -> int:
+    """Time for its input and an output of about that size on a slow link."""
+    length_bytes = task.input.length_bytes if task.input is not None else 0
+    return 2 * length_bytes // TRANSFER_BYTES_PER_MS_MIN
+
+
+def _cut(state: State, job: Job, slots: int, names: Names) -> tuple[e.Event, ...]:
+    bundle = state.bundles[job.bundle_digest]
+    report = bundle.report
+    assert report is not None, "a job is queued when its bundle is inspected"
+    layout = Layout(job.row_starts, job.byte_starts)
+    cost = Cost(report.unit_micros_per_row, report.unit_micros_per_kib)
+    rows = cut_size(
+        layout,
+        cost,
+        start=job.next_row,
+        batch_rows=max(1, report.canonical_batch_rows),
+        slots=max(1, slots),
+        output_row_bytes=bundle.output_row_bytes,
+    )
+    end = job.next_row + rows
+    task_id = TaskId(names.new("task"))
+    created = e.TaskCreated(
+        task_id=task_id,
+        kind=TaskKind.MAP,
+        job_id=job.job_id,
+        bundle_digest=job.bundle_digest,
+        pool_id=job.pool_id,
+        spans=((job.next_row, end),),
+        unit_micros=unit_micros(layout, cost, job.next_row, end),
+    )
+    return (created, e.PackRequested(task_id=task_id, pack_number=1))

@@ -1,0 +1,394 @@
+"""Read-only answers from the state, for the services; ask only when the state's events are durable."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fallow.bundle import InspectionReport, Precision
+from fallow.ids import AccountId, Digest, JobId, LeaseId, PartyId, PoolId, SessionId, TaskId
+from fallow.job import JobProgress, JobState, JobStatus, TaskResult
+from fallow.limits import BLOCK_BYTES_MAX
+from fallow.roles import Tier
+from fallow.session import BlobReference, Capability, TaskKind
+from fallow_coordinator.core.groups import groups_of_lane
+from fallow_coordinator.core.state import ANY_POOL, Job, LaneKey, State, TaskPhase
+
+
+def job_status(state: State, job_id: JobId) -> JobStatus | None:
+    """The job as its owner sees it, or None when it is not (any more) in the state.
+
+    `output_schema` is empty: the service takes it from the bundle's manifest.
+    """
+    job = state.jobs.get(job_id)
+    if job is None:
+        return None
+    reason, code = waiting_reason(state, job_id) if job.state in _WAITING else (job.reason, job.reason_code)
+    return JobStatus(
+        job_id=job.job_id,
+        account_id=job.account_id,
+        pool_id=job.pool_id,
+        state=job.state,
+        reason=reason,
+        reason_code=code,
+        bundle_digest=job.bundle_digest,
+        title=job.title,
+        data_class=job.data_class.value,
+        policy=job.policy,
+        price_microcredits=job.price_microcredits,
+        submitted_at_ms=job.submitted_at_ms,
+        finished_at_ms=job.finished_at_ms,
+        output_schema=b"",
+        kept=job.kept,
+        results=len(job.results),
+        progress=JobProgress(
+            rows_total=job.rows,
+            rows_done=len(job.done),
+            rows_failed=job.rows_failed,
+            rows_leased=job.rows_leased,
+            tasks_settled=job.tasks_settled,
+            workers=_workers_of(state, job),
+        ),
+    )
+
+
+def jobs_of(state: State, account_id: AccountId) -> tuple[JobStatus, ...]:
+    """The account's jobs that are still in the state, newest first."""
+    mine = [job for job in state.jobs.values() if job.account_id == account_id]
+    mine.sort(key=lambda job: (job.submitted_at_ms, job.job_id), reverse=True)
+    statuses = (job_status(state, job.job_id) for job in mine)
+    return tuple(status for status in statuses if status is not None)
+
+
+def results_after(state: State, job_id: JobId, cursor: int, limit: int) -> Sequence[TaskResult]:
+    """Up to `limit` results with a cursor greater than `cursor`, rising; none for a job that is not here."""
+    job = state.jobs.get(job_id)
+    return () if job is None else tuple(job.results[max(0, cursor) : max(0, cursor) + limit])
+
+
+_WAITING = frozenset({JobState.PENDING, JobState.QUEUED, JobState.RUNNING})
+
+NO_OPERATOR_WORKER = "NO_OPERATOR_WORKER"
+INSPECTING = "INSPECTING"
+NO_WORKER = "NO_WORKER"
+BUSY = "BUSY"
+PACKING = "PACKING"
+
+
+def waiting_reason(state: State, job_id: JobId) -> tuple[str, str]:
+    """Why the job does not move: (a sentence, a code); both empty when it does."""
+    job = state.jobs[job_id]
+    if job.state is JobState.PENDING:
+        return _why_pending(state, job)
+    if job.state not in _WAITING or job.rows_leased:
+        return "", ""
+    groups = [state.groups[key] for key in groups_of_lane(job.lane) if key in state.groups]
+    if not any(group.window_total for group in groups):
+        allowed = ", ".join(key.tier.value for key in groups_of_lane(job.lane))
+        pool = state.pools[job.pool_id].name
+        return (
+            f"no worker is connected that may take {job.data_class.value} rows in pool {pool} (tiers: {allowed})",
+            NO_WORKER,
+        )
+    phases = {state.tasks[task_id].phase for task_id in job.tasks}
+    if TaskPhase.READY in phases or not any(group.free_total for group in groups):
+        return "all workers are busy with other work", BUSY
+    return "its rows are being packed", PACKING
+
+
+def _why_pending(state: State, job: Job) -> tuple[str, str]:
+    bundle = state.bundles[job.bundle_digest]
+    task = state.tasks.get(bundle.inspection_task_id) if bundle.inspection_task_id is not None else None
+    if task is not None and task.phase is TaskPhase.LEASED:
+        return "its bundle is being inspected", INSPECTING
+    groups = [
+        state.groups[key] for key in groups_of_lane(LaneKey(TaskKind.INSPECT, ANY_POOL, None)) if key in state.groups
+    ]
+    if not any(group.window_total for group in groups):
+        return "its bundle waits for inspection, and no operator worker that inspects is connected", NO_OPERATOR_WORKER
+    return "its bundle waits for inspection", INSPECTING
+
+
+def _workers_of(state: State, job: Job) -> int:
+    lease_ids = (state.tasks[task_id].lease_id for task_id in job.tasks)
+    return len({state.leases[lease_id].worker_id for lease_id in lease_ids if lease_id is not None})
+
+
+@dataclass(frozen=True, slots=True)
+class BundleStatus:
+    """A bundle as its owners see it."""
+
+    bundle_digest: Digest
+    files: tuple[BlobReference, ...]
+    report: InspectionReport | None
+    held_reason: str
+    reason: str
+    """Why it is not inspected yet; empty when it is."""
+    reason_code: str
+
+
+def bundle_status(state: State, account_id: AccountId, bundle_digest: Digest) -> BundleStatus | None:
+    """The account's bundle, or None when it has none with this digest."""
+    bundle = state.bundles.get(bundle_digest)
+    if bundle is None or account_id not in bundle.owners:
+        return None
+    reason, code = "", ""
+    if bundle.report is None and bundle.inspection_task_id is None:
+        reason, code = f"it could not be inspected: {bundle.obstacle}", "INSPECTION_FAILED"
+    elif bundle.report is None:
+        groups = groups_of_lane(LaneKey(TaskKind.INSPECT, ANY_POOL, None))
+        if any(state.groups[key].window_total for key in groups if key in state.groups):
+            reason, code = "it is being inspected", INSPECTING
+        else:
+            reason, code = "no operator worker that inspects is connected", NO_OPERATOR_WORKER
+    return BundleStatus(bundle_digest, bundle.files, bundle.report, bundle.held_reason, reason, code)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStatus:
+    """A worker as operators see it."""
+
+    worker_id: PartyId
+    name: str
+    account_id: AccountId
+    pool_id: PoolId
+    tier: Tier
+    session_id: SessionId | None
+    capability: Capability
+    window: int
+    leases: int
+    rows_settled: int
+    tasks_settled: int
+    quarantined: bool
+    quarantine_reason: str
+    revoked: bool
+
+
+def workers(state: State) -> tuple[WorkerStatus, ...]:
+    """All workers that ever enrolled, by identifier."""
+    made: list[WorkerStatus] = []
+    for worker_id in sorted(state.workers):
+        worker, party = state.workers[worker_id], state.parties[worker_id]
+        made.append(
+            WorkerStatus(
+                worker_id=worker_id,
+                name=party.name,
+                account_id=worker.account_id,
+                pool_id=worker.pool_id,
+                tier=worker.tier,
+                session_id=worker.session_id,
+                capability=worker.capability,
+                window=worker.window,
+                leases=len(worker.leases),
+                rows_settled=worker.rows_settled,
+                tasks_settled=worker.tasks_settled,
+                quarantined=worker.quarantined,
+                quarantine_reason=worker.quarantine_reason,
+                revoked=party.revoked,
+            )
+        )
+    return tuple(made)
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseToSend:
+    """Everything of a live lease that goes to its worker or into its grants."""
+
+    lease_id: LeaseId
+    fence: int
+    kind: TaskKind
+    worker_id: PartyId
+    session_id: SessionId
+    account_id: AccountId
+    """Whose rows and bundle: the account that grants are about."""
+    job_id: JobId | None
+    bundle_digest: Digest
+    bundle_files: tuple[BlobReference, ...]
+    canonical_batch_rows: int
+    slot_dependent: bool
+    memory_bytes_peak: int
+    rows: int
+    input: BlobReference | None
+    input_inline: bool
+    deadline_ms: int
+    runtime_max_ms: int
+    precision: Precision | None
+    """None: the bundle's own, from its manifest."""
+    output_bytes_max: int
+    output_schema_digest: Digest
+    unit_micros: int
+    pool_id: PoolId
+    latency_ms_max: int
+
+
+def lease_to_send(state: State, lease_id: LeaseId) -> LeaseToSend | None:
+    """A live lease in full, or None when it is over."""
+    lease = state.leases.get(lease_id)
+    if lease is None:
+        return None
+    task = state.tasks[lease.task_id]
+    bundle = state.bundles[task.bundle_digest]
+    job = state.jobs[task.job_id] if task.job_id is not None else None
+    report = bundle.report
+    return LeaseToSend(
+        lease_id=lease_id,
+        fence=lease.fence,
+        kind=task.kind,
+        worker_id=lease.worker_id,
+        session_id=lease.session_id,
+        account_id=job.account_id if job is not None else next(iter(bundle.owners)),
+        job_id=task.job_id,
+        bundle_digest=bundle.bundle_digest,
+        bundle_files=bundle.files,
+        canonical_batch_rows=report.canonical_batch_rows if report is not None else 0,
+        slot_dependent=report.slot_dependent if report is not None else False,
+        memory_bytes_peak=report.memory_bytes_peak if report is not None else 0,
+        rows=task.rows,
+        input=task.input,
+        input_inline=task.input_inline,
+        deadline_ms=lease.deadline_ms,
+        runtime_max_ms=lease.runtime_max_ms,
+        precision=job.options.precision if job is not None else None,
+        output_bytes_max=BLOCK_BYTES_MAX,
+        output_schema_digest=bundle.output_schema_digest,
+        unit_micros=task.unit_micros,
+        pool_id=task.pool_id,
+        latency_ms_max=job.options.latency_ms_max if job is not None else 0,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class UploadToOffer:
+    """What the upload grant of a committed lease says."""
+
+    lease_id: LeaseId
+    fence: int
+    session_id: SessionId
+    worker_id: PartyId
+    account_id: AccountId
+    output: BlobReference
+    output_root: Digest
+
+
+def upload_to_offer(state: State, lease_id: LeaseId) -> UploadToOffer | None:
+    """The upload that a live, committed, not inline lease owes; None when it owes none."""
+    lease = state.leases.get(lease_id)
+    if lease is None or lease.commitment is None or lease.commitment.inline:
+        return None
+    job_id = state.tasks[lease.task_id].job_id
+    assert job_id is not None, "only rows of jobs are committed"
+    return UploadToOffer(
+        lease_id=lease_id,
+        fence=lease.fence,
+        session_id=lease.session_id,
+        worker_id=lease.worker_id,
+        account_id=state.jobs[job_id].account_id,
+        output=lease.commitment.output,
+        output_root=lease.commitment.output_root,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class PackSource:
+    """A dataset block from which rows are packed."""
+
+    digest: Digest
+    length_bytes: int
+    inline: bool
+    """True: its bytes are a payload of the journal."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackPlan:
+    """How a task's input is made: `spans` are (source, first row in it, rows), in packing order."""
+
+    task_id: TaskId
+    pack_number: int
+    account_id: AccountId
+    job_id: JobId
+    sources: tuple[PackSource, ...]
+    spans: tuple[tuple[int, int, int], ...]
+
+    @property
+    def inline(self) -> bool:
+        """Whether the engine can pack it at once, from payloads alone."""
+        return all(source.inline for source in self.sources)
+
+
+def pack_plan(state: State, task_id: TaskId) -> PackPlan | None:
+    """How to pack the task now, or None when it is not to be packed (any more)."""
+    task = state.tasks.get(task_id)
+    if task is None or task.phase is not TaskPhase.PACKING or task.job_id is None:
+        return None
+    job = state.jobs[task.job_id]
+    sources: list[PackSource] = []
+    spans: list[tuple[int, int, int]] = []
+    numbers: dict[int, int] = {}
+    for start, end in task.spans:
+        for block, first, rows in _pieces(job, start, end):
+            if block not in numbers:
+                numbers[block] = len(sources)
+                dataset = job.blocks[block]
+                sources.append(PackSource(dataset.blob.digest, dataset.blob.length_bytes, dataset.inline))
+            spans.append((numbers[block], first, rows))
+    return PackPlan(task_id, task.pack_number, job.account_id, job.job_id, tuple(sources), tuple(spans))
+
+
+def _pieces(job: Job, start: int, end: int) -> list[tuple[int, int, int]]:
+    """(block, first row in it, rows) that hold the job positions from `start` up to `end`."""
+    made: list[tuple[int, int, int]] = []
+    block = bisect_right(job.row_starts, start) - 1
+    while start < end:
+        rows = min(end, job.row_starts[block + 1]) - start
+        if rows:
+            made.append((block, start - job.row_starts[block], rows))
+        start += rows
+        block += 1
+    return made
+
+
+def may_read_blob(state: State, account_id: AccountId, digest: Digest) -> bool:
+    """Whether the account may read a blob: its own, its bundles' files, its unarchived jobs' outputs."""
+    account = state.accounts.get(account_id)
+    if account is None:
+        return False
+    if digest in account.blobs or digest in account.outputs:
+        return True
+    return any(
+        file.digest == digest for bundle_digest in account.bundles for file in state.bundles[bundle_digest].files
+    )
+
+
+def readable_blob(state: State, account_id: AccountId, digest: Digest) -> BlobReference | None:
+    """The blob with this digest if the account may read it (`may_read_blob`), with its length; else None."""
+    account = state.accounts.get(account_id)
+    if account is None:
+        return None
+    if digest in account.blobs:
+        return account.blobs[digest].blob
+    if digest in account.outputs:
+        return BlobReference(digest, account.outputs[digest][0])
+    files = (file for bundle_digest in account.bundles for file in state.bundles[bundle_digest].files)
+    return next((file for file in files if file.digest == digest), None)
+
+
+def has_blobs(state: State, account_id: AccountId, digests: Sequence[Digest]) -> tuple[bool, ...]:
+    """Which of these blobs the account has already; says nothing of other accounts."""
+    account = state.accounts.get(account_id)
+    return tuple(account is not None and digest in account.blobs for digest in digests)
+
+
+def live_payloads(state: State) -> frozenset[Digest]:
+    """Payloads that something in the state refers to: manifests, inline blocks, inline inputs and outputs."""
+    digests: set[Digest] = set(state.bundles)
+    for job in state.jobs.values():
+        digests.update(block.blob.digest for block in job.blocks if block.inline)
+        digests.update(result.output.digest for result in job.results if result.output is not None)
+    digests.update(task.input.digest for task in state.tasks.values() if task.input is not None and task.input_inline)
+    digests.update(
+        lease.commitment.output.digest
+        for lease in state.leases.values()
+        if lease.commitment is not None and lease.commitment.inline
+    )
+    return frozenset(digests)

@@ -1,0 +1,42 @@
+"""Decisions that only the clock calls for: what is due falls due."""
+
+from __future__ import annotations
+
+from fallow.session import Cause
+from fallow_coordinator.core import commands as c
+from fallow_coordinator.core import events as e
+from fallow_coordinator.core.answers import Decision
+from fallow_coordinator.core.draft import Draft
+from fallow_coordinator.core.limits import DUE_PER_TICK_MAX, PACK_PATIENCE_MS
+from fallow_coordinator.core.state import State
+
+
+def restart(state: State, command: c.Restart) -> Decision:
+    """The writer came back: sessions are closed, leases live on by the down time."""
+    assert command.epoch > state.epoch, "the store gives every writer an epoch of its own"
+    return Decision((e.Restarted(epoch=command.epoch, down_time_ms=max(0, command.down_time_ms)),))
+
+
+def tick(state: State, now_ms: int) -> Decision:
+    """Ends leases past their deadline and those of workers gone too long; asks anew for packings nobody answered."""
+    draft = Draft(state)
+    for deadline_ms, lease_id in state.deadlines[:DUE_PER_TICK_MAX]:
+        if deadline_ms > now_ms:
+            break
+        draft.end_lease(state.leases[lease_id], e.LeaseOutcome.EXPIRED, Cause.WORKER, "it was not done in time")
+    for grace_until_ms, worker_id in state.graces[:DUE_PER_TICK_MAX]:
+        if grace_until_ms > now_ms:
+            break
+        for lease_id in state.workers[worker_id].leases:
+            draft.end_lease(
+                state.leases[lease_id], e.LeaseOutcome.LOST, Cause.WORKER, "its worker went away and did not come back"
+            )
+    gone = {event.task_id for event in draft.events if isinstance(event, e.TaskDropped)}
+    for lane in state.lanes.values():
+        for task_id in lane.packing:
+            task = state.tasks[task_id]
+            if task.pack_requested_at_ms + PACK_PATIENCE_MS > now_ms:
+                break
+            if task_id not in gone:
+                draft.events.append(e.PackRequested(task_id=task_id, pack_number=task.pack_number + 1))
+    return Decision(tuple(draft.events))
