@@ -1,0 +1,17 @@
+"""Executors: how leases become work of engine children, on this machine's processes or on the owner's Ray."""
+
+from __future__ import annotations
+
+from fallow.session import Cause
+
+
+class WorkFailed(Exception):  # noqa: N818 - a result of trying, not a mistake
+    """A task that could not be done here: whose fault it was, and why, in words for people."""
+
+    def __init__(self, cause: Cause, reason: str) -> None:
+        super().__init__(cause, reason)
+        self.cause = cause
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.reason} (cause: {self.cause.value})"

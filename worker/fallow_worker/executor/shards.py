@@ -1,0 +1,95 @@
+"""Cutting a lease into shards and joining what came back: slots and neighbours of every row stay as they were."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from fallow.row_block import RowBlock, pack_selection
+from fallow.session import RowFailure, Usage
+from fallow_worker.engine.protocol import ROW_FAILURES_LISTED_PER_TASK_MAX
+
+SHARDS_MAX: Final = 256
+"""Shards of one lease on one node."""
+SHARD_BATCHES_MIN: Final = 8
+"""Fewer canonical batches than this are not worth a shard of their own, unless a child would stand idle."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowRange:
+    """Rows `start` up to, not including, `end` of a block."""
+
+    start: int
+    end: int
+
+    def __len__(self) -> int:
+        return self.end - self.start
+
+
+def shard_ranges(rows: int, *, batch_rows: int, seats: int, shards_per_seat: int) -> tuple[RowRange, ...]:
+    """Ranges that cover `rows` in order, each but the last a whole number of canonical batches.
+
+    Row i of a block runs in slot i mod b, so a cut at a multiple of b leaves every row its slot and its neighbours.
+    There are up to `seats * shards_per_seat`, of nearly equal size.
+    """
+    assert rows >= 1 and batch_rows >= 1 and seats >= 1 and shards_per_seat >= 1
+    batches = -(-rows // batch_rows)
+    wanted = min(seats * shards_per_seat, max(seats, batches // SHARD_BATCHES_MIN), batches, SHARDS_MAX)
+    ranges: list[RowRange] = []
+    for index in range(wanted):
+        start = batches * index // wanted * batch_rows
+        end = min(rows, batches * (index + 1) // wanted * batch_rows)
+        ranges.append(RowRange(start, end))
+    return tuple(ranges)
+
+
+def weighted_ranges(rows: int, *, batch_rows: int, weights: Sequence[int]) -> tuple[RowRange, ...]:
+    """One range for each weight, in order and in proportion, cut at canonical batches; empty ones are left out as
+    zero-length ranges."""
+    assert rows >= 1 and batch_rows >= 1 and weights and all(weight >= 1 for weight in weights)
+    batches = -(-rows // batch_rows)
+    total = sum(weights)
+    ranges: list[RowRange] = []
+    before = 0
+    for weight in weights:
+        start = min(rows, round(batches * before / total) * batch_rows)
+        before += weight
+        end = min(rows, round(batches * before / total) * batch_rows)
+        ranges.append(RowRange(start, end))
+    return tuple(ranges)
+
+
+def cut(block: RowBlock, rows: RowRange, nonce: bytes) -> bytes:
+    """The block of some rows of `block`."""
+    if rows.start == 0 and rows.end == len(block):
+        return bytes(block.data)
+    return pack_selection((block,), ((0, rows.start, rows.end),), nonce)
+
+
+def join(blocks: Sequence[bytes], nonce: bytes) -> bytes:
+    """One block of the rows of all `blocks` in order. Raises what `row_block.pack_selection` raises."""
+    if len(blocks) == 1:
+        return blocks[0]
+    parsed = [RowBlock.parse(block) for block in blocks]
+    return pack_selection(parsed, [(index, 0, len(block)) for index, block in enumerate(parsed)], nonce)
+
+
+def join_failures(parts: Sequence[tuple[int, Sequence[RowFailure]]]) -> tuple[RowFailure, ...]:
+    """Failures of the whole block from (first row, failures) of each part, in row order, as many as are listed."""
+    joined = [
+        RowFailure(start + failure.row, failure.cause, failure.reason) for start, part in parts for failure in part
+    ]
+    return tuple(joined[:ROW_FAILURES_LISTED_PER_TASK_MAX])
+
+
+def join_usage(parts: Sequence[Usage], *, wall_microseconds: int, node: int = 0) -> Usage:
+    """What the parts used together in that much time on the clock."""
+    return Usage(
+        wall_microseconds=wall_microseconds,
+        cpu_microseconds=sum(part.cpu_microseconds for part in parts),
+        memory_bytes_peak=max((part.memory_bytes_peak for part in parts), default=0),
+        energy_joules=sum(part.energy_joules for part in parts),
+        tokens=sum(part.tokens for part in parts),
+        node=node,
+    )

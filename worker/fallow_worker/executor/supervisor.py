@@ -1,0 +1,704 @@
+"""The engine children of one node: spawned, fed, watched, shared among leases, and none left behind.
+
+A lease's block is cut into shards at canonical batches; shards wait in one queue, strictly in order, and go to children
+that have the bundle loaded, or to new ones while cores are free. A child has one shard at work and one ahead, so it
+never waits for us; leases may overlap for the same reason, and `run` may be called for as many as the caller likes, up
+to `LEASES_AT_ONCE_MAX`. Everything happens in one event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Final
+
+from fallow.bundle import BundleFile, BundleManifest, InspectionReport
+from fallow.errors import FallowError
+from fallow.ids import Digest, digest_of
+from fallow.limits import LEASES_PER_WORKER_MAX, MIB
+from fallow.row_block import RowBlock
+from fallow.session import Cause, RowFailure, TaskKind, Usage
+from fallow.wire.bundle import decode_manifest
+from fallow.wire.schema import encode_schema
+from fallow_worker.engine.protocol import (
+    INSPECTION_SECONDS_MAX,
+    READY_SECONDS_MAX,
+    ChildKind,
+    Failed,
+    FilePlacement,
+    Inspect,
+    Inspected,
+    Load,
+    Placement,
+    Ready,
+    SpawnOptions,
+    clipped_reason,
+)
+from fallow_worker.executor import WorkFailed
+from fallow_worker.executor.engine_child import (
+    TASKS_AHEAD_MAX,
+    ChildDeath,
+    ChildDiedError,
+    ChildTask,
+    EngineChild,
+    TaskAnswer,
+    aligned,
+)
+from fallow_worker.executor.layout import SHARED_BYTES_MAX, Layout, MemoryCap, memory_cap, node_layout
+from fallow_worker.executor.machine import memory_bytes_free, this_machine
+from fallow_worker.executor.shards import RowRange, cut, join, join_failures, join_usage, shard_ranges
+from fallow_worker.ports import LoadedBundle, Outcome, Work
+
+log = logging.getLogger(__name__)
+
+LEASES_AT_ONCE_MAX: Final = LEASES_PER_WORKER_MAX
+SHARD_ATTEMPTS_MAX: Final = 2
+"""Tries of a shard whose child died through no fault of the program."""
+SHARDS_PER_CHILD: Final = 4
+"""Shards of one lease for each child: children of unequal speed then end almost together."""
+LOAD_SECONDS_MAX: Final = 120.0
+IDLE_CHILDREN_MAX: Final = 4
+"""Loaded children kept warm beside those at work, for leases of other bundles."""
+SPARE_AFTER_SECONDS: Final = 0.5
+"""A spare child is spawned when nothing has been at work for so long."""
+MEMORY_WATCH_SECONDS: Final = 0.1
+_COPY_BYTES: Final = 8 * MIB
+_Chore = Coroutine[Any, Any, None]
+
+
+@dataclass(frozen=True, slots=True)
+class SupervisorSettings:
+    """What the owner may decide about the children of a node. Zeros: as the machine allows."""
+
+    cores: int = 0
+    memory_bytes: int = 0
+    children: int = 0
+    """Children at work at once."""
+    niceness: int = 0
+    allow_spinning: bool = False
+    spares: int = 1
+    """Children kept ready for the next bundle while nothing is at work; 0 or 1."""
+
+
+@dataclass(slots=True, eq=False)
+class _Lease:
+    work: Work
+    manifest: BundleManifest
+    block: RowBlock | None
+    layout: Layout
+    cap: MemoryCap
+    progress: Callable[[int], None]
+    outcome: asyncio.Future[Outcome]
+    shards: list[_Shard] = field(default_factory=list["_Shard"])
+    started: float = 0.0
+    timer: asyncio.TimerHandle | None = None
+    execution_class: str = ""
+    memory_bytes_peak: int = 0
+    over: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class _Shard:
+    lease: _Lease
+    rows: RowRange
+    attempts: int = 0
+    rows_done: int = 0
+    output: bytes = b""
+    failures: tuple[RowFailure, ...] = ()
+    usage: Usage = field(default_factory=Usage)
+    done: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class _Seat:
+    """A child with the shards it was given: those sent, and those that wait for its load."""
+
+    child: EngineChild | None
+    bundle_digest: Digest
+    threads: int
+    loading: bool = True
+    given: list[_Shard] = field(default_factory=list["_Shard"])
+
+
+class Supervisor:
+    """Owns the engine children of this node. Use it inside one running event loop."""
+
+    def __init__(self, settings: SupervisorSettings | None = None) -> None:
+        self._settings = settings or SupervisorSettings()
+        machine = this_machine()
+        self.machine = machine
+        self.cores = self._settings.cores or machine.cores
+        """Cores that children may keep busy."""
+        self.memory_bytes = self._settings.memory_bytes or machine.memory_bytes
+        self._queue: deque[_Shard] = deque()
+        self._leases: set[_Lease] = set()
+        self._seats: list[_Seat] = []
+        self._spare: EngineChild | None = None
+        self._spare_timer: asyncio.TimerHandle | None = None
+        self._chores: set[asyncio.Task[None]] = set()
+        self._dying: set[asyncio.Future[ChildDeath]] = set()
+        self._watch: asyncio.TimerHandle | None = None
+        self._ready: Ready | None = None
+        self._stopped = False
+
+    # ------------------------------------------------------------------------------------------------------ callers
+
+    async def probe(self) -> Ready:
+        """What a child says of itself when it is locked down; spawned for this unless one was seen before.
+
+        Raises WorkFailed(platform) when no child can be had.
+        """
+        if self._ready is None:
+            child = await self._ready_child(
+                self._options(ChildKind.RUN, self._default_layout(), memory_cap(0)), memory_cap(0)
+            )
+            await child.close()
+        assert self._ready is not None
+        return self._ready
+
+    def pids(self) -> list[int]:
+        """The children's processes."""
+        children = [seat.child for seat in self._seats] + [self._spare]
+        return [child.pid for child in children if child is not None and not child.dead.done()]
+
+    async def run(self, work: Work, progress: Callable[[int], None]) -> Outcome:
+        """Runs one lease. Raises WorkFailed. Cancelling stops the work at once."""
+        if len(self._leases) >= LEASES_AT_ONCE_MAX:
+            raise WorkFailed(Cause.PLATFORM, f"more than {LEASES_AT_ONCE_MAX} leases at once")
+        self._stopped = False
+        lease = self._admit(work, progress)
+        self._leases.add(lease)
+        self._queue.extend(lease.shards)
+        try:
+            self._dispatch()
+            return await lease.outcome
+        finally:
+            self._leases.discard(lease)
+            self._abandon(lease)
+            self._dispatch()
+            self._rest_if_idle()
+
+    async def release(self) -> None:
+        """Ends every child to give memory back; leases at work fail as preempted by the owner."""
+        self._stopped = True
+        for lease in list(self._leases):
+            self._fail(lease, Cause.OWNER_PREEMPT, "the engine children were stopped")
+        self._cancel_timers()
+        self._queue.clear()
+        for seat in list(self._seats):
+            self._close_seat(seat)
+        if self._spare is not None:
+            self._kill(self._spare)
+            self._spare = None
+        for chore in list(self._chores):
+            chore.cancel()
+        await asyncio.gather(*self._chores, return_exceptions=True)
+        await asyncio.gather(*self._dying)
+
+    # -------------------------------------------------------------------------------------------------- admission
+
+    def _admit(self, work: Work, progress: Callable[[int], None]) -> _Lease:
+        try:
+            manifest = decode_manifest(work.bundle.manifest)
+            block = RowBlock.parse(work.input_block) if work.input_block else None
+        except FallowError as error:
+            raise WorkFailed(Cause.PLATFORM, clipped_reason(f"the lease cannot be read: {error}")) from None
+        cap = memory_cap(work.bundle.memory_bytes_peak, program_bytes=sum(file.length_bytes for file in manifest.files))
+        layout = node_layout(
+            cores=self.cores, memory_bytes=self.memory_bytes, cap=cap, children_wanted=self._settings.children
+        )
+        outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        lease = _Lease(work, manifest, block, layout, cap, progress, outcome)
+        if work.kind is TaskKind.INSPECT:
+            lease.shards.append(_Shard(lease, RowRange(0, 0)))
+            return lease
+        if work.kind not in {TaskKind.MAP, TaskKind.CHALLENGE}:
+            raise WorkFailed(Cause.PLATFORM, f"this worker has no engine for tasks of kind {work.kind.value}")
+        if block is None or len(block) != work.rows or (work.slots and len(work.slots) != work.rows):
+            raise WorkFailed(Cause.PLATFORM, f"the lease's block is not the {work.rows} rows that it announces")
+        ranges = shard_ranges(
+            work.rows,
+            batch_rows=max(1, work.bundle.canonical_batch_rows),
+            seats=layout.children,
+            shards_per_seat=SHARDS_PER_CHILD,
+        )
+        lease.shards.extend(_Shard(lease, rows) for rows in ranges)
+        return lease
+
+    def _default_layout(self) -> Layout:
+        return node_layout(
+            cores=self.cores,
+            memory_bytes=self.memory_bytes,
+            cap=memory_cap(0),
+            children_wanted=self._settings.children,
+        )
+
+    def _options(self, kind: ChildKind, layout: Layout, cap: MemoryCap) -> SpawnOptions:
+        return SpawnOptions(
+            kind=kind,
+            threads=layout.threads,
+            data_bytes_max=cap.data_bytes,
+            allow_spinning=self._settings.allow_spinning,
+            niceness=self._settings.niceness,
+        )
+
+    # --------------------------------------------------------------------------------------------------- dispatching
+
+    def _dispatch(self) -> None:
+        """Gives waiting shards to children, in order, until one must wait."""
+        while self._queue and self._place(self._queue[0]):
+            self._queue.popleft()
+        if self._seats and self._watch is None and any(seat.given for seat in self._seats):
+            self._watch = asyncio.get_running_loop().call_later(MEMORY_WATCH_SECONDS, self._watch_memory)
+
+    def _place(self, shard: _Shard) -> bool:
+        lease = shard.lease
+        if lease.over:
+            return True
+        if lease.work.kind is TaskKind.INSPECT:
+            return self._free_cores() >= min(lease.layout.threads, self.cores) and self._open_seat(shard)
+        mine = [
+            seat
+            for seat in self._seats
+            if seat.bundle_digest == lease.work.bundle.bundle_digest
+            and len(seat.given) < TASKS_AHEAD_MAX
+            and (seat.child is None or seat.child.alive)
+        ]
+        best = min(mine, key=lambda seat: (len(seat.given), seat.loading), default=None)
+        needs_core = best is None or best.given
+        if needs_core and self._free_cores() >= lease.layout.threads and self._open_seat(shard):
+            return True
+        if best is None or (not best.given and self._free_cores() < best.threads):
+            return False
+        self._give(best, shard)
+        return True
+
+    def _free_cores(self) -> int:
+        return self.cores - sum(seat.threads for seat in self._seats if seat.given)
+
+    def _open_seat(self, shard: _Shard) -> bool:
+        """A new child for the shard's bundle, the oldest idle ones making room for it."""
+        lease = shard.lease
+        idle = sorted((seat for seat in self._seats if not seat.given), key=_idle_since)
+        needed = lease.cap.resident_bytes - SHARED_BYTES_MAX
+        while idle and (len(idle) > IDLE_CHILDREN_MAX or memory_bytes_free() < needed):
+            self._close_seat(idle.pop(0))
+        seat = _Seat(None, lease.work.bundle.bundle_digest, lease.layout.threads, given=[shard])
+        self._seats.append(seat)
+        self._chore(self._inspect(seat, shard) if lease.work.kind is TaskKind.INSPECT else self._bring_up(seat, lease))
+        return True
+
+    def _give(self, seat: _Seat, shard: _Shard) -> None:
+        seat.given.append(shard)
+        if not seat.loading:
+            self._submit(seat, shard)
+
+    def _submit(self, seat: _Seat, shard: _Shard) -> None:
+        lease, child = shard.lease, seat.child
+        assert child is not None and lease.block is not None
+        work = lease.work
+        shard.attempts += 1
+        task = ChildTask(
+            task=f"{work.lease_id}/{shard.rows.start}",
+            block=cut(lease.block, shard.rows, work.nonce),
+            rows=len(shard.rows),
+            nonce=work.nonce,
+            output_bytes_max=work.output_bytes_max,
+            slots=work.slots[shard.rows.start : shard.rows.end],
+        )
+
+        def progress(rows_done: int) -> None:
+            shard.rows_done = rows_done
+            self._report(lease)
+
+        def begin() -> None:
+            self._begin(lease)
+            if lease.over:  # cancelled while it stood next in line
+                child.kill(Cause.OWNER_PREEMPT, "its lease was cancelled")
+
+        try:
+            answer = child.submit(task, progress, begin)
+        except OSError as error:
+            child.kill(Cause.PLATFORM, clipped_reason(f"no memory for the rows: {error}"))
+            self._chore(self._after_death(seat, child))
+            return
+        lease.execution_class = lease.execution_class or child.execution_class
+        answer.add_done_callback(lambda done: self._on_answer(seat, shard, done))
+
+    # ------------------------------------------------------------------------------------------------------- answers
+
+    def _on_answer(self, seat: _Seat, shard: _Shard, answer: asyncio.Future[TaskAnswer | Failed]) -> None:
+        error = answer.exception()
+        if isinstance(error, ChildDiedError):
+            self._drop_seat(seat)
+            self._retry_or_fail(shard, error)
+        else:
+            assert error is None, error
+            seat.given.remove(shard)
+            result = answer.result()
+            if isinstance(result, Failed):
+                self._fail(shard.lease, result.cause, _failed_text(result))
+            else:
+                self._accept(seat, shard, result)
+        self._dispatch()
+        self._rest_if_idle()
+
+    def _accept(self, seat: _Seat, shard: _Shard, answer: TaskAnswer) -> None:
+        lease = shard.lease
+        if lease.over:
+            return
+        try:
+            block = RowBlock.parse(answer.output)
+        except FallowError as error:
+            self._distrust(seat, lease, f"its output is no row block: {error}")
+            return
+        schema_digest = digest_of(encode_schema(lease.manifest.output_schema))
+        features = len(lease.manifest.output_schema.size_features)
+        if block.schema_digest != schema_digest or len(block) != len(shard.rows) or block.feature_count != features:
+            self._distrust(seat, lease, "its output is not of the declared schema")
+            return
+        shard.done = True
+        shard.rows_done = len(shard.rows)
+        shard.output, shard.failures, shard.usage = answer.output, answer.done.failures, answer.done.usage
+        if seat.child is not None:
+            lease.memory_bytes_peak = max(lease.memory_bytes_peak, seat.child.memory_bytes_peak)
+        self._report(lease)
+        if all(other.done for other in lease.shards):
+            self._finish(lease)
+
+    def _finish(self, lease: _Lease) -> None:
+        work = lease.work
+        loop = asyncio.get_running_loop()
+        try:
+            output = join([shard.output for shard in lease.shards], work.nonce)
+        except FallowError as error:
+            self._fail(lease, Cause.PROGRAM, clipped_reason(str(error)))
+            return
+        if len(output) > work.output_bytes_max:
+            self._fail(
+                lease,
+                Cause.PROGRAM,
+                f"the output takes {len(output)} bytes, more than the {work.output_bytes_max} allowed",
+            )
+            return
+        usage = join_usage(
+            [shard.usage for shard in lease.shards], wall_microseconds=int((loop.time() - lease.started) * 1e6)
+        )
+        self._end(lease)
+        if not lease.outcome.done():
+            lease.outcome.set_result(
+                Outcome(
+                    output_block=output,
+                    failures=join_failures([(shard.rows.start, shard.failures) for shard in lease.shards]),
+                    usage=usage,
+                    execution_class=lease.execution_class,
+                )
+            )
+
+    def _retry_or_fail(self, shard: _Shard, error: ChildDiedError) -> None:
+        lease, death = shard.lease, error.death
+        if lease.over:
+            return
+        if error.at_work and (death.cause is Cause.PROGRAM or shard.attempts >= SHARD_ATTEMPTS_MAX):
+            self._fail(lease, death.cause, death.reason)
+            return
+        if not error.at_work:
+            shard.attempts -= 1
+        log.warning("engine.shard_again lease=%s row=%s reason=%s", lease.work.lease_id, shard.rows.start, death.reason)
+        shard.rows_done = 0
+        self._queue.appendleft(shard)
+
+    def _distrust(self, seat: _Seat, lease: _Lease, why: str) -> None:
+        """The program may have taken its child over: nothing that it says counts any more."""
+        if seat.child is not None:
+            seat.child.kill(Cause.PROGRAM, why)
+        self._fail(lease, Cause.PROGRAM, clipped_reason(f"the engine child broke its contract: {why}"))
+
+    # -------------------------------------------------------------------------------------------------------- leases
+
+    def _begin(self, lease: _Lease) -> None:
+        if lease.started or lease.over:
+            return
+        loop = asyncio.get_running_loop()
+        lease.started = loop.time()
+        lease.timer = loop.call_later(
+            lease.work.runtime_max_ms / 1000,
+            self._fail,
+            lease,
+            Cause.PROGRAM,
+            f"the program ran longer than the {lease.work.runtime_max_ms} ms allowed",
+        )
+
+    def _report(self, lease: _Lease) -> None:
+        if not lease.over:
+            lease.progress(sum(shard.rows_done for shard in lease.shards))
+
+    def _fail(self, lease: _Lease, cause: Cause, reason: str) -> None:
+        if not lease.outcome.done():
+            lease.outcome.set_exception(WorkFailed(cause, clipped_reason(reason)))
+        self._abandon(lease)
+
+    def _end(self, lease: _Lease) -> None:
+        lease.over = True
+        if lease.timer is not None:
+            lease.timer.cancel()
+            lease.timer = None
+
+    def _abandon(self, lease: _Lease) -> None:
+        """Takes a lease's waiting shards away and kills the children that work on one of them."""
+        if lease.over:
+            return
+        self._end(lease)
+        self._queue = deque(shard for shard in self._queue if shard.lease is not lease)
+        for seat in list(self._seats):
+            if not seat.given or seat.given[0].lease is not lease:
+                continue
+            if seat.child is not None and not seat.loading:
+                seat.child.kill(Cause.OWNER_PREEMPT, "its lease was cancelled")
+            elif all(shard.lease is lease for shard in seat.given):
+                # Nobody else waits for this load.
+                self._close_seat(seat)
+
+    # ------------------------------------------------------------------------------------------------------ children
+
+    async def _bring_up(self, seat: _Seat, lease: _Lease) -> None:
+        """Spawns a child or takes the spare, loads the bundle, and sends what waits for it."""
+        if seat not in self._seats:
+            return
+        try:
+            options = self._options(ChildKind.RUN, lease.layout, lease.cap)
+            child = self._take_spare(options) or self._spawn(options, lease.cap)
+            child.cap = lease.cap
+            seat.child = child
+            self._ready = await child.ready(timeout_s=READY_SECONDS_MAX)
+            bundle, manifest = lease.work.bundle, lease.manifest
+            message = Load(
+                bundle_digest=bundle.bundle_digest,
+                manifest=manifest,
+                input_schema_digest=digest_of(encode_schema(manifest.input_schema)),
+                output_schema_digest=digest_of(encode_schema(manifest.output_schema)),
+                files=await _place_files(child, bundle, manifest),
+                canonical_batch_rows=bundle.canonical_batch_rows,
+                slot_dependent=bundle.slot_dependent,
+            )
+            loaded = await child.load(message, timeout_s=LOAD_SECONDS_MAX)
+        except ChildDiedError as error:
+            self._seat_failed(seat, error.death.cause, error.death.reason)
+        except WorkFailed as failed:
+            self._seat_failed(seat, failed.cause, failed.reason)
+        except OSError as error:
+            self._seat_failed(seat, Cause.PLATFORM, f"no engine child can be had: {error}")
+        else:
+            if isinstance(loaded, Failed):
+                self._seat_failed(seat, loaded.cause, _failed_text(loaded))
+                return
+            log.debug("engine.loaded pid=%s ms=%s memory=%s", child.pid, loaded.load_ms, loaded.memory_bytes)
+            seat.loading = False
+            child.dead.add_done_callback(lambda _: self._drop_seat(seat))
+            seat.given = [shard for shard in seat.given if not shard.lease.over]
+            for shard in list(seat.given):
+                self._submit(seat, shard)
+            self._dispatch()
+
+    async def _inspect(self, seat: _Seat, shard: _Shard) -> None:
+        lease = shard.lease
+        work, manifest = lease.work, lease.manifest
+        if seat not in self._seats:
+            return
+        try:
+            child = self._spawn(self._options(ChildKind.INSPECT, lease.layout, lease.cap), lease.cap)
+            seat.child = child
+            await child.ready(timeout_s=READY_SECONDS_MAX)
+            files = await _place_files(child, work.bundle, manifest)
+            sample = None
+            if work.input_block:
+                end = max((file.place.offset_bytes + file.place.length_bytes for file in files), default=0)
+                sample = child.place(aligned(end), work.input_block)
+            seconds_max = min(INSPECTION_SECONDS_MAX, work.runtime_max_ms / 1000 * 0.8)
+            message = Inspect(
+                bundle_digest=work.bundle.bundle_digest,
+                manifest=manifest,
+                input_schema_digest=digest_of(encode_schema(manifest.input_schema)),
+                output_schema_digest=digest_of(encode_schema(manifest.output_schema)),
+                files=files,
+                sample=sample,
+                seconds_max=seconds_max,
+            )
+            self._begin(lease)
+            answer = await child.inspect(message, lease.progress, timeout_s=work.runtime_max_ms / 1000 + 1)
+            if isinstance(answer, Failed):
+                self._fail(lease, answer.cause, _failed_text(answer))
+            else:
+                self._inspected(lease, answer)
+        except ChildDiedError as error:
+            self._fail(lease, error.death.cause, error.death.reason)
+        except WorkFailed as failed:
+            self._fail(lease, failed.cause, failed.reason)
+        except OSError as error:
+            self._fail(lease, Cause.PLATFORM, f"no engine child can be had: {error}")
+        finally:
+            self._close_seat(seat)
+            self._dispatch()
+            self._rest_if_idle()
+
+    def _inspected(self, lease: _Lease, answer: Inspected) -> None:
+        report: InspectionReport = answer.report
+        if report.bundle_digest != lease.work.bundle.bundle_digest:
+            self._fail(lease, Cause.PROGRAM, "the inspection answered for another bundle")
+            return
+        self._end(lease)
+        if not lease.outcome.done():
+            lease.outcome.set_result(Outcome(b"", (), answer.usage, report.execution_class, report))
+
+    def _spawn(self, options: SpawnOptions, cap: MemoryCap) -> EngineChild:
+        return EngineChild(options, cap)
+
+    async def _ready_child(self, options: SpawnOptions, cap: MemoryCap) -> EngineChild:
+        try:
+            child = self._spawn(options, cap)
+            self._ready = await child.ready(timeout_s=READY_SECONDS_MAX)
+        except ChildDiedError as error:
+            raise WorkFailed(error.death.cause, error.death.reason) from None
+        except OSError as error:
+            raise WorkFailed(Cause.PLATFORM, clipped_reason(f"no engine child can be spawned: {error}")) from None
+        return child
+
+    def _take_spare(self, options: SpawnOptions) -> EngineChild | None:
+        spare = self._spare
+        if spare is None or not spare.alive or spare.options != options:
+            return None
+        self._spare = None
+        return spare
+
+    def _seat_failed(self, seat: _Seat, cause: Cause, reason: str) -> None:
+        """The child of a seat never got to work: its shards try again elsewhere, or fail with it."""
+        self._close_seat(seat)
+        given, seat.given = seat.given, []
+        for shard in reversed(given):
+            if shard.lease.over:
+                continue
+            shard.attempts += 1
+            if cause is Cause.PROGRAM or shard.attempts >= SHARD_ATTEMPTS_MAX or self._stopped:
+                self._fail(shard.lease, cause, reason)
+            else:
+                self._queue.appendleft(shard)
+        self._dispatch()
+
+    async def _after_death(self, seat: _Seat, child: EngineChild) -> None:
+        death = await asyncio.shield(child.dead)
+        self._seat_failed(seat, death.cause, death.reason)
+
+    def _drop_seat(self, seat: _Seat) -> None:
+        if seat in self._seats:
+            self._seats.remove(seat)
+
+    def _close_seat(self, seat: _Seat) -> None:
+        self._drop_seat(seat)
+        if seat.child is not None:
+            self._kill(seat.child)
+
+    def _kill(self, child: EngineChild) -> None:
+        child.kill(Cause.OWNER_PREEMPT, "the engine child was stopped")
+        if not child.dead.done():
+            self._dying.add(child.dead)
+            child.dead.add_done_callback(self._dying.discard)
+
+    # --------------------------------------------------------------------------------------------------- housekeeping
+
+    def _watch_memory(self) -> None:
+        self._watch = None
+        busy = [seat for seat in self._seats if seat.given]
+        for seat in busy:
+            if seat.child is not None:
+                seat.child.watch_memory()
+        if busy:
+            self._watch = asyncio.get_running_loop().call_later(MEMORY_WATCH_SECONDS, self._watch_memory)
+
+    def _rest_if_idle(self) -> None:
+        """Spawns a spare a moment after the last lease, so that the next bundle or a crash costs no start."""
+        idle = not self._leases and not self._queue
+        if not idle or self._stopped or not self._settings.spares or self._spare_timer is not None:
+            return
+        loop = asyncio.get_running_loop()
+        self._spare_timer = loop.call_later(SPARE_AFTER_SECONDS, self._spawn_spare)
+
+    def _spawn_spare(self) -> None:
+        self._spare_timer = None
+        if self._spare is not None and not self._spare.alive:
+            self._spare = None
+        if self._leases or self._stopped or self._spare is not None:
+            return
+        cap = memory_cap(0)
+        try:
+            self._spare = self._spawn(self._options(ChildKind.RUN, self._default_layout(), cap), cap)
+        except OSError as error:
+            log.warning("engine.no_spare reason=%s", error)
+
+    def _cancel_timers(self) -> None:
+        for timer in (self._watch, self._spare_timer):
+            if timer is not None:
+                timer.cancel()
+        self._watch = self._spare_timer = None
+
+    def _chore(self, coroutine: _Chore) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._chores.add(task)
+        task.add_done_callback(self._chore_done)
+
+    def _chore_done(self, task: asyncio.Task[None]) -> None:
+        self._chores.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("engine.chore_failed", exc_info=error)
+
+
+async def _place_files(child: EngineChild, bundle: LoadedBundle, manifest: BundleManifest) -> tuple[FilePlacement, ...]:
+    """Copies the bundle's files into the child's input memory, checking each digest on the way.
+
+    Raises WorkFailed(worker) when the copy on this machine's disk is not what the manifest names.
+    """
+    placements: list[FilePlacement] = []
+    offset = 0
+    for file in manifest.files:
+        path = bundle.files.get(file.name)
+        if path is None:
+            raise WorkFailed(Cause.WORKER, clipped_reason(f"file {file.name!r} of the bundle is not on this machine"))
+        try:
+            await _place_file(child, Path(path), file, offset)
+        except OSError as error:
+            raise WorkFailed(Cause.WORKER, clipped_reason(f"file {file.name!r} of the bundle: {error}")) from None
+        placements.append(FilePlacement(file.name, Placement(offset, file.length_bytes)))
+        offset += aligned(file.length_bytes)
+    return tuple(placements)
+
+
+async def _place_file(child: EngineChild, path: Path, file: BundleFile, offset: int) -> None:
+    digest = sha256()
+    length = 0
+    with path.open("rb") as source:
+        while True:
+            # Only reading leaves the loop: the child's memory may be closed at any moment, and by the loop alone.
+            big = file.length_bytes > _COPY_BYTES
+            piece = await asyncio.to_thread(source.read, _COPY_BYTES) if big else source.read(_COPY_BYTES)
+            if not piece:
+                break
+            if not child.alive:
+                raise ChildDiedError(await asyncio.shield(child.dead), at_work=True)
+            digest.update(piece)
+            child.place(offset + length, piece)
+            length += len(piece)
+    if length != file.length_bytes or digest.digest() != file.digest:
+        raise WorkFailed(Cause.WORKER, clipped_reason(f"file {file.name!r} of the bundle was changed on this machine"))
+
+
+def _idle_since(seat: _Seat) -> float:
+    return seat.child.idle_since if seat.child is not None else 0.0
+
+
+def _failed_text(failed: Failed) -> str:
+    error = FallowError(failed.reason, failed.message, field=failed.field, limit=failed.limit, hint=failed.hint)
+    return clipped_reason(str(error))
