@@ -139,12 +139,7 @@ class ResultFile:
 
     def __init__(self, path: Path, tables: ResultTables) -> None:
         """A file at `path`: `.parquet`, `.arrow` or `.jsonl`. Raises FIELD_INVALID for another ending or no folder."""
-        if path.suffix not in _WRITERS:
-            raise FallowError(
-                Reason.FIELD_INVALID, f"{path} has no known ending", field="path", limit=", ".join(_WRITERS)
-            )
-        if not path.parent.is_dir():
-            raise FallowError(Reason.FIELD_INVALID, f"{path.parent} is no folder", field="path")
+        check_result_path(path)
         self._tables = tables
         self._path = path
         self._failed_path = path.with_name(f"{path.stem}.failed{path.suffix}")
@@ -196,6 +191,14 @@ class ResultFile:
                 writer.close()
         self._partial.unlink(missing_ok=True)
         self._failed_partial.unlink(missing_ok=True)
+
+
+def check_result_path(path: Path) -> None:
+    """Raises FIELD_INVALID unless a `ResultFile` can be made at `path`: a known ending, in a folder that is there."""
+    if path.suffix not in _WRITERS:
+        raise FallowError(Reason.FIELD_INVALID, f"{path} has no known ending", field="path", limit=", ".join(_WRITERS))
+    if not path.parent.is_dir():
+        raise FallowError(Reason.FIELD_INVALID, f"{path.parent} is no folder", field="path")
 
 
 class _JsonLines:

@@ -1,0 +1,1 @@
+"""The `fallow` command."""

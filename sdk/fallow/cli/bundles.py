@@ -1,0 +1,190 @@
+"""`fallow bundle …`: create and inspect."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any, Final, cast
+
+import click
+
+from fallow.bundle import BytesCodec, ProgramStage, SoftmaxHead, Stage, TopKHead
+from fallow.bundle_file import BUNDLE_SUFFIX, About, Bundle
+from fallow.cli.options import bundle_of, json_option, login_option, model_options, run
+from fallow.cli.output import Output, plain
+from fallow.client.client import AsyncClient, BundleState, connect_async
+from fallow.errors import FallowError, Reason
+from fallow.row_values import described
+
+INSPECTION_WAIT_S: Final = 120.0
+_ASK_INTERVAL_S: Final = 0.5
+
+
+@click.group("bundle")
+def bundle_group() -> None:
+    """Make bundles and look into them."""
+
+
+@bundle_group.command("create")
+@click.argument("model")
+@click.option(
+    "-o", "--output", "folder", type=click.Path(path_type=Path), help="Folder to make. [default: NAME.bundle]"
+)
+@model_options
+@click.option("--name", help="Short name. [default: the file's]")
+@click.option("--title", help="What people call it.")
+@click.option("--publisher", help="Whose model it is.")
+@click.option("--purpose", help="What it is for.")
+@click.option("--url", help="Where to read about it.")
+@click.option("--licence", help="Under which licence.")
+@click.option("--labels", type=click.Path(path_type=Path), help="For a model of bytes: file of labels, one a line.")
+@click.option("--head-window", type=int, help="For a model of bytes: bytes at the head of each row that travel.")
+@click.option("--tail-window", type=int, help="For a model of bytes: bytes at the tail of each row that travel.")
+@click.option("--head-tokens", type=int, help="For a model of bytes: tokens made of the head window.")
+@click.option("--tail-tokens", type=int, help="For a model of bytes: tokens made of the tail window.")
+@click.option("--padding-token", type=int, default=256, show_default=True, help="For a model of bytes.")
+@click.option(
+    "--top-k", type=click.IntRange(min=1), default=1, show_default=True, help="For a model of bytes: labels a row."
+)
+@json_option
+def create_command(model: str, folder: Path | None, as_json: bool, **given: Any) -> None:
+    """Make a bundle of MODEL: an ONNX file, or `magika`.
+
+    With --labels the model is one of bytes: the head and tail windows of each row become its tokens.
+    """
+    output = Output(as_json=as_json)
+    about = _about(given)
+    try:
+        bundle = (
+            _bytes_bundle(model, about, given) if given["labels"] is not None else _plain_bundle(model, about, given)
+        )
+        target = bundle.save(folder or Path(f"{bundle.manifest.name}{BUNDLE_SUFFIX}"))
+    except FallowError as error:
+        output.failed(error)
+    output.result({"path": target, **_facts(bundle)}, f"{target}\n{_description(bundle)}")
+
+
+@bundle_group.command("inspect")
+@click.argument("model")
+@click.option("--register", is_flag=True, help="Have the operator inspect it, and wait for the report.")
+@login_option
+@json_option
+def inspect_command(model: str, register: bool, login: Path | None, as_json: bool) -> None:
+    """Show what a bundle folder or MODEL takes, does and gives; with --register, what inspection finds."""
+    output = Output(as_json=as_json)
+
+    async def work() -> None:
+        bundle = bundle_of(model, outputs=None, shapes=(), dims=(), precision="fp32", about={})
+        facts, text = _facts(bundle), _description(bundle)
+        if register:
+            async with await connect_async(login) as client:
+                state = await _inspected(client, bundle)
+            facts["inspection"] = state
+            text += f"\n{_inspection(state)}"
+        output.result(facts, text)
+
+    run(output, work())
+
+
+async def _inspected(client: AsyncClient, bundle: Bundle) -> BundleState:
+    await client.register(bundle)
+    deadline = asyncio.get_running_loop().time() + INSPECTION_WAIT_S
+    while True:
+        state = await client.bundle_state(bundle.digest)
+        if state is not None and state.state != "inspecting":
+            return state
+        if asyncio.get_running_loop().time() >= deadline:
+            raise FallowError(
+                Reason.DEADLINE_EXCEEDED,
+                f"no inspection after {INSPECTION_WAIT_S:g} s"
+                + (f": {state.reason}" if state and state.reason else ""),
+                hint="inspection needs an operator worker; the operator's `fallow-coordinator start` runs one",
+            )
+        await asyncio.sleep(_ASK_INTERVAL_S)
+
+
+def _about(given: dict[str, Any]) -> About:
+    names = ("name", "title", "publisher", "purpose", "url", "licence")
+    return cast(About, {name: str(given[name]) for name in names if given[name]})
+
+
+def _plain_bundle(model: str, about: About, given: dict[str, Any]) -> Bundle:
+    return bundle_of(
+        model,
+        outputs=given["outputs"],
+        shapes=given["shapes"],
+        dims=given["dims"],
+        precision=given["precision"],
+        about=about,
+    )
+
+
+def _bytes_bundle(model: str, about: About, given: dict[str, Any]) -> Bundle:
+    needed = ("head_window", "tail_window", "head_tokens", "tail_tokens")
+    missing = [f"--{name.replace('_', '-')}" for name in needed if given[name] is None]
+    if missing:
+        raise click.UsageError(f"a model of bytes needs {', '.join(missing)}")
+    return Bundle.from_bytes_model(
+        model,
+        head_window=given["head_window"],
+        tail_window=given["tail_window"],
+        head_tokens=given["head_tokens"],
+        tail_tokens=given["tail_tokens"],
+        padding_token=given["padding_token"],
+        labels=given["labels"],
+        top_k=given["top_k"],
+        **about,
+    )
+
+
+def _facts(bundle: Bundle) -> dict[str, Any]:
+    manifest = bundle.manifest
+    return {
+        "digest": bundle.digest,
+        "name": manifest.name,
+        "title": manifest.title,
+        "publisher": manifest.publisher,
+        "licence": manifest.licence,
+        "precision": manifest.precision,
+        "files": manifest.files,
+        "stages": [{"kind": type(stage).__name__, **plain(stage)} for stage in manifest.stages],
+        "inputs": {column.name: described(column) for column in manifest.input_schema.columns},
+        "outputs": {column.name: described(column) for column in manifest.output_schema.columns},
+    }
+
+
+def _description(bundle: Bundle) -> str:
+    manifest = bundle.manifest
+    lines = [f"bundle    {manifest.name}" + (f" ({manifest.title})" if manifest.title else "")]
+    lines.append(f"digest    {bundle.digest.hex()}")
+    lines += [f"takes     {column.name}: {described(column)}" for column in manifest.input_schema.columns]
+    lines += [f"does      {_stage_text(stage)}" for stage in manifest.stages]
+    lines += [f"gives     {column.name}: {described(column)}" for column in manifest.output_schema.columns]
+    lines += [f"file      {file.name}: {file.length_bytes:,} bytes" for file in manifest.files]
+    lines.append(f"precision {manifest.precision.value}")
+    return "\n".join(lines)
+
+
+def _stage_text(stage: Stage) -> str:
+    match stage:
+        case BytesCodec():
+            return (
+                f"bytes: {stage.head_tokens} + {stage.tail_tokens} tokens from windows of "
+                f"{stage.head_window_bytes} + {stage.tail_window_bytes} bytes"
+            )
+        case ProgramStage():
+            return f"{stage.format.value} program {stage.file}"
+        case SoftmaxHead():
+            return f"softmax of {stage.value}"
+        case TopKHead():
+            return f"the best {stage.k} of the labels in {stage.labels_file}"
+
+
+def _inspection(state: BundleState) -> str:
+    lines = [f"inspection {state.state}" + (f": {state.reason}" if state.reason else "")]
+    report = state.report
+    if report is not None:
+        lines += [f"  refused: {refusal}" for refusal in report.refusals]
+        lines.append(f"  batch of {report.canonical_batch_rows} rows, {report.unit_micros_per_row} unit-micros a row")
+        lines.append(f"  operators: {', '.join(f'{name} x {count}' for name, count in report.operators)}")
+    return "\n".join(lines)

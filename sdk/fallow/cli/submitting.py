@@ -1,0 +1,224 @@
+"""`fallow map` and `fallow job submit`: bundle, rows, and where they may go."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from contextlib import aclosing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from fallow.bundle_file import Bundle
+from fallow.cli.options import (
+    bundle_of,
+    input_columns,
+    json_option,
+    login_option,
+    model_options,
+    run,
+    split_names,
+    stated_data,
+)
+from fallow.cli.output import Output, counted
+from fallow.cli.progress import JobBar, job_bar
+from fallow.client.client import AsyncClient, connect_async
+from fallow.client.job import AsyncJob
+from fallow.client.tables import Saved, check_result_path
+from fallow.errors import FallowError, Reason
+from fallow.job import JobStatus
+from fallow.limits import FAILED_ROWS_MAX_DEFAULT
+from fallow.roles import DataClass
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """What both commands take."""
+
+    model: str
+    rows: str
+    data: str | None
+    keep: str | None
+    inputs: tuple[str, ...]
+    cast: bool
+    title: str
+    failed_rows_max: int
+    idempotency_key: str | None
+    pool: str
+    login: Path | None
+    outputs: str | None
+    shapes: tuple[str, ...]
+    dims: tuple[str, ...]
+    precision: str
+
+    def bundle(self) -> Bundle:
+        """The bundle of MODEL."""
+        return bundle_of(
+            self.model, outputs=self.outputs, shapes=self.shapes, dims=self.dims, precision=self.precision, about={}
+        )
+
+    async def submit(self, client: AsyncClient, bundle: Bundle, data: str, bar: JobBar) -> AsyncJob:
+        """The submitted job."""
+        return await client.map(
+            bundle,
+            self.rows,
+            data=data,
+            keep=split_names(self.keep),
+            inputs=input_columns(self.inputs),
+            cast=self.cast,
+            title=self.title,
+            failed_rows_max=self.failed_rows_max,
+            idempotency_key=self.idempotency_key,
+            pool=self.pool,
+            on_rows=bar.uploaded,
+        )
+
+
+def submission_options(command: Command) -> Command:
+    """MODEL, INPUT and the options about them."""
+    for option in reversed(
+        (
+            click.argument("model"),
+            click.argument("rows", metavar="INPUT"),
+            click.option(
+                "--data",
+                type=click.Choice([member.value for member in DataClass]),
+                help="Who may see the rows. There is no default.",
+            ),
+            click.option("--keep", help="Columns of INPUT to carry to the result, with commas."),
+            click.option(
+                "--input",
+                "inputs",
+                multiple=True,
+                metavar="NAME=COLUMN[,COLUMN…]",
+                help="Columns that make up an input of the model, where names differ or several go side by side.",
+            ),
+            click.option("--cast", is_flag=True, help="Convert values even where that may round them."),
+            model_options,
+            click.option("--title", default="", help="What the job is called in lists."),
+            click.option(
+                "--failed-rows-max",
+                type=click.IntRange(min=0),
+                default=FAILED_ROWS_MAX_DEFAULT,
+                show_default=True,
+                help="Rows that may fail before the job does.",
+            ),
+            click.option("--idempotency-key", help="The same key within 24 hours gives the same job."),
+            click.option("--pool", default="", help="Pool to run in. [default: your own]"),
+            login_option,
+            json_option,
+        )
+    ):
+        command = option(command)
+    return command
+
+
+@click.command("map")
+@submission_options
+@click.option(
+    "-o",
+    "--output",
+    "path",
+    required=True,
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Where the result goes: .parquet, .arrow or .jsonl.",
+)
+def map_command(path: Path, as_json: bool, **given: Any) -> None:
+    """Apply MODEL to each row of INPUT on other people's machines and save the result.
+
+    MODEL is an ONNX file, a bundle folder, or `magika`. INPUT is a Parquet, .npy or .npz file, or a folder: of files
+    for models of bytes, else of Parquet files.
+    """
+    submission, output = Submission(**given), Output(as_json=as_json)
+    data = stated_data(submission.data)
+    run(output, _map(submission, data, path, output))
+
+
+@click.command("submit")
+@submission_options
+def submit_command(as_json: bool, **given: Any) -> None:
+    """Submit a job and print its id; the arguments are those of `fallow map`."""
+    submission, output = Submission(**given), Output(as_json=as_json)
+    data = stated_data(submission.data)
+    run(output, _submit(submission, data, output))
+
+
+async def _submit(submission: Submission, data: str, output: Output) -> None:
+    bundle = submission.bundle()
+    async with await connect_async(submission.login) as client:
+        with job_bar(shown=not output.as_json) as bar:
+            job = await submission.submit(client, bundle, data, bar)
+        output.result({"job_id": job.id}, job.id)
+
+
+async def _map(submission: Submission, data: str, path: Path, output: Output) -> None:
+    check_result_path(path)
+    began = time.monotonic()
+    bundle = submission.bundle()
+    async with await connect_async(submission.login) as client:
+        with job_bar(shown=not output.as_json) as bar:
+            job = await submission.submit(client, bundle, data, bar)
+            output.note(f"job {job.id}")
+            status, saved = await attended(job, path, bar, partial=False)
+    seconds = time.monotonic() - began
+    output.result(
+        {**saved_facts(saved), "job_id": job.id, "seconds": seconds, "status": status},
+        _summary(job, status, saved, seconds),
+    )
+
+
+async def attended(job: AsyncJob, path: Path, bar: JobBar, *, partial: bool) -> tuple[JobStatus, Saved]:
+    """Shows a job's progress until it has ended, and saves its rows; Ctrl-C leaves the job running and tells its id."""
+
+    async def show() -> None:
+        async with aclosing(job.statuses()) as statuses:
+            async for status in statuses:
+                bar.status(status)
+
+    showing = asyncio.ensure_future(show())
+    try:
+        saved = await job.save(path, partial=partial)
+        return await job.status(), saved
+    except asyncio.CancelledError:
+        click.echo(f"\ndetached: job {job.id} goes on; `fallow job watch {job.id}` returns to it", err=True)
+        raise
+    except FallowError as error:
+        if error.reason in {Reason.JOB_FAILED, Reason.JOB_CANCELLED} and not error.hint:
+            error.hint = f"`fallow job results {job.id} -o OUT --partial` saves the rows there are"
+        raise
+    finally:
+        showing.cancel()
+        await asyncio.gather(showing, return_exceptions=True)
+
+
+def saved_facts(saved: Saved) -> dict[str, Any]:
+    """What was saved, for JSON."""
+    return {
+        "path": saved.path,
+        "rows": saved.rows,
+        "failed_path": saved.failed_path,
+        "failed_rows": saved.failed_rows,
+        "shares": saved.shares,
+    }
+
+
+def saved_text(saved: Saved) -> str:
+    """What was saved, for people."""
+    text = f"{counted(saved.rows, 'row')} in {saved.path}"
+    if saved.failed_path is not None:
+        text += f"\n{counted(saved.failed_rows, 'row')} failed, with reasons in {saved.failed_path}"
+    return text
+
+
+def _summary(job: AsyncJob, status: JobStatus, saved: Saved, seconds: float) -> str:
+    rate = (saved.rows + saved.failed_rows) / seconds if seconds > 0 else 0
+    lines = [saved_text(saved)]
+    lines += [f"  {share.rows:>10,}  {share.worker_id} node {share.node}" for share in saved.shares]
+    price = status.price_microcredits / 1_000_000
+    lines.append(f"job {job.id}: {seconds:.1f} s, {rate:,.0f} rows/s, policy {status.policy}, price {price:g} credits")
+    return "\n".join(lines)
