@@ -27,8 +27,8 @@ FEATURES = 6
 
 def onnx_model(
     nodes: Sequence[Any],
-    inputs: Sequence[tuple[str, int, Sequence[Any]]],
-    outputs: Sequence[tuple[str, int, Sequence[Any]]],
+    inputs: Sequence[tuple[str, int, Sequence[Any] | None]],
+    outputs: Sequence[tuple[str, int, Sequence[Any] | None]],
     initializers: Mapping[str, NDArray[Any]] | None = None,
     *,
     opset: int = 17,

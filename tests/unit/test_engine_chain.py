@@ -35,7 +35,7 @@ from fallow.schema import DType, RaggedColumn, Schema, SizeFeature, StringColumn
 from fallow.session import Cause
 from fallow_worker.engine.chain import Chain, ChainResult
 
-GATHER_COLUMNS = {
+GATHER_COLUMNS: dict[str, Any] = {
     "input_columns": (TensorColumn("x", DType.INT64, (1,)),),
     "output_columns": (TensorColumn("y", DType.FLOAT32, (2,)),),
 }
@@ -196,7 +196,7 @@ def slot_teller(batch: Any = "rows") -> bytes:
     )
 
 
-SCALARS = {
+SCALARS: dict[str, Any] = {
     "input_columns": (TensorColumn("x", DType.FLOAT32, ()),),
     "output_columns": (TensorColumn("y", DType.FLOAT32, ()),),
 }

@@ -118,15 +118,19 @@ class SpawnedChild:
         with contextlib.suppress(ProcessLookupError):
             self.process.kill()
 
+    def let_go(self) -> None:
+        """Closes the life pipe, as the supervisor's own death would: the child ends by itself."""
+        if self._life_fd >= 0:
+            os.close(self._life_fd)
+            self._life_fd = -1
+
     def close(self) -> int:
         """Kills the child if it lives, reaps it, frees socket and memory; gives the return code."""
         if self.process.poll() is None:
             self.kill()
         code = self.process.wait()
         self.control.close()
-        if self._life_fd >= 0:
-            os.close(self._life_fd)
-            self._life_fd = -1
+        self.let_go()
         for memory in (self.input, self.output, self._log):
             memory.close()
         return code
