@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -33,10 +33,11 @@ class FolderSource:
     Keeps `path` (relative, with `/`) and, when asked, `size_bytes`. A file that cannot be read is an unread row.
     """
 
-    def __init__(self, folder: str | Path, *, include_path: bool = True) -> None:
-        """Files under `folder`. Raises FIELD_INVALID when it is no folder."""
+    def __init__(self, folder: str | Path, *, include_path: bool = True, exclude: Sequence[str] = ()) -> None:
+        """Files under `folder`, but none in a folder called one of `exclude`. Raises FIELD_INVALID when it is no folder."""
         self._folder = Path(folder)
         self._include_path = include_path
+        self._exclude = frozenset(exclude)
         if not self._folder.is_dir():
             raise FallowError(Reason.FIELD_INVALID, f"{folder} is no folder", field=str(folder))
 
@@ -113,6 +114,8 @@ class FolderSource:
         for entry in found:
             path = folder / entry.name
             if entry.is_dir(follow_symlinks=False):
+                if entry.name in self._exclude:
+                    continue
                 yield from self._files(path)
             elif entry.is_file(follow_symlinks=False):
                 yield path
