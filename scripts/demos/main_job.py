@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
-from fallow.client import Bundle, Client, FallowError, FolderSource, Job, Saved, connect
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from fallow.client import Bundle, Client, FallowError, FolderSource, Job, Saved, connect
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 VOLUNTEERS = 2
