@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import os
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Final, Protocol, TypeVar
 
@@ -145,10 +145,12 @@ class BlobClient:
             raise _failure(failure) from None
         return response.offset_bytes, receipt_from_message(response.receipt) if response.HasField("receipt") else None
 
-    async def send(self, parts: AsyncIterator[PutPart]) -> SignedBytes:
+    async def send(self, parts: _Parts) -> SignedBytes:
         """One Put call. One try."""
+        call = self._put_call(parts, timeout=STREAM_TIMEOUT_S)
+        parts.let_in_by(call)
         try:
-            response = await self._put_call(parts, timeout=STREAM_TIMEOUT_S)
+            response = await call
         except grpc.aio.AioRpcError as failure:
             raise _failure(failure) from None
         return receipt_from_message(response.receipt)
@@ -254,6 +256,11 @@ class _Parts:
         self._length_bytes = blob.length_bytes
         self._offset_bytes = offset_bytes
         self._moved = moved
+        self._call: grpc.aio.StreamUnaryCall[PutPart, blob_service_pb2.PutResponse] | None = None
+
+    def let_in_by(self, call: grpc.aio.StreamUnaryCall[PutPart, blob_service_pb2.PutResponse]) -> None:
+        """Tells which call these parts go to; it has not asked for any yet."""
+        self._call = call
 
     def __aiter__(self) -> _Parts:
         return self
@@ -264,11 +271,20 @@ class _Parts:
         if grant is None:
             # Asked for more: everything before is on its way.
             self._moved(offset)
-            if offset >= self._length_bytes:
+            if offset >= self._length_bytes or not await self._let_in():
                 raise StopAsyncIteration
         chunk = await self._source.piece(offset, min(BLOB_CHUNK_BYTES, self._length_bytes - offset))
         self._offset_bytes += len(chunk)
         return PutPart(chunk, grant, offset if grant else 0)
+
+    async def _let_in(self) -> bool:
+        """Waits until the service wants more than the first chunk; False when it has answered already.
+
+        A call that ends while it writes loses its status in gRPC; so refusals are waited for while nothing is written.
+        """
+        assert self._call is not None, "parts are asked for once the call is there"
+        await self._call.initial_metadata()
+        return not self._call.done()
 
 
 class _Source(Protocol):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -51,6 +52,7 @@ _A = TypeVar("_A")
 _SERVICE: Final = blob_service_pb2.DESCRIPTOR.services_by_name["BlobService"]
 _READ_AHEAD_BYTES: Final = 4 * MIB
 """Read from storage at once; the next piece is read while this one is sent."""
+_DRAIN_S: Final = 2.0
 _PEERS_REMEMBERED_MAX: Final = 10_000
 
 
@@ -137,7 +139,7 @@ class BlobService:
     async def _put(self, requests: AsyncIterator[bytes], context: Context) -> bytes:
         peer = self._peer(context)
         with self._puts.entered(peer):
-            receipt = await self._received(requests, peer)
+            receipt = await self._received(requests, peer, context)
         return blob_service_pb2.PutResponse(receipt=receipt_to_message(receipt)).SerializeToString()
 
     async def _get(self, raw: bytes, context: Context) -> None:
@@ -178,8 +180,12 @@ class BlobService:
 
     # ----------------------------------------------------------------------------------------------------- receiving
 
-    async def _received(self, requests: AsyncIterator[bytes], peer: KeyFingerprint) -> SignedBytes:
-        """Takes in one upload and gives the receipt once everything is durable; what is wrong is not kept."""
+    async def _received(self, requests: AsyncIterator[bytes], peer: KeyFingerprint, context: Context) -> SignedBytes:
+        """Takes in one upload and gives the receipt once everything is durable; what is wrong is not kept.
+
+        Initial metadata is sent when the upload is let in. A client that waits for it before its second chunk hears
+        every refusal in full: gRPC's client loses the status of a call that ends while it writes.
+        """
         first = await self._first_part(requests)
         if first.grant is None:
             raise FallowError(Reason.FIELD_MISSING, "an upload begins with its grant", field="grant")
@@ -202,12 +208,14 @@ class BlobService:
             self._growing.add(upload)
             try:
                 await self._in_thread(upload.open, first.offset_bytes)
+                await context.send_initial_metadata(())
                 await self._grow(upload, first, requests, turn)
                 return await self._stored(upload, grant)
             except UnfinishedError:
                 raise
             except Exception:
                 await self._in_thread(upload.discard)
+                await _drained(requests, upload.remaining_bytes)
                 raise
             finally:
                 self._growing.discard(upload)
@@ -371,6 +379,14 @@ def _ended_well(method: str, answer: Callable[[_R, Context], Awaitable[_A]]) -> 
             await abort(context, error, name)
 
     return handle
+
+
+async def _drained(requests: AsyncIterator[bytes], declared_bytes: int) -> None:
+    """Lets the rest run out for a moment, so that the client is not writing, and deaf, when it is refused."""
+    with contextlib.suppress(TimeoutError, StopAsyncIteration):
+        async with asyncio.timeout(_DRAIN_S):
+            while declared_bytes > 0:
+                declared_bytes -= len(await anext(requests))
 
 
 async def _next_part(requests: AsyncIterator[bytes]) -> PutPart | None:
