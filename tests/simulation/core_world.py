@@ -1,4 +1,4 @@
-"""A small world around the core: a state, its records, and short ways to say what happens. Published for all core tests."""
+"""A small world around the core: a state, its records, and short ways to say what happens."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from fallow.bundle import InspectionReport
-from fallow.ids import AccountId, Digest, JobId, KeyFingerprint, LeaseId, PartyId, PoolId, SessionId, TaskId
-from fallow.job import DatasetBlock, JobOptions
+from fallow.ids import AccountId, Digest, JobId, KeyFingerprint, PartyId, TaskId
+from fallow.job import DatasetBlock, JobOptions, JobStatus
 from fallow.roles import DataClass, Role, Tier
 from fallow.session import (
     BlobReference,
@@ -27,9 +27,16 @@ from fallow_coordinator.core import commands as c
 from fallow_coordinator.core import effects as f
 from fallow_coordinator.core import invariants, questions
 from fallow_coordinator.core import turn as turns
-from fallow_coordinator.core.answers import AccountMade, Answer, CertificateGranted, JobAccepted, SessionGranted, TokenMade
-from fallow_coordinator.core.evolve import evolve
+from fallow_coordinator.core.answers import (
+    AccountMade,
+    Answer,
+    CertificateGranted,
+    JobAccepted,
+    SessionGranted,
+    TokenMade,
+)
 from fallow_coordinator.core.events import Event
+from fallow_coordinator.core.evolve import evolve
 from fallow_coordinator.core.state import Lease, State
 from fallow_coordinator.core.turn import Turn
 
@@ -82,8 +89,8 @@ class World:
     effects: list[f.Effect] = field(default_factory=list[f.Effect])
     now_ms: int = START_MS
     draws: int = 0
-    account_id: AccountId = AccountId("")
-    client_id: PartyId = PartyId("")
+    account_id: AccountId = field(default=AccountId(""))  # noqa: RUF009
+    client_id: PartyId = field(default=PartyId(""))  # noqa: RUF009
     bundle_digest: Digest = field(default_factory=lambda: digest("bundle"))
     checks: Callable[[State], None] = invariants.check
 
@@ -145,7 +152,9 @@ class World:
         assert isinstance(answer, TokenMade)
         return answer
 
-    def enroll(self, name: str, token: TokenMade | None = None, valid_for_ms: int = 30 * 86_400_000) -> CertificateGranted:
+    def enroll(
+        self, name: str, token: TokenMade | None = None, valid_for_ms: int = 30 * 86_400_000
+    ) -> CertificateGranted:
         """A party by token, a volunteer worker unless the token says otherwise."""
         token = token or self.token()
         answer = self.ask(c.Enroll(token.token_id, fingerprint(name), name.encode(), name, valid_for_ms))
@@ -304,9 +313,7 @@ class World:
         task = self.state.tasks[lease.task_id]
         output = blob("output", task.spans)
         root = digest("output root", task.spans)
-        stored = c.StoredBlob(
-            output, rows=task.rows, root=root, schema_digest=OUTPUT_SCHEMA, rows_failed=len(failures)
-        )
+        stored = c.StoredBlob(output, rows=task.rows, root=root, schema_digest=OUTPUT_SCHEMA, rows_failed=len(failures))
         fields: dict[str, object] = {
             "session_id": lease.session_id,
             "worker_id": lease.worker_id,
@@ -364,7 +371,7 @@ class World:
                 return
             self.take(self.commit_command(next(iter(self.state.leases.values()))))
 
-    def status(self, job_id: JobId) -> questions.JobStatus:
+    def status(self, job_id: JobId) -> JobStatus:
         """The job's status."""
         status = questions.job_status(self.state, job_id)
         assert status is not None
@@ -385,4 +392,15 @@ def of_kind(effects: tuple[f.Effect, ...], kind: type[EffectT]) -> list[EffectT]
     return [effect for effect in effects if isinstance(effect, kind)]
 
 
-__all__ = ["LeaseId", "PoolId", "SessionId", "World", "blob", "capability", "digest", "fingerprint", "of_kind", "report"]
+__all__ = [
+    "LeaseId",
+    "PoolId",
+    "SessionId",
+    "World",
+    "blob",
+    "capability",
+    "digest",
+    "fingerprint",
+    "of_kind",
+    "report",
+]

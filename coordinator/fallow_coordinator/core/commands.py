@@ -191,7 +191,7 @@ class RegisterBundle:
     bytes_feature_index: int
     """Which size feature counts bytes, or -1: cost then follows block bytes."""
     output_row_bytes: int = 0
-    """Bytes that a row of its output takes, as far as the schema fixes them: tasks are cut so that outputs fit a block."""
+    """Bytes a row of its output takes, as far as the schema fixes them: tasks are cut so that outputs fit a block."""
 
 
 # ------------------------------------------------------------------------------------------------- jobs

@@ -60,8 +60,8 @@ def cut_size(layout: Layout, cost: Cost, *, start: int, batch_rows: int, slots: 
     """How many rows, from `start` on, the next task takes: at least 1, at most what is left.
 
     About one in `slots` × `TASK_SHARES_PER_SLOT` of what is left, between half a unit and `TASK_UNITS_TARGET` (guided
-    self-scheduling: Polychronopoulos and Kuck, 1987), in whole canonical batches, and never so much that the packed block
-    could exceed `BLOCK_BYTES_MAX` even if the large rows of every block it touches were its own. At least one in
+    self-scheduling: Polychronopoulos and Kuck, 1987), in whole canonical batches, and never so much that the packed
+    block could exceed `BLOCK_BYTES_MAX` even if the large rows of every block it touches were its own. At least one in
     `JOB_TASKS_MAX` / 2 of the job unless a block ends before, so that no job has more than `JOB_TASKS_MAX` tasks.
     """
     total = layout.row_starts[-1]
@@ -88,12 +88,18 @@ def _ceiling(layout: Layout, start: int, output_row_bytes: int) -> int:
 
 
 def _rows_for(layout: Layout, cost: Cost, start: int, ceiling: int, target: int) -> int:
-    """Most rows whose cost stays within `target`, or 0."""
-    low, high = start, ceiling
+    """Most rows whose cost stays within `target`, or 0; found at the first guess where rows are alike."""
+    whole = unit_micros(layout, cost, start, ceiling)
+    if whole <= target:
+        return ceiling - start
+    low, high = start, ceiling - 1
+    middle = min(high, start + (ceiling - start) * target // whole)
     while low < high:
-        middle = (low + high + 1) // 2
-        if unit_micros(layout, cost, start, middle) <= target:
-            low = middle
-        else:
+        if unit_micros(layout, cost, start, middle) > target:
             high = middle - 1
+        elif unit_micros(layout, cost, start, middle + 1) > target:
+            return middle - start
+        else:
+            low = middle + 1
+        middle = (low + high + 1) // 2
     return low - start

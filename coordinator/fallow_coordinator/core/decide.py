@@ -1,4 +1,4 @@
-"""What a command brings about, as events; the state stands still. Refusals are FallowErrors that name field and limit."""
+"""What a command brings about, as events; the state stands still. Refusals are FallowErrors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fallow_coordinator.core.names import Names
 from fallow_coordinator.core.state import State
 
 
-def decide(state: State, command: c.Command, now_ms: int, entropy: bytes) -> Decision:
+def decide(state: State, command: c.Command, now_ms: int, entropy: bytes) -> Decision:  # noqa: PLR0911 one arm each
     """Events and answer of one command, a function of its arguments alone.
 
     `now_ms` is the journal's clock and never goes back; `entropy` is 32 fresh bytes, from which names are made.
@@ -110,7 +110,9 @@ IdentityCommand = (
 )
 
 
-def _decide_identity(state: State, command: IdentityCommand, now_ms: int, entropy: bytes) -> Decision:
+def _decide_identity(  # noqa: PLR0911 one arm each
+    state: State, command: IdentityCommand, now_ms: int, entropy: bytes
+) -> Decision:
     names = Names(entropy)
     match command:
         case c.StartJournal():

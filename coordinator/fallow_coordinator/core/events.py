@@ -1,6 +1,6 @@
 """What did happen. Events alone change state; each shipped shape is for ever (`tests/golden_journals`).
 
-Integers only in what `evolve` reads; the moment of an event is its journal record's `at_ms`, a clock that never goes back.
+Integers only in what `evolve` reads; an event's moment is its record's `at_ms`, by a clock that never goes back.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class WorkerReleased:
 
 @dataclass(frozen=True, slots=True)
 class SessionOpened:
-    """Replaces an older session of the same worker. Leases not in `kept` that the worker held end by their own events."""
+    """The worker's one session. Leases not in `kept` that the worker held end by their own events."""
 
     session_id: SessionId
     worker_id: PartyId
@@ -112,6 +112,8 @@ class SessionOpened:
     capability: Capability
     window: int
     kept: tuple[LeaseId, ...]
+    presented_token_digest: Digest | None = None
+    """The token the worker showed: good until it shows the new one, because a Welcome may be lost on its way."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from fallow_coordinator.core.state import State
 
 
 def evolve(state: State, event: e.Event, at_ms: int) -> None:
-    """Applies one event, the next of its journal; `state.sequence` then is its sequence number, `state.clock_ms` its moment.
+    """Applies the journal's next event; `state.sequence` then is its sequence number, `state.clock_ms` its moment.
 
     Asserts on anything that no decision can have made: then the journal or this program is broken.
     """

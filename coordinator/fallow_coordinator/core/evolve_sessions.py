@@ -51,7 +51,7 @@ def _open(state: State, event: e.SessionOpened) -> None:
     _end_grace(state, worker)
     worker.session_id = event.session_id
     worker.sessions += 1
-    worker.previous_token_digest = worker.resume_token_digest
+    worker.presented_token_digest = event.presented_token_digest
     worker.resume_token_digest = event.resume_token_digest
     worker.capability = event.capability
     worker.slots = slots_of(event.capability)

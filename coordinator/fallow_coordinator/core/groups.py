@@ -1,8 +1,9 @@
-"""Which workers count where: the indexes by which free windows are found. Called by `evolve` alone, reads by everyone."""
+"""Which workers count where: the indexes by which free windows are found. Only `evolve` calls what changes them."""
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from functools import lru_cache
 
 from fallow.ids import LeaseId
 from fallow.roles import TIERS_ALLOWED, Tier
@@ -30,6 +31,7 @@ def groups_of_worker(worker: Worker) -> tuple[GroupKey, ...]:
     return tuple(groups)
 
 
+@lru_cache(maxsize=4_096)
 def groups_of_lane(lane: LaneKey) -> tuple[GroupKey, ...]:
     """Which groups may take a lane's tasks, the least trusted first: operators' machines are scarce."""
     if lane.kind is TaskKind.INSPECT:

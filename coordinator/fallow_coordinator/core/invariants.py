@@ -8,7 +8,6 @@ from fallow.job import JOB_STATES_FINAL, JobState
 from fallow.limits import JOB_TASKS_MAX, LEASES_PER_WORKER_MAX, TASK_ATTEMPTS_MAX
 from fallow.ranges import RangeSet
 from fallow.session import TaskKind
-
 from fallow_coordinator.core.groups import groups_of_worker
 from fallow_coordinator.core.limits import (
     IDEMPOTENCY_KEYS_PER_ACCOUNT_MAX,
@@ -19,12 +18,12 @@ from fallow_coordinator.core.limits import (
 from fallow_coordinator.core.state import GroupKey, Job, LaneKey, State, TaskPhase
 
 
-class InvariantBroken(AssertionError):
+class InvariantError(AssertionError):
     """The state contradicts itself: the core is wrong."""
 
 
 def check(state: State) -> None:
-    """Raises InvariantBroken with the first contradiction found. Costs as much as the state is large."""
+    """Raises InvariantError with the first contradiction found. Costs as much as the state is large."""
     _check_identity(state)
     _check_sessions(state)
     _check_leases(state)
@@ -38,7 +37,7 @@ def check(state: State) -> None:
 
 def _must(holds: bool, what: str) -> None:
     if not holds:
-        raise InvariantBroken(what)
+        raise InvariantError(what)
 
 
 def _check_identity(state: State) -> None:
@@ -53,7 +52,9 @@ def _check_identity(state: State) -> None:
 def _check_sessions(state: State) -> None:
     open_sessions = {worker.session_id: worker_id for worker_id, worker in state.workers.items() if worker.session_id}
     _must(open_sessions == state.sessions, "each open session is its worker's one session")
-    graces = [(worker.grace_until_ms, worker_id) for worker_id, worker in state.workers.items() if worker.grace_until_ms]
+    graces = [
+        (worker.grace_until_ms, worker_id) for worker_id, worker in state.workers.items() if worker.grace_until_ms
+    ]
     _must(sorted(graces) == state.graces, "every worker in grace stands in the index")
     for worker_id, worker in state.workers.items():
         away_with_leases = worker.session_id is None and bool(worker.leases)
@@ -93,9 +94,7 @@ def _check_job(state: State, job: Job) -> None:
     _must(not (final and job.tasks), "a finished job has no live tasks")
     _must(job.tasks_created <= JOB_TASKS_MAX, "a job has no more tasks than allowed")
     spans = [span for task_id in job.tasks for span in state.tasks[task_id].spans]
-    delivered = [
-        (span.job_position, span.job_position + span.rows) for result in job.results for span in result.spans
-    ]
+    delivered = [(span.job_position, span.job_position + span.rows) for result in job.results for span in result.spans]
     _must(sum(end - start for start, end in delivered) == len(job.done), "each delivered row is delivered once")
     _must(RangeSet(delivered) == job.done, "what is done was delivered")
     if not final:
@@ -117,7 +116,9 @@ def _check_tasks(state: State) -> None:
     of_bundles = [b.inspection_task_id for b in state.bundles.values() if b.inspection_task_id is not None]
     _must(sorted([*of_jobs, *of_bundles]) == sorted(state.tasks), "each live task belongs to one job or bundle")
     for task in state.tasks.values():
-        _must((task.lease_id is not None) == (task.phase is TaskPhase.LEASED), "leased tasks, and no other, have leases")
+        _must(
+            (task.lease_id is not None) == (task.phase is TaskPhase.LEASED), "leased tasks, and no other, have leases"
+        )
         _must(task.lease_id is None or task.lease_id in state.leases, "a task's lease is live")
         _must(task.attempts < TASK_ATTEMPTS_MAX and task.losses < TASK_LOSSES_MAX, "nothing is tried for ever")
         if task.kind is TaskKind.MAP and task.phase in (TaskPhase.READY, TaskPhase.LEASED):

@@ -108,9 +108,7 @@ def task_packed(state: State, command: c.TaskPacked) -> Decision:
     task = _task_in_packing(state, command.task_id, command.pack_number)
     if task is None:
         return Decision()
-    if command.input.length_bytes > BLOCK_BYTES_MAX or (
-        command.inline and command.input.length_bytes > INLINE_PAYLOAD_BYTES_MAX
-    ):
+    if command.input.length_bytes > BLOCK_BYTES_MAX:
         return _packing_is_hopeless(state, task, f"the packed block has {command.input.length_bytes} bytes")
     event = e.TaskInputPacked(
         task_id=command.task_id, pack_number=command.pack_number, input=command.input, inline=command.inline

@@ -224,7 +224,7 @@ def _fault_of_commitment(task: Task, command: c.Commit) -> str:
     if not failures:
         return ""
     if len(failures) > min(task.rows, ROW_FAILURES_LISTED_PER_TASK_MAX):
-        return f"{len(failures)} failed rows are listed, of {task.rows} rows and at most {ROW_FAILURES_LISTED_PER_TASK_MAX}"
+        return f"{len(failures)} failed rows are listed, allowed are {ROW_FAILURES_LISTED_PER_TASK_MAX} of {task.rows}"
     rows = {failure.row for failure in failures}
     if len(rows) != len(failures) or min(rows) < 0 or max(rows) >= task.rows:
         return "a failed row is listed twice or not of this task"

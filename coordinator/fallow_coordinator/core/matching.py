@@ -1,4 +1,4 @@
-"""What can start now: one step at a time, found by looking at the state. Ties are broken by number and by identifier."""
+"""What can start now: one step at a time, found by looking at the state. Ties go by number and by identifier."""
 
 from __future__ import annotations
 
@@ -70,7 +70,10 @@ def _first_pair(state: State, key: LaneKey, lane: Lane, now_ms: int) -> tuple[Ta
 
 
 def _pick(groups: list[WorkerGroup], task: Task) -> PartyId | None:
-    """The least loaded free worker, the least trusted group first; one on which the task failed only if there is no other."""
+    """The least loaded free worker, the least trusted group first.
+
+    A worker on which the task failed gets it again only when no other is connected.
+    """
     best: tuple[int, PartyId] | None = None
     for group in groups:
         for entry in group.free:

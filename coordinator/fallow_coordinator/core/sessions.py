@@ -55,6 +55,7 @@ def open_session(state: State, command: c.OpenSession, now_ms: int, names: Names
             capability=command.capability,
             window=command.window,
             kept=kept,
+            presented_token_digest=command.resume_token_digest,
         )
     )
     for lease_id in worker.leases:
@@ -122,9 +123,9 @@ def _check_window(window: int) -> None:
 
 
 def _check_token(worker: Worker, command: c.OpenSession) -> None:
-    """Lets in who holds the newest token, or the one before it: a Welcome may be lost with its stream."""
+    """Lets in who holds the newest token, or the one shown to get it: a Welcome may be lost with its stream."""
     presented = command.resume_token_digest
-    if presented is not None and presented in (worker.resume_token_digest, worker.previous_token_digest):
+    if presented is not None and presented in (worker.resume_token_digest, worker.presented_token_digest):
         return
     if worker.session_id is None and presented is None:
         return

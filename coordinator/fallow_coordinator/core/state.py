@@ -1,4 +1,4 @@
-"""Everything the coordinator knows, changed by `evolve` alone. Unsettled work only: what is finished and in the views leaves."""
+"""Everything the coordinator knows, changed by `evolve` alone. What is finished and in the views leaves."""
 
 from __future__ import annotations
 
@@ -115,12 +115,12 @@ class Worker:
     """How many it ever opened."""
     resume_token_digest: Digest | None = None
     """Of the token that the newest Welcome carried."""
-    previous_token_digest: Digest | None = None
-    """Of the one before: counts too, because a Welcome may be lost on its way."""
+    presented_token_digest: Digest | None = None
+    """Of the token it showed last: counts too, because a Welcome may be lost on its way."""
     closed_at_ms: int = 0
     grace_until_ms: int = 0
     """Until then the leases of the closed session stay; 0 while open or when none are held."""
-    capability: Capability = Capability()
+    capability: Capability = field(default_factory=Capability)
     window: int = 0
     slots: int = 1
     quarantined: bool = False
@@ -345,8 +345,10 @@ class State:
     """Of the newest event."""
     clock_ms: int = 0
     """Moment of the newest event."""
-    operator_account_id: AccountId = AccountId("")
-    default_pool_id: PoolId = PoolId("")
+    operator_account_id: AccountId = field(default=AccountId(""))
+    """The first account."""
+    default_pool_id: PoolId = field(default=PoolId(""))
+    """The first pool."""
     accounts: dict[AccountId, Account] = field(default_factory=dict[AccountId, Account])
     pools: dict[PoolId, Pool] = field(default_factory=dict[PoolId, Pool])
     tokens: dict[TokenId, Token] = field(default_factory=dict[TokenId, Token])

@@ -1,7 +1,7 @@
 """One turn: a command, then everything that can start because of it. The one way in which state moves.
 
-The engine calls `take_turn` once for each command of a batch, appends all events of the batch in one transaction and only
-then gives the answers and acts on the effects. Replay calls `evolve` for each record and nothing else.
+The engine calls `take_turn` once for each command of a batch, appends all events of the batch in one transaction and
+only then gives the answers and acts on the effects. Replay calls `evolve` for each record and nothing else.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class Turn:
 def take_turn(state: State, command: Command, now_ms: int, entropy: bytes) -> Turn:
     """Decides `command`, evolves `state`, then advances until nothing more can start.
 
-    `now_ms` never goes back; `entropy` is 32 fresh bytes. Raises FallowError when the command is refused: the state is then
-    untouched. What the packer can do at once (inline jobs) comes back as further commands, in the same batch.
+    `now_ms` never goes back; `entropy` is 32 fresh bytes. Raises FallowError when the command is refused: the state is
+    then untouched. What the packer can do at once (inline jobs) comes back as further commands, in the same batch.
     """
     decision = deciding.decide(state, command, now_ms, entropy)
     events: list[Event] = []

@@ -75,6 +75,7 @@ def _session_opened_to(event: ev.SessionOpened) -> pb.SessionOpened:
         capability=values.capability_to_message(event.capability),
         window=event.window,
         kept_lease_ids=event.kept,
+        presented_token_digest=event.presented_token_digest,
     )
 
 
@@ -86,6 +87,9 @@ def _session_opened_from(message: pb.SessionOpened) -> ev.SessionOpened:
         capability=values.capability_from_message(message.capability),
         window=message.window,
         kept=tuple([LeaseId(lease) for lease in message.kept_lease_ids]),
+        presented_token_digest=(
+            Digest(message.presented_token_digest) if message.HasField("presented_token_digest") else None
+        ),
     )
 
 

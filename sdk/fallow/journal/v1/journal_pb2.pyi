@@ -581,11 +581,14 @@ class SessionOpened(_message.Message):
     CAPABILITY_FIELD_NUMBER: _builtins.int
     WINDOW_FIELD_NUMBER: _builtins.int
     KEPT_LEASE_IDS_FIELD_NUMBER: _builtins.int
+    PRESENTED_TOKEN_DIGEST_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     worker_id: _builtins.str
     resume_token_digest: _builtins.bytes
     window: _builtins.int
     """Leases the worker is ready to hold at once."""
+    presented_token_digest: _builtins.bytes
+    """The token that the worker showed, good until it shows the new one; unset: none."""
     @_builtins.property
     def capability(self) -> _capability_pb2.Capability: ...
     @_builtins.property
@@ -599,12 +602,15 @@ class SessionOpened(_message.Message):
         capability: _capability_pb2.Capability | None = ...,
         window: _builtins.int = ...,
         kept_lease_ids: _abc.Iterable[_builtins.str] | None = ...,
+        presented_token_digest: _builtins.bytes | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["capability", b"capability"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_presented_token_digest", b"_presented_token_digest", "capability", b"capability", "presented_token_digest", b"presented_token_digest"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capability", b"capability", "kept_lease_ids", b"kept_lease_ids", "resume_token_digest", b"resume_token_digest", "session_id", b"session_id", "window", b"window", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_presented_token_digest", b"_presented_token_digest", "capability", b"capability", "kept_lease_ids", b"kept_lease_ids", "presented_token_digest", b"presented_token_digest", "resume_token_digest", b"resume_token_digest", "session_id", b"session_id", "window", b"window", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__presented_token_digest: _TypeAlias = _typing.Literal["presented_token_digest"]  # noqa: Y015
+    _WhichOneofArgType__presented_token_digest: _TypeAlias = _typing.Literal["_presented_token_digest", b"_presented_token_digest"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__presented_token_digest) -> _WhichOneofReturnType__presented_token_digest | None: ...
 
 Global___SessionOpened: _TypeAlias = SessionOpened  # noqa: Y015
 
