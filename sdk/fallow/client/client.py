@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import os
 import secrets
@@ -22,7 +23,7 @@ from fallow.client.connection import CALL_TIMEOUT_S, Connection
 from fallow.client.job import AsyncJob
 from fallow.client.kept import KeptColumns
 from fallow.client.retry import PATIENCE_S
-from fallow.client.submission import MapRequest, check_texts, data_class_of, submission, upload_dataset
+from fallow.client.submission import MapRequest, check_texts, data_class_of, dataset_reader, submission, upload_dataset
 from fallow.credentials import Credentials
 from fallow.errors import FallowError, Reason
 from fallow.ids import Digest, JobId
@@ -174,16 +175,14 @@ class AsyncClient:
             pool_id=pool,
         )
         check_texts(request.title, request.idempotency_key)
-        await self.register(bundle)
         with tempfile.TemporaryDirectory(prefix="fallow-kept-") as folder:
             kept_path = Path(folder) / "kept.arrow"
-            dataset = await upload_dataset(
-                request,
-                self._transfers,
-                nonce_key=self._connection.nonce_key,
-                kept_path=kept_path,
-                on_rows=on_rows,
+            # What is wrong with the rows is told before anything travels.
+            reader = await asyncio.to_thread(
+                dataset_reader, request, nonce_key=self._connection.nonce_key, kept_path=kept_path
             )
+            await self.register(bundle)
+            dataset = await upload_dataset(reader, self._transfers, kept_path=kept_path, on_rows=on_rows)
             # The mapping outlives the file's name.
             kept = KeptColumns(kept_path) if dataset.kept is not None else None
         job_id = await self._submit(submission(request, dataset), bundle)

@@ -129,20 +129,13 @@ class Dataset:
     unread_rows: int
 
 
-async def upload_dataset(
-    request: MapRequest,
-    transfers: BlobTransfers,
-    *,
-    nonce_key: bytes,
-    kept_path: Path,
-    on_rows: Callable[[int], None] | None = None,
-) -> Dataset:
-    """Reads the rows and brings them to the blob service, a few blocks at a time; tiny datasets stay inline.
+def dataset_reader(request: MapRequest, *, nonce_key: bytes, kept_path: Path) -> DatasetReader:
+    """A reader of the rows, once it is sure that the source has what the bundle takes. May block.
 
-    `on_rows` is told how many rows are there so far. Raises what sources, row blocks and uploads raise.
+    Raises FIELD_INVALID or SCHEMA_MISMATCH.
     """
     schema = request.bundle.manifest.input_schema
-    reader = DatasetReader(
+    return DatasetReader(
         source_of(request.rows, schema),
         request.source_request(),
         RowCodec(schema, digest_of(encode_schema(schema))),
@@ -150,6 +143,19 @@ async def upload_dataset(
         kept_path=kept_path,
         unread_rows_max=request.options.failed_rows_max,
     )
+
+
+async def upload_dataset(
+    reader: DatasetReader,
+    transfers: BlobTransfers,
+    *,
+    kept_path: Path,
+    on_rows: Callable[[int], None] | None = None,
+) -> Dataset:
+    """Reads the rows and brings them to the blob service, a few blocks at a time; tiny datasets stay inline.
+
+    `on_rows` is told how many rows are there so far. Raises what sources, row blocks and uploads raise.
+    """
     messages: list[job_pb2.DatasetBlock] = []
     blocks = reader.blocks()
     group = await asyncio.to_thread(_next_blocks, blocks)
