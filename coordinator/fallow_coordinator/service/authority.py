@@ -80,10 +80,12 @@ class Authority:
     ) -> bytes:
         """PEM of a server certificate for fixed names (SANs); it carries the authority so that joiners can pin it."""
         authority = x509.UnrecognizedExtension(AUTHORITY_EXTENSION, self.certificate_der)
+        # The coordinator shows the same certificate when it calls the blob service.
+        usages = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
         certificate = (
             self._builder(names[0], public_key, now, self._certificate.not_valid_after_utc, x509.random_serial_number())
             .add_extension(x509.SubjectAlternativeName([_general_name(name) for name in names]), critical=False)
-            .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+            .add_extension(x509.ExtendedKeyUsage(usages), critical=False)
             .add_extension(authority, critical=False)
             .sign(self._key.raw, hashes.SHA256())
         )

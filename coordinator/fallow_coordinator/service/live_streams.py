@@ -39,9 +39,8 @@ class LiveStream:
 class LiveStreams:
     """Every stream that is open now, and no other."""
 
-    def __init__(self, not_after_ms_of: Callable[[PartyId], Awaitable[int | None]]) -> None:
-        """`not_after_ms_of` tells when a party's newest certificate ends, from committed state; None once revoked."""
-        self._not_after_ms_of = not_after_ms_of
+    def __init__(self) -> None:
+        """Nobody is here yet."""
         self._streams: dict[PartyId, set[LiveStream]] = {}
         self._count = 0
         self._stopping: FallowError | None = None
@@ -84,14 +83,19 @@ class LiveStreams:
         for party_id in tuple(self._streams):
             self.end_party(party_id, error)
 
-    async def watch_expiry(self, now_ms: Callable[[], int]) -> None:
-        """Runs for ever: ends streams whose party has no valid certificate any more, and learns of renewals."""
+    async def watch_expiry(
+        self, not_after_ms_of: Callable[[PartyId], Awaitable[int | None]], now_ms: Callable[[], int]
+    ) -> None:
+        """Runs for ever: ends streams whose party has no valid certificate any more, and learns of renewals.
+
+        `not_after_ms_of` tells when a party's newest certificate ends, from committed state; None once revoked.
+        """
         while True:
             await asyncio.sleep(EXPIRY_CHECK_INTERVAL_S)
             now = now_ms()
             due = [party for party, streams in self._streams.items() if any(s.not_after_ms <= now for s in streams)]
             for party_id in due:
-                not_after_ms = await self._not_after_ms_of(party_id)
+                not_after_ms = await not_after_ms_of(party_id)
                 if not_after_ms is None or not_after_ms <= now:
                     self.end_party(party_id, certificate_expired())
                     continue

@@ -1,0 +1,403 @@
+"""The commands of `fallow-coordinator`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import signal
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import click
+from google.protobuf.json_format import MessageToDict
+from google.protobuf.message import Message
+
+from fallow.errors import FallowError
+from fallow.identity import write_private
+from fallow.places import coordinator_folder
+from fallow.v1 import admin_service_pb2 as pb
+from fallow.v1 import admin_service_pb2_grpc, identity_pb2
+from fallow.wire.moments import duration_to_message, moment_from_message
+from fallow_coordinator.admin_client import CALL_TIME_MAX_S, admin_stub
+
+EXIT_FAILED: Final = 1
+_UNITS_MS: Final = {"s": 1_000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
+
+ResponseT = TypeVar("ResponseT", bound=Message)
+CommandT = TypeVar("CommandT", bound=Callable[..., Any])
+
+
+class DurationType(click.ParamType):  # type: ignore[type-arg]  # generic in newer click only
+    """A duration such as `90s`, `15m`, `24h` or `7d`; gives milliseconds."""
+
+    name = "duration"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Milliseconds."""
+        if isinstance(value, int):
+            return value
+        number, unit = str(value)[:-1], str(value)[-1:]
+        if unit not in _UNITS_MS or not number.isdecimal():
+            self.fail(f"{value!r} is no duration; write 90s, 15m, 24h or 7d", param, ctx)
+        return int(number) * _UNITS_MS[unit]
+
+
+def main() -> None:
+    """Runs the command line; errors that a person can act on come as one line on standard error."""
+    try:
+        commands(prog_name="fallow-coordinator")
+    except FallowError as error:
+        click.echo(f"fallow-coordinator: {error}", err=True)
+        raise SystemExit(EXIT_FAILED) from None
+    except OSError as error:
+        click.echo(f"fallow-coordinator: {error.strerror or error}: {error.filename or ''}", err=True)
+        raise SystemExit(EXIT_FAILED) from None
+
+
+def state_option(command: CommandT) -> CommandT:
+    """`--state DIR`."""
+    return click.option(
+        "--state",
+        type=click.Path(path_type=Path, file_okay=False),
+        default=coordinator_folder,
+        show_default="$FALLOW_STATE or ~/.local/state/fallow/coordinator",
+        help="The coordinator's state folder.",
+    )(command)
+
+
+def json_option(command: CommandT) -> CommandT:
+    """`--json`."""
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")(command)
+
+
+@click.group()
+@click.version_option(package_name="fallow")
+def commands() -> None:
+    """Runs and controls a Fallow coordinator."""
+
+
+# ------------------------------------------------------------------------------------------- start
+
+
+@commands.command()
+@state_option
+@click.option("--listen", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 for all.")
+@click.option("--advertise", default="", help="Host name or address that parties are told; default: as --listen.")
+@click.option(
+    "--port", type=click.IntRange(0, 65533), help="First of three ports; 0: free. Default: as before, or 7440."
+)
+@click.option(
+    "--operator-worker/--no-operator-worker",
+    default=True,
+    help="Run the operator's own worker, which inspects bundles.",
+)
+@click.option(
+    "--heartbeat",
+    "heartbeat_ms",
+    type=DurationType(),
+    default="10s",
+    show_default=True,
+    help="How often workers report.",
+)
+@click.option(
+    "--ready-file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write the facts here (0600, JSON) once it runs.",
+)
+@click.option("--log-level", default="INFO", show_default=True, type=click.Choice(["DEBUG", "INFO", "WARNING"]))
+@json_option
+def start(
+    state: Path,
+    listen: str,
+    advertise: str,
+    port: int | None,
+    operator_worker: bool,
+    heartbeat_ms: int,
+    ready_file: Path | None,
+    log_level: str,
+    as_json: bool,
+) -> None:
+    """Starts a coordinator; the first start makes its keys and journal. Ctrl-C stops it and everything it started."""
+    from fallow_coordinator.coordinator import StartOptions
+
+    logging.basicConfig(level=log_level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    options = StartOptions(
+        state=state.expanduser().absolute(),
+        listen=listen,
+        advertise=advertise,
+        first_port=port,
+        operator_worker=operator_worker,
+        heartbeat_interval_ms=heartbeat_ms,
+    )
+    asyncio.run(_run(options, ready_file, as_json))
+
+
+async def _run(options: Any, ready_file: Path | None, as_json: bool) -> None:
+    from fallow_coordinator.coordinator import running
+
+    stopped = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        asyncio.get_running_loop().add_signal_handler(number, stopped.set)
+    async with running(options) as started:
+        facts = {
+            "state": str(options.state),
+            "enrollment_endpoint": started.endpoints.enrollment,
+            "control_endpoint": started.endpoints.control,
+            "blob_endpoint": started.endpoints.blobs,
+            "authority_fingerprint": started.authority_fingerprint,
+            "worker_join_line": started.worker_join_line,
+            "client_join_line": started.client_join_line,
+            "client_credentials": str(options.state / "client"),
+        }
+        if ready_file is not None:
+            await asyncio.to_thread(write_private, ready_file, json.dumps(facts).encode())
+        if as_json:
+            click.echo(json.dumps(facts))
+        else:
+            click.echo(
+                f"The coordinator runs at {started.endpoints.control}; its state lies in {options.state}.\n\n"
+                f"Workers join within a day with:\n  fallow-worker join {started.worker_join_line}\n\n"
+                f"Clients on other machines log in within a day with:\n  fallow login {started.client_join_line}\n\n"
+                "You yourself need no login here. Ctrl-C stops the coordinator."
+            )
+        with contextlib.suppress(ValueError):
+            sys.stdout.flush()
+        await stopped.wait()
+
+
+# ------------------------------------------------------------------------------------------- asking
+
+
+@commands.group()
+def token() -> None:
+    """Join tokens."""
+
+
+@token.command("new")
+@state_option
+@click.option("--role", type=click.Choice(["worker", "client", "operator"]), required=True)
+@click.option(
+    "--tier", type=click.Choice(["volunteer", "managed", "operator"]), help="Workers only. Default: volunteer."
+)
+@click.option(
+    "--account", default="", help="Account of whoever joins. Default: a new one for each; the operator's for operators."
+)
+@click.option("--pool", default="", help="Default: the default pool.")
+@click.option("--uses", default=1, show_default=True, help="How often it may be used.")
+@click.option("--valid-for", type=DurationType(), default="1h", show_default=True)
+@click.option("--tag", "tags", multiple=True, help="A word to find it by; may be repeated.")
+@json_option
+def token_new(
+    state: Path,
+    role: str,
+    tier: str | None,
+    account: str,
+    pool: str,
+    uses: int,
+    valid_for: int,
+    tags: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Makes a token and prints its join line, which is shown this once."""
+    request = pb.CreateTokenRequest(
+        account_id=account,
+        role=identity_pb2.Role.Value(f"ROLE_{role.upper()}"),
+        tier=identity_pb2.Tier.Value(f"TIER_{tier.upper()}") if tier else identity_pb2.TIER_UNSPECIFIED,
+        pool_id=pool,
+        uses_max=uses,
+        valid_for=duration_to_message(valid_for),
+        tags=tags,
+    )
+    made = _ask(state, lambda stub: stub.CreateToken(request, timeout=CALL_TIME_MAX_S))
+    _tell(made, as_json, made.join_line)
+
+
+@token.command("list")
+@state_option
+@json_option
+def token_list(state: Path, as_json: bool) -> None:
+    """Tokens that still let somebody in."""
+    found = _ask(state, lambda stub: stub.ListTokens(pb.ListTokensRequest(), timeout=CALL_TIME_MAX_S))
+    rows = [
+        (
+            one.token_id,
+            identity_pb2.Role.Name(one.role).removeprefix("ROLE_").lower(),
+            identity_pb2.Tier.Name(one.tier).removeprefix("TIER_").lower() if one.tier else "-",
+            one.pool_id,
+            f"{one.uses}/{one.uses_max}",
+            _moment(moment_from_message(one.expires_at)),
+            ",".join(one.tags),
+        )
+        for one in found.tokens
+    ]
+    _tell(found, as_json, _table(("TOKEN", "ROLE", "TIER", "POOL", "USES", "EXPIRES", "TAGS"), rows))
+
+
+@token.command("revoke")
+@state_option
+@click.argument("token_id")
+@json_option
+def token_revoke(state: Path, token_id: str, as_json: bool) -> None:
+    """Ends a token."""
+    request = pb.RevokeTokenRequest(token_id=token_id)
+    done = _ask(state, lambda stub: stub.RevokeToken(request, timeout=CALL_TIME_MAX_S))
+    _tell(done, as_json, f"{token_id} lets nobody in any more")
+
+
+@commands.group()
+def worker() -> None:
+    """Workers."""
+
+
+@worker.command("list")
+@state_option
+@json_option
+def worker_list(state: Path, as_json: bool) -> None:
+    """Workers and what they are doing."""
+    found = _ask(state, lambda stub: stub.ListWorkers(pb.ListWorkersRequest(), timeout=CALL_TIME_MAX_S))
+    rows = [
+        (
+            one.worker_id,
+            one.name,
+            identity_pb2.Tier.Name(one.tier).removeprefix("TIER_").lower(),
+            one.pool_id,
+            "quarantined" if one.quarantined else "connected" if one.connected else "away",
+            str(one.leases),
+            str(one.rows_settled),
+        )
+        for one in found.workers
+    ]
+    _tell(found, as_json, _table(("WORKER", "NAME", "TIER", "POOL", "STATE", "LEASES", "ROWS"), rows))
+
+
+@worker.command("quarantine")
+@state_option
+@click.argument("worker_id")
+@click.option("--reason", default="")
+@json_option
+def worker_quarantine(state: Path, worker_id: str, reason: str, as_json: bool) -> None:
+    """Keeps a worker from getting work."""
+    request = pb.QuarantineWorkerRequest(worker_id=worker_id, reason=reason)
+    done = _ask(state, lambda stub: stub.QuarantineWorker(request, timeout=CALL_TIME_MAX_S))
+    _tell(done, as_json, f"{worker_id} gets no work until it is released")
+
+
+@worker.command("release")
+@state_option
+@click.argument("worker_id")
+@json_option
+def worker_release(state: Path, worker_id: str, as_json: bool) -> None:
+    """Ends a quarantine."""
+    request = pb.ReleaseWorkerRequest(worker_id=worker_id)
+    done = _ask(state, lambda stub: stub.ReleaseWorker(request, timeout=CALL_TIME_MAX_S))
+    _tell(done, as_json, f"{worker_id} may work again")
+
+
+@commands.group()
+def party() -> None:
+    """Anyone with a certificate."""
+
+
+@party.command("revoke")
+@state_option
+@click.argument("party_id")
+@click.option("--reason", default="")
+@json_option
+def party_revoke(state: Path, party_id: str, reason: str, as_json: bool) -> None:
+    """Ends a party's certificate for good, on live streams too."""
+    request = pb.RevokePartyRequest(party_id=party_id, reason=reason)
+    done = _ask(state, lambda stub: stub.RevokeParty(request, timeout=CALL_TIME_MAX_S))
+    _tell(done, as_json, f"{party_id} is revoked")
+
+
+@commands.group()
+def account() -> None:
+    """Accounts."""
+
+
+@account.command("create")
+@state_option
+@click.argument("name")
+@json_option
+def account_create(state: Path, name: str, as_json: bool) -> None:
+    """Makes an account and prints its identifier."""
+    request = pb.CreateAccountRequest(name=name)
+    made = _ask(state, lambda stub: stub.CreateAccount(request, timeout=CALL_TIME_MAX_S))
+    _tell(made, as_json, made.account_id)
+
+
+@commands.group()
+def pool() -> None:
+    """Pools."""
+
+
+@pool.command("create")
+@state_option
+@click.argument("name")
+@click.option("--account", default="", help="Default: the operator's own.")
+@json_option
+def pool_create(state: Path, name: str, account: str, as_json: bool) -> None:
+    """Makes a pool and prints its identifier."""
+    request = pb.CreatePoolRequest(name=name, account_id=account)
+    made = _ask(state, lambda stub: stub.CreatePool(request, timeout=CALL_TIME_MAX_S))
+    _tell(made, as_json, made.pool_id)
+
+
+@commands.command()
+@state_option
+@json_option
+def status(state: Path, as_json: bool) -> None:
+    """Numbers of the running coordinator."""
+    now = _ask(state, lambda stub: stub.GetStatus(pb.GetStatusRequest(), timeout=CALL_TIME_MAX_S))
+    rows = [
+        ("software", f"{now.protocol.software}, protocol {now.protocol.version}"),
+        ("started", _moment(moment_from_message(now.started_at))),
+        ("workers connected", str(now.workers_connected)),
+        ("jobs unfinished", str(now.jobs_unfinished)),
+        ("leases", str(now.leases)),
+        ("commitments", str(now.commitments)),
+        ("journal", f"{now.journal_sequence} records, {now.commits} commits, epoch {now.epoch}"),
+        ("views", f"{now.view_sequence} records"),
+        ("memory", f"{now.resident_bytes // (1024 * 1024)} MiB"),
+    ]
+    _tell(now, as_json, "\n".join(f"{name:18} {value}" for name, value in rows))
+
+
+# ------------------------------------------------------------------------------------------- telling
+
+
+def _ask(
+    state: Path, call: Callable[[admin_service_pb2_grpc.AdminServiceAsyncStub], Awaitable[ResponseT]]
+) -> ResponseT:
+    async def ask() -> ResponseT:
+        async with admin_stub(state.expanduser().absolute()) as stub:
+            return await call(stub)
+
+    return asyncio.run(ask())
+
+
+def _tell(message: Message, as_json: bool, words: str) -> None:
+    if as_json:
+        click.echo(
+            json.dumps(
+                MessageToDict(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
+            )
+        )
+    else:
+        click.echo(words)
+
+
+def _table(heads: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    widths = [max(len(line[column]) for line in (heads, *rows)) for column in range(len(heads))]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in (heads, *rows))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _moment(at_ms: int) -> str:
+    import datetime
+
+    return datetime.datetime.fromtimestamp(at_ms / 1000).astimezone().strftime("%Y-%m-%d %H:%M:%S %Z")

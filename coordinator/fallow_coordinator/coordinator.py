@@ -1,0 +1,403 @@
+"""One coordinator: journal, engine, services and child processes, put together, started and stopped in order."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import datetime
+import logging
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import grpc
+import psutil
+
+from fallow.credentials import Credentials, key_of_folder, pem_of
+from fallow.errors import FallowError, Reason
+from fallow.identity import BLOBS_NAME, CONTROL_NAME, ENROLLMENT_NAME, PrivateKey, write_private
+from fallow.ids import AccountId
+from fallow.limits import CONTROL_MESSAGE_BYTES_MAX
+from fallow.roles import Role, Tier
+from fallow_coordinator.blobs.client import BlobPacker
+from fallow_coordinator.children import ChildCommand, Children
+from fallow_coordinator.core.answers import CertificateGranted
+from fallow_coordinator.core.commands import EnrollLocal, RenewCertificate, StartJournal
+from fallow_coordinator.engine import Engine, wall_clock_ms
+from fallow_coordinator.service.admin import AdminService
+from fallow_coordinator.service.auth import Doorkeeper, caller_by_key
+from fallow_coordinator.service.authority import Authority
+from fallow_coordinator.service.enrollment import CERTIFICATE_VALID_FOR_MS, Endpoints, EnrollmentService
+from fallow_coordinator.service.grants import Grants
+from fallow_coordinator.service.job_reads import JobReads
+from fallow_coordinator.service.jobs import JobService
+from fallow_coordinator.service.lease_messages import LeaseMessages
+from fallow_coordinator.service.live_streams import LiveStreams
+from fallow_coordinator.service.outbox import Outbox
+from fallow_coordinator.service.rate_limit import RateLimit
+from fallow_coordinator.service.server import (
+    ENROLLMENT_MESSAGE_BYTES_MAX,
+    RpcServer,
+    assert_fast_protobuf,
+    mutual_tls,
+    server_tls,
+)
+from fallow_coordinator.service.workers import WorkerService
+from fallow_coordinator.state_folder import Ports, StateFolder, port_taken
+from fallow_coordinator.store.sqlite import SqliteStore
+from fallow_coordinator.store.views import SqliteViews
+
+_log = logging.getLogger(__name__)
+
+OPERATOR_ACCOUNT_NAME: Final = "operator"
+DEFAULT_POOL_NAME: Final = "default"
+START_TOKEN_VALID_FOR_MS: Final = 24 * 3_600_000
+START_WORKER_TOKEN_USES: Final = 100
+START_CLIENT_TOKEN_USES: Final = 10
+BLOBS_PATIENCE_S: Final = 30.0
+LOCAL_RENEWAL_CHECK_S: Final = 600.0
+LOOPBACK_OF: Final = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - compared with, not listened on
+"""How this machine reaches a coordinator that listens on all its addresses."""
+
+ENROLLMENT_CALLS_PER_S: Final = 20.0
+ENROLLMENT_CALLS_BURST: Final = 1_000
+"""A whole lab behind one address may join at once."""
+CALLS_PER_S: Final = 500.0
+CALLS_BURST: Final = 2_000
+RATE_PEERS_MAX: Final = 20_000
+
+
+@dataclass(frozen=True, slots=True)
+class StartOptions:
+    """What `fallow-coordinator start` was told."""
+
+    state: Path
+    listen: str
+    advertise: str
+    """Host that parties are told; empty: the one listened on."""
+    first_port: int | None
+    """None: as at the last start; 0: free ones."""
+    operator_worker: bool
+    heartbeat_interval_ms: int = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """What a script or person needs to know once the coordinator runs."""
+
+    endpoints: Endpoints
+    worker_join_line: str
+    client_join_line: str
+    authority_fingerprint: str
+
+
+class Coordinator:
+    """Everything that one coordinator process runs. Use `running`."""
+
+    def __init__(self, options: StartOptions, folder: StateFolder) -> None:
+        """Opens keys, authority and journal, and puts the services together; nothing runs yet."""
+        assert_fast_protobuf()
+        self._options = options
+        self._folder = folder
+        self._ports = Ports.chosen(folder, options.listen, options.first_port)
+        host = options.advertise or options.listen
+        local_host = LOOPBACK_OF.get(options.listen, options.listen)
+        self.endpoints = _endpoints(host, self._ports)
+        self._local_endpoints = _endpoints(local_host, self._ports)
+        self._authority = Authority.open(folder.authority, _now())
+        self._key = _key(folder.coordinator_key)
+        self._blob_key = _key(folder.blobs / "key.pem")
+        self._certificate = self._authority.server_certificate(
+            self._key.raw.public_key(), (CONTROL_NAME, ENROLLMENT_NAME), _now()
+        )
+        self._write_public_files()
+        self._store = SqliteStore(folder.journal)
+        self._views = SqliteViews(folder.journal)
+        self._packer = BlobPacker(
+            self._local_endpoints.blobs, self._authority.certificate_pem, self._key, self._certificate
+        )
+        self._streams = LiveStreams()
+        self._outbox = Outbox(self._streams)
+        self._engine = Engine(store=self._store, sink=self._outbox, packer=self._packer, views=self._views)
+        self._doorkeeper = Doorkeeper(self._engine, wall_clock_ms)
+        self._children = Children()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._build_services()
+
+    def _build_services(self) -> None:
+        process, loop_clock = psutil.Process(), asyncio.get_running_loop().time
+        grants = Grants(self._key)
+        self.admin = AdminService(
+            engine=self._engine,
+            views=self._views,
+            doorkeeper=self._doorkeeper,
+            enrollment_endpoint=self.endpoints.enrollment,
+            authority_fingerprint=self._authority.fingerprint,
+            started_at_ms=wall_clock_ms(),
+            resident_bytes=lambda: process.memory_info().rss,
+            now_ms=wall_clock_ms,
+        )
+        self._workers = WorkerService(
+            engine=self._engine,
+            doorkeeper=self._doorkeeper,
+            streams=self._streams,
+            outbox=self._outbox,
+            leases=LeaseMessages(self._engine, grants, wall_clock_ms),
+            key=self._key,
+            blob_service_key=self._blob_key.public_der,
+            blob_endpoint=self.endpoints.blobs,
+            heartbeat_interval_ms=self._options.heartbeat_interval_ms,
+            now_ms=wall_clock_ms,
+        )
+        jobs = JobService(
+            engine=self._engine,
+            reads=JobReads(self._engine, self._views),
+            doorkeeper=self._doorkeeper,
+            streams=self._streams,
+            outbox=self._outbox,
+            grants=grants,
+            blob_service_key=self._blob_key.public_der,
+            blob_endpoint=self.endpoints.blobs,
+            now_ms=wall_clock_ms,
+        )
+        enrollment = EnrollmentService(
+            engine=self._engine,
+            authority=self._authority,
+            key=self._key,
+            endpoints=self.endpoints,
+            now_ms=wall_clock_ms,
+        )
+        calls = RateLimit(per_s=CALLS_PER_S, burst=CALLS_BURST, peers_max=RATE_PEERS_MAX, clock=loop_clock)
+        joins = RateLimit(
+            per_s=ENROLLMENT_CALLS_PER_S, burst=ENROLLMENT_CALLS_BURST, peers_max=RATE_PEERS_MAX, clock=loop_clock
+        )
+        self._control_server = RpcServer(
+            handlers=(self._workers.handlers(calls), jobs.handlers(calls), self.admin.handlers(calls)),
+            service_names=("fallow.v1.WorkerService", "fallow.v1.JobService", "fallow.v1.AdminService"),
+            message_bytes_max=CONTROL_MESSAGE_BYTES_MAX,
+            reflect=True,
+        )
+        self._enrollment_server = RpcServer(
+            handlers=(enrollment.handlers(joins),),
+            service_names=("fallow.v1.EnrollmentService",),
+            message_bytes_max=ENROLLMENT_MESSAGE_BYTES_MAX,
+            reflect=True,
+        )
+
+    # ------------------------------------------------------------------------------------------- life
+
+    async def start(self) -> Started:
+        """Everything runs when this returns. Raises FallowError with what to do when something can't."""
+        if await self._engine.start() == 0:
+            await self._engine.submit(StartJournal(OPERATOR_ACCOUNT_NAME, DEFAULT_POOL_NAME))
+        await self._local_credentials(self._folder.client, "operator", Role.OPERATOR, None)
+        self._start_follower_and_blobs()
+        host = self._options.listen
+        await _listening(
+            self._enrollment_server, host, self._ports.enrollment, "enrolment", server_tls(self._key, self._certificate)
+        )
+        await _listening(
+            self._control_server,
+            host,
+            self._ports.control,
+            "control",
+            mutual_tls(self._key, self._certificate, self._authority.certificate_pem),
+        )
+        await _reachable(self._local_endpoints.blobs)
+        if self._options.operator_worker:
+            await self._local_credentials(self._folder.operator_worker, "operator-worker", Role.WORKER, Tier.OPERATOR)
+            self._start_operator_worker()
+        spawn = asyncio.create_task
+        self._tasks = [
+            spawn(self._streams.watch_expiry(self._doorkeeper.not_after_ms, wall_clock_ms), name="streams.expiry"),
+            spawn(self._keep_local_credentials(), name="credentials.local"),
+        ]
+        worker = await self.admin.issue_token(
+            account_id=None,
+            role=Role.WORKER,
+            tier=Tier.VOLUNTEER,
+            pool_id=None,
+            uses_max=START_WORKER_TOKEN_USES,
+            valid_for_ms=START_TOKEN_VALID_FOR_MS,
+            tags=("start",),
+        )
+        client = await self.admin.issue_token(
+            account_id=self._operator_account(),
+            role=Role.CLIENT,
+            tier=None,
+            pool_id=None,
+            uses_max=START_CLIENT_TOKEN_USES,
+            valid_for_ms=START_TOKEN_VALID_FOR_MS,
+            tags=("start",),
+        )
+        _log.info("coordinator.started control=%s state=%s", self.endpoints.control, self._folder.path)
+        return Started(self.endpoints, worker.join_line, client.join_line, self._authority.fingerprint.hex())
+
+    async def stop(self) -> None:
+        """Ends streams with a reason, then calls, children, engine and journal; nothing is left running."""
+        stopping = FallowError(
+            Reason.COORDINATOR_STOPPING, "the coordinator is stopping", hint="reconnect in a few seconds"
+        )
+        self._streams.stop(stopping)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(self._control_server.stop(), self._enrollment_server.stop(), self._children.stop())
+        await self._workers.drain()
+        await self._engine.stop()
+        await self._packer.close()
+        self._store.close()
+        _log.info("coordinator.stopped")
+
+    # ------------------------------------------------------------------------------------------- parts
+
+    def _write_public_files(self) -> None:
+        blobs = self._authority.server_certificate(self._blob_key.raw.public_key(), (BLOBS_NAME,), _now())
+        write_private(self._folder.blobs / "certificate.pem", blobs)
+        write_private(self._folder.authority_certificate, self._authority.certificate_pem)
+        write_private(self._folder.coordinator_public_key, self._key.public_der)
+
+    def _start_follower_and_blobs(self) -> None:
+        state = str(self._folder.path)
+        address = f"{_bracketed(self._options.listen)}:{self._ports.blobs}"
+        logs = self._folder.logs
+        self._children.start(
+            ChildCommand(
+                "blobs", "fallow_coordinator.blobs", ("--state", state, "--listen", address), logs / "blobs.log"
+            )
+        )
+        self._children.start(
+            ChildCommand(
+                "follower",
+                "fallow_coordinator.follower",
+                ("--state", str(self._folder.journal)),
+                logs / "follower.log",
+            )
+        )
+
+    def _start_operator_worker(self) -> None:
+        arguments = (
+            "start",
+            "--state",
+            str(self._folder.operator_worker),
+            "--executor",
+            "process",
+            "--task-kinds",
+            "inspect",
+        )
+        log = self._folder.logs / "operator-worker.log"
+        self._children.start(ChildCommand("operator-worker", "fallow_worker", arguments, log))
+
+    def _operator_account(self) -> AccountId:
+        return self._engine.state.operator_account_id
+
+    async def _local_credentials(self, path: Path, name: str, role: Role, tier: Tier | None) -> None:
+        """Credentials of a party of this machine, enrolled on first use; fresh, and with today's endpoints."""
+        key = key_of_folder(path)
+        known = caller_by_key(self._engine.state, key.fingerprint)
+        if known is not None and known.revoked:
+            raise FallowError(
+                Reason.PARTY_REVOKED,
+                f"the party whose key lies in {path} was revoked",
+                field=str(path),
+                hint=f"remove {path} and start again: a new one is made",
+            )
+        if known is None:
+            decision = await self._engine.submit(
+                EnrollLocal(key.fingerprint, key.public_der, name, role, tier, CERTIFICATE_VALID_FOR_MS)
+            )
+        else:
+            decision = await self._engine.submit(RenewCertificate(key.fingerprint, CERTIFICATE_VALID_FOR_MS))
+        granted = decision.answer
+        assert isinstance(granted, CertificateGranted), "enrolling and renewing grant a certificate"
+        certificate = self._authority.party_certificate(key.raw.public_key(), granted, _now())
+        Credentials(
+            folder=path,
+            key=key,
+            certificate_pem=pem_of(certificate),
+            authority_pem=self._authority.certificate_pem,
+            party_id=granted.party_id,
+            account_id=granted.account_id,
+            role=granted.role,
+            tier=granted.tier,
+            pool_id=granted.pool_id,
+            enrollment_endpoint=self._local_endpoints.enrollment,
+            control_endpoint=self._local_endpoints.control,
+            blob_endpoint=self._local_endpoints.blobs,
+            coordinator_public_key=self._key.public_der,
+        ).save()
+
+    async def _keep_local_credentials(self) -> None:
+        """Renews the operator's client certificate at half life; the worker renews its own."""
+        while True:
+            await asyncio.sleep(LOCAL_RENEWAL_CHECK_S)
+            try:
+                credentials = Credentials.load(self._folder.client)
+                if credentials.not_after_ms - wall_clock_ms() < CERTIFICATE_VALID_FOR_MS // 2:
+                    await self._local_credentials(self._folder.client, "operator", Role.OPERATOR, None)
+            except (FallowError, OSError) as error:
+                _log.warning("credentials.not_renewed folder=%s error=%s", self._folder.client, error)
+
+
+@contextlib.asynccontextmanager
+async def running(options: StartOptions) -> AsyncIterator[Started]:
+    """A coordinator while the block runs; the folder is locked. Raises FallowError with what to do."""
+    folder = StateFolder(options.state)
+    folder.prepare()
+    with folder.locked():
+        coordinator = Coordinator(options, folder)
+        try:
+            yield await coordinator.start()
+        finally:
+            await coordinator.stop()
+
+
+def _key(path: Path) -> PrivateKey:
+    if not path.exists():
+        PrivateKey.generate().save(path)
+    return PrivateKey.load(path)
+
+
+def _now() -> datetime.datetime:
+    return datetime.datetime.now(datetime.UTC)
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def _endpoints(host: str, ports: Ports) -> Endpoints:
+    name = _bracketed(host)
+    return Endpoints(f"{name}:{ports.enrollment}", f"{name}:{ports.control}", f"{name}:{ports.blobs}")
+
+
+async def _listening(
+    server: RpcServer, host: str, port: int, endpoint: str, credentials: grpc.ServerCredentials
+) -> None:
+    try:
+        await server.start(host, port, credentials)
+    except OSError as error:
+        raise port_taken(host, port, endpoint, error) from None
+
+
+async def _reachable(endpoint: str) -> None:
+    """Returns when the blob service listens. Raises COORDINATOR_UNREACHABLE."""
+    host, _, port = endpoint.rpartition(":")
+    try:
+        async with asyncio.timeout(BLOBS_PATIENCE_S):
+            while True:
+                try:
+                    _, writer = await asyncio.open_connection(host.strip("[]"), int(port))
+                except OSError:
+                    await asyncio.sleep(0.05)
+                    continue
+                writer.close()
+                return
+    except TimeoutError:
+        raise FallowError(
+            Reason.COORDINATOR_UNREACHABLE,
+            f"the blob service does not listen on {endpoint}",
+            limit=f"{BLOBS_PATIENCE_S:g} s",
+            hint="its log is in the state folder: logs/blobs.log",
+        ) from None
