@@ -319,28 +319,31 @@ def explained(failure: grpc.aio.AioRpcError, credentials: Credentials) -> Fallow
 
 
 _UPGRADE: Final = "upgrade this worker: pip install --upgrade fallow"
-_FOREIGN_SERVER: Final = ("CERTIFICATE_VERIFY_FAILED", "certificate verify failed")
-_FOREIGN_CLIENT: Final = ("UNKNOWN_CA", "unknown ca", "BAD_CERTIFICATE", "bad certificate", "CERTIFICATE_UNKNOWN")
-_EXPIRED: Final = ("CERTIFICATE_EXPIRED", "certificate expired", "certificate has expired")
+_SERVER_EXPIRED: Final = ("certificate has expired", "certificate is not yet valid")
+_SERVER_FOREIGN: Final = ("CERTIFICATE_VERIFY_FAILED", "certificate signature failure")
+_CLOSED: Final = "Socket closed"
 
 
 def _transport_error(detail: str, credentials: Credentials) -> FallowError:
+    """The texts are those of gRPC's TLS stack; the integration tests meet them for real."""
     endpoint = credentials.control_endpoint
-    if any(mark in detail for mark in _EXPIRED):
+    if any(mark in detail for mark in _SERVER_EXPIRED):
         return FallowError(
-            Reason.CERTIFICATE_EXPIRED, f"{endpoint} says a certificate has expired", hint="it will be renewed"
+            Reason.COORDINATOR_UNREACHABLE,
+            f"the certificate of the server at {endpoint} is not valid now",
+            hint="is this machine's clock right? If so, the coordinator's operator has to renew it",
         )
-    if any(mark in detail for mark in _FOREIGN_SERVER):
+    if any(mark in detail for mark in _SERVER_FOREIGN):
         return FallowError(
             Reason.CERTIFICATE_FOREIGN,
             f"the server at {endpoint} shows a certificate of another authority than the one this worker joined",
             hint="if the coordinator was set up anew, join again: fallow-worker join LINE",
         )
-    if any(mark in detail for mark in _FOREIGN_CLIENT):
+    if _CLOSED in detail:
         return FallowError(
-            Reason.CERTIFICATE_FOREIGN,
-            f"the server at {endpoint} does not accept this worker's certificate",
-            hint="if the coordinator was set up anew, join again: fallow-worker join LINE",
+            Reason.COORDINATOR_UNREACHABLE,
+            f"the server at {endpoint} closed the connection",
+            hint="it may be stopping; if this goes on, it does not accept this worker's certificate: join again",
         )
     return FallowError(
         Reason.COORDINATOR_UNREACHABLE,

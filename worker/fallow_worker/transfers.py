@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Protocol
@@ -91,23 +93,41 @@ class Transfers:
         """`blobs` may be replaced by `use`."""
         self._cache = cache
         self._blobs = blobs
+        self._busy: dict[Blobs, int] = {}
+        """Transfers under way through each."""
         self.counts = TransferCounts()
 
     async def use(self, blobs: Blobs) -> None:
-        """From now on goes through `blobs`; what is under way through the old ones is cut and tried again."""
+        """From now on goes through `blobs`; the old ones close once nothing is under way through them."""
         old, self._blobs = self._blobs, blobs
-        await old.close()
+        if old not in self._busy:
+            await old.close()
 
     async def fetch(self, lease: Lease, offer: BundleOffer) -> Inputs:
         """Bundle and input of a lease, all digests checked. Raises FallowError; `trouble_of` says what to do then."""
-        bundle = await self._cache.bundle(offer, self._blobs, lease.lease_id)
-        return Inputs(bundle, await self._input(lease))
+        async with self._in_use() as blobs:
+            bundle = await self._cache.bundle(offer, blobs, lease.lease_id)
+            return Inputs(bundle, await self._input(lease, blobs))
 
     async def upload(self, grant: SignedBytes, output: bytes) -> SignedBytes:
         """The receipt of a stored output. Raises FallowError."""
-        receipt = await self._blobs.put(grant, output)
+        async with self._in_use() as blobs:
+            receipt = await blobs.put(grant, output)
         self.counts.bytes_uploaded += len(output)
         return receipt
+
+    @contextlib.asynccontextmanager
+    async def _in_use(self) -> AsyncGenerator[Blobs]:
+        blobs = self._blobs
+        self._busy[blobs] = self._busy.get(blobs, 0) + 1
+        try:
+            yield blobs
+        finally:
+            self._busy[blobs] -= 1
+            if not self._busy[blobs]:
+                del self._busy[blobs]
+                if blobs is not self._blobs:
+                    await blobs.close()
 
     def forget(self, lease_id: LeaseId) -> None:
         """The lease needs its bundle no more."""
@@ -117,7 +137,7 @@ class Transfers:
         """Cuts what is under way."""
         await self._blobs.close()
 
-    async def _input(self, lease: Lease) -> bytes:
+    async def _input(self, lease: Lease, blobs: Blobs) -> bytes:
         if lease.input is None:
             return b""
         if lease.inline_input:
@@ -127,13 +147,15 @@ class Transfers:
             return lease.inline_input
         if lease.input_grant is None:
             raise FallowError(Reason.GRANT_EXPIRED, "the lease came without a grant for its input")
-        block = await self._blobs.get(lease.input_grant, lease.input)
+        block = await blobs.get(lease.input_grant, lease.input)
         self.counts.blob_bytes_fetched += len(block)
         return block
 
 
-def trouble_of(error: FallowError) -> FetchTrouble:
+def trouble_of(error: FallowError | OSError) -> FetchTrouble:
     """What to do about a failed transfer."""
+    if isinstance(error, OSError):
+        return FetchTrouble.TRY_AGAIN
     return _TROUBLES.get(error.reason, FetchTrouble.TRY_AGAIN)
 
 
