@@ -35,7 +35,7 @@ from fallow_worker.engine.protocol import (
 )
 from fallow_worker.engine.spawn import spawn_child
 from fallow_worker.executor.layout import MemoryCap
-from fallow_worker.executor.machine import resident_bytes
+from fallow_worker.executor.resident import resident_bytes
 
 _T = TypeVar("_T")
 

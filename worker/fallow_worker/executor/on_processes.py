@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from fallow.session import Capability
-from fallow_worker.executor.capability import node_capability
+from fallow_worker.executor.capability import capability_of, node_facts
 from fallow_worker.executor.choice import ExecutorKind
 from fallow_worker.executor.supervisor import Supervisor, SupervisorSettings
 from fallow_worker.ports import Outcome, Work
@@ -30,7 +30,7 @@ class ProcessExecutor:
         """This machine's processor and the sandbox level that a child really reached. Raises WorkFailed(platform)."""
         if self._capability is None:
             ready = await self._supervisor.probe()
-            self._capability = node_capability(self._supervisor, ready, executor=ExecutorKind.PROCESS)
+            self._capability = capability_of([node_facts(self._supervisor, ready)], ExecutorKind.PROCESS)
         return self._capability
 
     async def run(self, work: Work, progress: Callable[[int], None]) -> Outcome:

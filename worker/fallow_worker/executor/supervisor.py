@@ -50,9 +50,10 @@ from fallow_worker.executor.engine_child import (
     aligned,
 )
 from fallow_worker.executor.layout import SHARED_BYTES_MAX, Layout, MemoryCap, memory_cap, node_layout
-from fallow_worker.executor.machine import memory_bytes_free, this_machine
 from fallow_worker.executor.shards import RowRange, cut, join, join_failures, join_usage, shard_ranges
 from fallow_worker.ports import LoadedBundle, Outcome, Work
+from fallow_worker.probes.cpu import cores_usable
+from fallow_worker.probes.memory import memory_bytes_free, memory_bytes_total
 
 log = logging.getLogger(__name__)
 
@@ -130,11 +131,9 @@ class Supervisor:
 
     def __init__(self, settings: SupervisorSettings | None = None) -> None:
         self._settings = settings or SupervisorSettings()
-        machine = this_machine()
-        self.machine = machine
-        self.cores = self._settings.cores or machine.cores
+        self.cores = self._settings.cores or cores_usable()
         """Cores that children may keep busy."""
-        self.memory_bytes = self._settings.memory_bytes or machine.memory_bytes
+        self.memory_bytes = self._settings.memory_bytes or memory_bytes_total()
         self._queue: deque[_Shard] = deque()
         self._leases: set[_Lease] = set()
         self._seats: list[_Seat] = []
@@ -148,16 +147,18 @@ class Supervisor:
 
     # ------------------------------------------------------------------------------------------------------ callers
 
-    async def probe(self) -> Ready:
+    async def probe(self, *, keep: bool = False) -> Ready:
         """What a child says of itself when it is locked down; spawned for this unless one was seen before.
 
-        Raises WorkFailed(platform) when no child can be had.
+        `keep`: the child stays as the spare for the first lease. Raises WorkFailed(platform) when none can be had.
         """
         if self._ready is None:
-            child = await self._ready_child(
-                self._options(ChildKind.RUN, self._default_layout(), memory_cap(0)), memory_cap(0)
-            )
-            await child.close()
+            cap = memory_cap(0)
+            child = await self._ready_child(self._options(ChildKind.RUN, self._default_layout(), cap), cap)
+            if keep and self._spare is None and not self._stopped:
+                self._spare = child
+            else:
+                await child.close()
         assert self._ready is not None
         return self._ready
 
