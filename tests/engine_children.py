@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from engine_models import BUNDLE_DIGEST, INPUT_DIGEST, NONCE, OUTPUT_DIGEST, encoded
-
 from fallow.bundle import BundleManifest
 from fallow.limits import BLOCK_BYTES_MAX
 from fallow.row_values import ColumnValues
@@ -71,7 +70,9 @@ def aligned(offset: int) -> int:
     return -(-offset // PLACEMENT_ALIGNMENT_BYTES) * PLACEMENT_ALIGNMENT_BYTES
 
 
-def load(spawned: SpawnedChild, manifest: BundleManifest, files: Mapping[str, bytes], **options: Any) -> Loaded | Failed:
+def load(
+    spawned: SpawnedChild, manifest: BundleManifest, files: Mapping[str, bytes], **options: Any
+) -> Loaded | Failed:
     """Loads a bundle."""
     placements, _ = placed(spawned, files)
     options = {"canonical_batch_rows": 4} | options
@@ -94,10 +95,14 @@ def run(
     send_block(spawned, encoded(manifest, columns), **options)
     message = answer(spawned)
     assert isinstance(message, Done | Failed), message
-    return message, spawned.output.read(options.get("at", 0), message.output_bytes) if isinstance(message, Done) else b""
+    return message, spawned.output.read(options.get("at", 0), message.output_bytes) if isinstance(
+        message, Done
+    ) else b""
 
 
-def inspected(manifest: BundleManifest, files: Mapping[str, bytes], *, sample: bytes = b"", **options: Any) -> Inspected:
+def inspected(
+    manifest: BundleManifest, files: Mapping[str, bytes], *, sample: bytes = b"", **options: Any
+) -> Inspected:
     """The inspection of a bundle in a child of its own."""
     with child(ChildKind.INSPECT, **options) as (spawned, _):
         placements, free = placed(spawned, files)

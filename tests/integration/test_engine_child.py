@@ -10,15 +10,28 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from engine_children import aligned, answer, child, load, run, send_block
-from engine_models import FEATURES, INPUT_DIGEST, NONCE, OUTPUT_DIGEST, PROGRAM_FILE, dense_model, encoded, gather_model
-from engine_models import onnx_model, tensor_manifest, text_bundle
 from onnx import TensorProto, helper
 
-from fallow.errors import Reason
+from engine_children import aligned, answer, child, load, run, send_block
+from engine_models import (
+    FEATURES,
+    INPUT_DIGEST,
+    NONCE,
+    OUTPUT_DIGEST,
+    PROGRAM_FILE,
+    dense_model,
+    encoded,
+    gather_model,
+    onnx_model,
+    tensor_manifest,
+    text_bundle,
+)
+from fallow.bundle import BundleManifest
+from fallow.errors import FallowError, Reason
 from fallow.row_block import RowBlock
 from fallow.schema import DType, TensorColumn
 from fallow.session import Cause, SandboxLevel
+from fallow_worker.engine import spawn
 from fallow_worker.engine.chain import Chain
 from fallow_worker.engine.protocol import (
     EXIT_DONE,
@@ -29,10 +42,11 @@ from fallow_worker.engine.protocol import (
     Failed,
     Loaded,
     Progress,
+    SpawnOptions,
     cause_of_exit,
 )
-from fallow_worker.engine.spawn import ChildGoneError, child_environment
 from fallow_worker.engine.sandbox import can_filter_calls, landlock_abi
+from fallow_worker.engine.spawn import ChildGoneError, child_environment, probe_level, spawn_child
 
 pytestmark = [
     pytest.mark.processes,
@@ -77,6 +91,19 @@ def test_a_child_reaches_the_full_level_and_says_what_was_denied() -> None:
 
 
 @needs_full
+def test_the_level_can_be_probed_without_a_bundle() -> None:
+    assert probe_level().level is SandboxLevel.FULL
+
+
+def test_a_probe_that_finds_no_runtime_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fallow_worker.engine.spawn.import_roots", lambda: (str(Path(spawn.__file__).parents[2]),))
+    with pytest.raises(FallowError) as unavailable:
+        probe_level()
+    assert unavailable.value.reason is Reason.EXECUTOR_UNAVAILABLE
+    assert "fallow[cpu]" in unavailable.value.hint
+
+
+@needs_full
 def test_every_thread_of_a_working_child_is_filtered_and_gains_no_privileges() -> None:
     manifest, files = text_bundle()
     with child(threads=3) as (spawned, _):
@@ -115,9 +142,10 @@ def test_a_child_inherits_nothing_but_its_descriptors(monkeypatch: pytest.Monkey
             names = {entry.split("=")[0] for entry in (folder / "environ").read_text().split("\0") if entry}
             assert names == set(child_environment())
             assert names.isdisjoint({"HOME", "AWS_SECRET_ACCESS_KEY", "USER"})
-            targets = sorted(os.readlink(entry) for entry in (folder / "fd").iterdir())
-            assert not [target for target in targets if target.startswith("/") and not target.startswith(("/dev/null", "/memfd:"))]
-            assert os.readlink(folder / "cwd").endswith(" (deleted)")
+            targets = sorted(str(entry.readlink()) for entry in (folder / "fd").iterdir())
+            ours = ("/dev/null", "/memfd:fallow-", "socket:", "pipe:")
+            assert not [target for target in targets if not target.startswith(ours)]
+            assert str((folder / "cwd").readlink()).endswith(" (deleted)")
             assert os.getsid(spawned.process.pid) == spawned.process.pid
     finally:
         os.close(leaked)
@@ -209,7 +237,7 @@ def test_progress_comes_while_a_long_task_runs() -> None:
         assert heard
 
 
-def slow_bundle(trips: int) -> tuple[object, bytes]:
+def slow_bundle(trips: int) -> tuple[BundleManifest, bytes]:
     body = helper.make_graph(
         [helper.make_node("Add", ["carried", "carried"], ["next"]), helper.make_node("Identity", ["go"], ["on"])],
         "body",
@@ -229,8 +257,12 @@ def slow_bundle(trips: int) -> tuple[object, bytes]:
         [("y", TensorProto.FLOAT, ["rows"])],
         {"limit": np.array(trips, np.int64), "yes": np.array(True)},
     )
-    columns = {"input_columns": (TensorColumn("x", DType.FLOAT32, ()),), "output_columns": (TensorColumn("y", DType.FLOAT32, ()),)}
-    return tensor_manifest(model, **columns), model
+    manifest = tensor_manifest(
+        model,
+        input_columns=(TensorColumn("x", DType.FLOAT32, ()),),
+        output_columns=(TensorColumn("y", DType.FLOAT32, ()),),
+    )
+    return manifest, model
 
 
 def test_a_child_ends_when_its_supervisor_closes_the_socket() -> None:
@@ -287,18 +319,15 @@ def test_the_input_memory_is_open_for_reading_only() -> None:
 
 def memory_fd(process: int, name: str) -> int:
     for entry in Path(f"/proc/{process}/fd").iterdir():
-        if os.readlink(entry).startswith(f"/memfd:fallow-{name}"):
+        if str(entry.readlink()).startswith(f"/memfd:fallow-{name}"):
             return int(entry.name)
     raise AssertionError(f"no memory {name!r}")
 
 
 def test_a_child_that_cannot_start_says_so_with_its_code_and_log(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fallow_worker.engine import spawn
-    from fallow_worker.engine.protocol import SpawnOptions
-
     roots = tuple(root for root in spawn.import_roots() if not Path(root, "numpy").is_dir())
     monkeypatch.setattr(spawn, "import_roots", lambda: roots)
-    spawned = spawn.spawn_child(SpawnOptions())
+    spawned = spawn_child(SpawnOptions())
     try:
         with pytest.raises(ChildGoneError):
             spawned.receive(timeout_s=30)

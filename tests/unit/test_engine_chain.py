@@ -8,6 +8,10 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, helper
+
 from engine_models import (
     FEATURES,
     INPUT_DIGEST,
@@ -22,10 +26,6 @@ from engine_models import (
     tensor_manifest,
     text_bundle,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from onnx import TensorProto, helper
-
 from fallow.bundle import Binding, BundleManifest, ProgramFormat, ProgramStage, SoftmaxHead
 from fallow.errors import FallowError, Reason
 from fallow.row_block import RowBlock, pack

@@ -6,10 +6,10 @@ import json
 import struct
 
 import pytest
-from engine_models import BUNDLE_DIGEST, INPUT_DIGEST, OUTPUT_DIGEST, text_bundle
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine_models import BUNDLE_DIGEST, INPUT_DIGEST, OUTPUT_DIGEST, text_bundle
 from fallow.errors import Reason
 from fallow.session import Cause, RowFailure, SandboxLevel, Usage
 from fallow_worker.engine import frames

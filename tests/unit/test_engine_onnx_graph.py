@@ -8,9 +8,9 @@ from collections.abc import Callable
 import numpy as np
 import onnx
 import pytest
-from engine_models import FEATURES, dense_model, onnx_model
 from onnx import TensorProto, helper, numpy_helper
 
+from engine_models import FEATURES, dense_model, onnx_model
 from fallow_worker.engine import canary, onnx_graph, operators
 
 X = ("x", TensorProto.FLOAT, ["rows", FEATURES])

@@ -18,10 +18,19 @@ from fallow.limits import BLOCK_BYTES_MAX, MIB, ROW_FAILURES_LISTED_PER_TASK_MAX
 from fallow.row_block import RowBlock, block_bytes
 from fallow.row_values import ColumnValues, numpy_dtype
 from fallow.rows import DecodedRows, RowCodec
-from fallow.schema import BytesColumn, DType, SizeFeature, StringColumn, TensorColumn
+from fallow.schema import BytesColumn, TensorColumn
 from fallow.session import Cause, RowFailure
 from fallow_worker.engine import stages
-from fallow_worker.engine.onnx_program import OnnxProgram, TensorType
+from fallow_worker.engine.chain_types import (
+    canonical_batch,
+    check_output,
+    check_types,
+    content_column,
+    file_of,
+    fixed_batch_of,
+    skippable_bytes,
+)
+from fallow_worker.engine.onnx_program import OnnxProgram
 from fallow_worker.engine.protocol import FAILING_ROWS_GIVEN_UP_AFTER, WARM_UP_BATCHES, clipped_reason
 from fallow_worker.engine.synthetic import INTEGER_TOPS, synthetic_rows
 
@@ -30,7 +39,6 @@ Array = NDArray[Any]
 CHUNK_BYTES: Final = 8 * MIB
 """Decoded values held at once, about: a block's rows may grow manyfold when a codec unfolds them."""
 CHUNK_ROWS_MAX: Final = 4096
-CANONICAL_BATCH_ROWS_MAX: Final = 1024
 
 LANE_SECONDS_MIN: Final = 0.002
 """A lane takes batches for about this long at a time, so that handing them out costs little."""
@@ -113,19 +121,18 @@ class Chain:
                         field=f"stages[{index}].format",
                         limit=ProgramFormat.ONNX.value,
                     )
-                model = _file(files, stage.file, f"stages[{index}].file")
+                model = file_of(files, stage.file, f"stages[{index}].file")
                 self._programs[index] = OnnxProgram(
                     model, stage, threads=threads, lanes=lanes, allow_spinning=allow_spinning
                 )
             elif isinstance(stage, TopKHead):
-                content = _file(files, stage.labels_file, f"stages[{index}].labels_file")
+                content = file_of(files, stage.labels_file, f"stages[{index}].labels_file")
                 self._labels[index] = stages.labels_of(content, name=stage.labels_file)
-        self._check_size_features()
-        self._check_types()
-        self.fixed_batch = self._fixed_batch()
-        self.batch_rows = self._canonical_batch(batch_rows, neighbour_dependent=neighbour_dependent)
+        check_types(manifest, self._programs, self._labels)
+        self.fixed_batch = fixed_batch_of(self._programs)
+        self.batch_rows = canonical_batch(batch_rows, self.fixed_batch, neighbour_dependent=neighbour_dependent)
         self.slot_dependent = slot_dependent
-        self._short_bytes_max = self._skippable_bytes()
+        self._short_bytes_max = skippable_bytes(manifest)
         self._zeros_failed: str | None = None
         self._lanes = lanes
         self._pool = ThreadPoolExecutor(lanes, thread_name_prefix="lane") if lanes > 1 else None
@@ -187,6 +194,11 @@ class Chain:
         for chunk_rows in self._chunks(self._places(task, count, slots)):
             self._run_chunk(task, chunk_rows, progress)
         return self._finished(task, nonce, output_bytes_max)
+
+    @property
+    def takes_zeros(self) -> bool:
+        """Whether rows of zeros pass the chain: only then can they fill a batch."""
+        return self._zeros_failure() is None
 
     def run_batch(self, values: Mapping[str, ColumnValues], *, wide: bool = True) -> dict[str, ColumnValues]:
         """The output columns of exactly b rows given as input columns; what inspection measures. Raises anything."""
@@ -265,7 +277,7 @@ class Chain:
         answered = np.zeros(count, dtype=np.bool_)
         if self._short_bytes_max < 0:
             return answered
-        contents = cast("Sequence[bytes]", task.decoded.columns[self._content_column()])
+        contents = cast("Sequence[bytes]", task.decoded.columns[content_column(self.manifest)])
         lengths = np.fromiter(map(len, contents), dtype=np.int64, count=len(contents))
         for row in task.decoded.positions[lengths <= self._short_bytes_max].tolist():
             answered[row] = True
@@ -303,7 +315,7 @@ class Chain:
         for name, column in task.columns.items():
             values = self._output_values(name, chunk)
             if isinstance(column, np.ndarray):
-                self._check_output(name, cast("Array", values))
+                check_output(self.manifest, name, cast("Array", values))
                 if len(where) and len(where) == where[-1] - where[0] + 1 and used.all() and _rising(where):
                     column[where[0] : where[-1] + 1] = values
                 else:
@@ -366,10 +378,10 @@ class Chain:
         best = stages.top_k(values, stage.k)
         short: list[int] = []
         if stage.short_label:
-            contents = chunk.contents[self._content_column()]
+            contents = chunk.contents[content_column(self.manifest)]
             short = [place for place, content in enumerate(contents) if len(content) <= stage.short_bytes_max]
         for rank, (label_column, score_column) in enumerate(stages.head_columns(stage)):
-            texts = [labels[index] for index in best.indexes[:, rank].tolist()]
+            texts: list[str] = [labels[index] for index in best.indexes[:, rank].tolist()]
             scores = best.scores[:, rank].copy()
             for place in short:
                 texts[place] = stage.short_label if rank == 0 else ""
@@ -491,7 +503,7 @@ class Chain:
                 return self._zeros_failed
             for name, values in columns.items():
                 if isinstance(values, np.ndarray):
-                    self._check_output(name, values)
+                    check_output(self.manifest, name, values)
             self._zeros_failed = ""
         return self._zeros_failed or None
 
@@ -505,137 +517,12 @@ class Chain:
             keep[failed] = False
             positions = np.flatnonzero(keep).astype(np.int64)
             kept = positions.tolist()
-            columns = {
-                name: values[keep]
-                if isinstance(values, np.ndarray)
-                else [cast("list[str]", values)[row] for row in kept]
-                for name, values in columns.items()
-            }
+            columns = {name: _kept(values, kept) for name, values in columns.items()}
         block = self._output.encode(columns, nonce=nonce, positions=positions, row_count=count)
         if len(block) > output_bytes_max:
             raise _too_large(len(block), output_bytes_max)
         listed = failed[:ROW_FAILURES_LISTED_PER_TASK_MAX]
         return ChainResult(block, count, len(failed), tuple(task.failures[row] for row in listed))
-
-    # --------------------------------------------------------------------------------------------------- checking
-
-    def _check_types(self) -> None:
-        """Walks the chain by types. Raises BUNDLE_INVALID at the first stage that does not fit."""
-        schema = self.manifest.input_schema
-        tensors = {
-            column.name: TensorType(column.dtype, column.shape)
-            for column in schema.columns
-            if isinstance(column, TensorColumn)
-        }
-        contents = {column.name for column in schema.columns if isinstance(column, BytesColumn)}
-        texts: set[str] = set()
-        for index, stage in enumerate(self.manifest.stages):
-            where = f"stages[{index}]"
-            match stage:
-                case BytesCodec():
-                    if stage.column not in contents:
-                        raise _missing(f"{where}.column", stage.column, "column of bytes", contents)
-                    _add(
-                        tensors, stage.output, TensorType(DType.INT32, (stage.head_tokens + stage.tail_tokens,)), where
-                    )
-                case ProgramStage():
-                    program = self._programs[index]
-                    program.check_inputs(tensors)
-                    for name, declared in program.output_types().items():
-                        _add(tensors, name, declared, where)
-                case SoftmaxHead():
-                    value = self._tensor(tensors, stage.value, f"{where}.value")
-                    _add(tensors, stage.output, TensorType(DType.FLOAT32, value.shape), where)
-                case TopKHead():
-                    value = self._tensor(tensors, stage.value, f"{where}.value")
-                    self._check_labels(stage, value, len(self._labels[index]), where)
-                    for label, score in stages.head_columns(stage):
-                        texts.add(label)
-                        _add(tensors, score, TensorType(DType.FLOAT32, ()), where)
-        self._check_columns(tensors, texts)
-
-    def _check_labels(self, stage: TopKHead, value: TensorType, labels: int, where: str) -> None:
-        rank_wrong = len(value.shape) != 1
-        size = None if rank_wrong else value.shape[0]
-        if rank_wrong or stage.k < 1 or stage.k > labels or (size is not None and size != labels):
-            raise FallowError(
-                Reason.BUNDLE_INVALID,
-                f"{stage.labels_file!r} has {labels} labels, {stage.value!r} is {value}, k is {stage.k}",
-                field=f"{where}.labels_file",
-                limit="one dimension, one label for each entry, k of at least 1 and at most that",
-            )
-        if stage.short_label:
-            self._content_column()
-
-    def _content_column(self) -> str:
-        """The column whose length decides about short rows: the only one of bytes."""
-        names = [column.name for column in self.manifest.input_schema.columns if isinstance(column, BytesColumn)]
-        if len(names) != 1:
-            raise FallowError(
-                Reason.BUNDLE_INVALID,
-                f"a label for short rows needs exactly one column of bytes, there are {len(names)}",
-                field="short_label",
-            )
-        return names[0]
-
-    def _tensor(self, tensors: Mapping[str, TensorType], name: str, where: str) -> TensorType:
-        value = tensors.get(name)
-        if value is None:
-            raise _missing(where, name, "tensor", tensors)
-        return value
-
-    def _check_size_features(self) -> None:
-        for field_name, schema in (
-            ("input_schema", self.manifest.input_schema),
-            ("output_schema", self.manifest.output_schema),
-        ):
-            for feature in schema.size_features:
-                if feature is not SizeFeature.BYTES:
-                    raise FallowError(
-                        Reason.BUNDLE_INVALID,
-                        f"no stage here can count {feature.value!r}",
-                        field=f"{field_name}.size_features",
-                        limit=SizeFeature.BYTES.value,
-                    )
-
-    def _check_columns(self, tensors: Mapping[str, TensorType], texts: set[str]) -> None:
-        for index, column in enumerate(self.manifest.output_schema.columns):
-            where = f"output_schema.columns[{index}]"
-            match column:
-                case TensorColumn():
-                    value = self._tensor(tensors, column.name, where)
-                    declared = TensorType(column.dtype, column.shape)
-                    fits = len(value.shape) == len(column.shape) and all(
-                        mine is None or mine == theirs for mine, theirs in zip(value.shape, column.shape, strict=True)
-                    )
-                    if value.dtype is not column.dtype or not fits:
-                        raise FallowError(
-                            Reason.BUNDLE_INVALID,
-                            f"output column {column.name!r} is declared {declared}, the chain gives {value}",
-                            field=where,
-                            limit=str(value),
-                        )
-                case StringColumn():
-                    if column.name not in texts:
-                        raise _missing(where, column.name, "label", texts)
-                case _:
-                    raise FallowError(
-                        Reason.BUNDLE_INVALID,
-                        f"output column {column.name!r} is of a kind that no stage gives",
-                        field=where,
-                        limit="tensors and labels",
-                    )
-
-    def _check_output(self, name: str, values: Array) -> None:
-        column = self.manifest.output_schema.column(name)
-        assert isinstance(column, TensorColumn), name
-        if values.dtype != numpy_dtype(column.dtype) or values.shape[1:] != column.shape:
-            raise FallowError(
-                Reason.BUNDLE_INVALID,
-                f"output column {name!r} is declared {TensorType(column.dtype, column.shape)}, "
-                f"the program gave {values.dtype}{list(values.shape[1:])}",
-                field=name,
-            )
 
     def _output_values(self, name: str, chunk: _Chunk) -> ColumnValues:
         return chunk.labels[name] if name in chunk.labels else chunk.tensors[name]
@@ -647,50 +534,11 @@ class Chain:
         if schema.fixed_row_bytes is not None and total > output_bytes_max:
             raise _too_large(total, output_bytes_max)
 
-    def _fixed_batch(self) -> int | None:
-        sizes = {program.fixed_batch for program in self._programs.values()} - {None}
-        if len(sizes) > 1:
-            raise FallowError(
-                Reason.BUNDLE_INVALID,
-                f"the programs take different numbers of rows: {sorted(map(str, sizes))}",
-                field="stages",
-            )
-        return next(iter(sizes), None)
 
-    def _canonical_batch(self, wanted: int, *, neighbour_dependent: bool) -> int:
-        fixed = self.fixed_batch
-        batch = wanted or fixed or 1
-        if not 1 <= batch <= CANONICAL_BATCH_ROWS_MAX:
-            raise FallowError(
-                Reason.LIMIT_EXCEEDED,
-                f"a batch of {batch} rows",
-                field="canonical_batch_rows",
-                limit=f"1 to {CANONICAL_BATCH_ROWS_MAX}",
-            )
-        if fixed is not None and batch != fixed:
-            raise FallowError(
-                Reason.BUNDLE_INVALID,
-                f"the program always takes {fixed} rows, not {batch}",
-                field="canonical_batch_rows",
-                limit=str(fixed),
-            )
-        if neighbour_dependent and batch != 1:
-            raise FallowError(
-                Reason.BUNDLE_INVALID,
-                "rows of this program depend on their neighbours",
-                field="canonical_batch_rows",
-                limit="1",
-            )
-        return batch
-
-    def _skippable_bytes(self) -> int:
-        """The content length up to which rows are answered without a program; -1: none are."""
-        heads = [stage for stage in self.manifest.stages if isinstance(stage, TopKHead)]
-        given = {name for head in heads for pair in stages.head_columns(head) for name in pair}
-        names = {column.name for column in self.manifest.output_schema.columns}
-        if not heads or not all(head.short_label for head in heads) or not names <= given:
-            return -1
-        return min(head.short_bytes_max for head in heads)
+def _kept(values: ColumnValues, rows: Sequence[int]) -> ColumnValues:
+    if isinstance(values, np.ndarray):
+        return values[rows]
+    return [cast("list[str]", values)[row] for row in rows]
 
 
 def _rising(values: NDArray[np.int64]) -> bool:
@@ -712,26 +560,6 @@ def _fitting(array: Array, whole: Array, name: str) -> Array:
             field=name,
         )
     return array
-
-
-def _add(tensors: dict[str, TensorType], name: str, declared: TensorType, where: str) -> None:
-    if name in tensors:
-        raise FallowError(Reason.BUNDLE_INVALID, f"two values of the chain are called {name!r}", field=where)
-    tensors[name] = declared
-
-
-def _missing(where: str, name: str, what: str, known: object) -> FallowError:
-    names = ", ".join(sorted(cast("set[str]", known)))
-    return FallowError(Reason.BUNDLE_INVALID, f"there is no {what} {name!r}", field=where, limit=names or "none")
-
-
-def _file(files: Mapping[str, bytes], name: str, where: str) -> bytes:
-    content = files.get(name)
-    if content is None:
-        raise FallowError(
-            Reason.BUNDLE_INVALID, f"the bundle has no file {name!r}", field=where, limit=", ".join(files) or "no files"
-        )
-    return content
 
 
 def _too_large(size: int, limit: int) -> FallowError:

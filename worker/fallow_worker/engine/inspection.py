@@ -139,9 +139,12 @@ class _Inspection:
         chain.warm_up()
         self._choose_rows(chain)
         progress(2)
-        batch = chain.fixed_batch or self._best_batch(chain)
+        if not chain.takes_zeros and chain.fixed_batch not in {None, 1}:
+            raise _RefusedError("the program fails on rows of zeros, which must fill its last batch")
+        # A program that fails on zeros can have no batch filled with them, so every row runs alone.
+        batch = chain.fixed_batch or (self._best_batch(chain) if chain.takes_zeros else 1)
         progress(3)
-        neighbour_dependent = self._depends_on_neighbours(chain, batch)
+        neighbour_dependent = chain.takes_zeros and self._depends_on_neighbours(chain, batch)
         if neighbour_dependent:
             if chain.fixed_batch not in {None, 1}:
                 raise _RefusedError(

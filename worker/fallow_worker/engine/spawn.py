@@ -18,16 +18,20 @@ from functools import cache
 from pathlib import Path
 from typing import Final
 
-from fallow_worker.engine.frames import FrameReader, encode_frame, to_json
+from fallow.errors import FallowError, Reason
+from fallow_worker.engine.frames import FrameError, FrameReader, encode_frame, to_json
 from fallow_worker.engine.memory import SharedMemory
 from fallow_worker.engine.protocol import (
     LOG_BYTES_MAX,
     OUTPUT_MEMORY_BYTES,
+    READY_SECONDS_MAX,
     ChildArguments,
     FromChild,
+    Ready,
     SandboxLevel,
     SpawnOptions,
     ToChild,
+    clipped_reason,
 )
 
 _PACKAGES: Final = ("fallow", "fallow_worker", "numpy", "onnxruntime", "onnx")
@@ -53,6 +57,7 @@ _SYSTEM_PATHS: Final = (
     "/dev/urandom",
 )
 _RECEIVE_BYTES: Final = 65536
+LOG_SHOWN_BYTES: Final = 200
 
 
 class ChildGoneError(Exception):
@@ -175,6 +180,30 @@ def spawn_child(
         undo.pop_all()
     return SpawnedChild(
         process, control=ours, life_fd=life_write, input_memory=input_memory, output_memory=output_memory, log=log
+    )
+
+
+def probe_level() -> Ready:
+    """What a trial child says of itself: the level really reached here, and how.
+
+    Raises FallowError(EXECUTOR_UNAVAILABLE) when no child comes up. Takes about 0.3 s; the answer holds until the
+    kernel, the runtime or the way this process is confined changes.
+    """
+    child = spawn_child(SpawnOptions())
+    try:
+        message = child.receive(timeout_s=READY_SECONDS_MAX)
+    except (ChildGoneError, FrameError):
+        message = None
+    finally:
+        child.kill()
+        log = child.log_text()
+        child.close()
+    if isinstance(message, Ready):
+        return message
+    raise FallowError(
+        Reason.EXECUTOR_UNAVAILABLE,
+        f"no engine child comes up on this machine: {clipped_reason(log[-LOG_SHOWN_BYTES:]) or 'it said nothing'}",
+        hint="install the extra `fallow[cpu]`; see the log",
     )
 
 
