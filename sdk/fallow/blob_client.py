@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import io
 import os
 import random
 from collections.abc import Awaitable, Callable
@@ -337,21 +338,21 @@ class _Sink(Protocol):
 
 
 class _MemorySink:
-    """Chunks and their digest, which for large blobs is computed beside the transfer."""
+    """Bytes and their digest, which for large blobs are put in place beside the transfer."""
 
     def __init__(self, reference: BlobReference) -> None:
         self._reference = reference
-        self._chunks: list[memoryview] = []
+        # Hands out what was written into it without another copy.
+        self._buffer = io.BytesIO()
         self._digest = hashlib.sha256()
         self._beside = _Beside()
         self.offset_bytes = 0
 
     async def add(self, chunk: memoryview) -> None:
         if self._reference.length_bytes < _LARGE_BYTES:
-            self._digest.update(chunk)
+            self._write(chunk)
         else:
-            await self._beside.run(lambda: self._digest.update(chunk))
-        self._chunks.append(chunk)
+            await self._beside.run(lambda: self._write(chunk))
         self.offset_bytes += chunk.nbytes
 
     async def finish(self) -> bytes:
@@ -359,11 +360,20 @@ class _MemorySink:
         await self._beside.wait()
         if self._digest.digest() != self._reference.digest:
             raise _altered(self._reference)
-        return b"".join(self._chunks)
+        return self._buffer.getvalue()
 
     async def settle(self) -> None:
         """Waits until nothing works on the chunks any more."""
         await self._beside.settle()
+
+    def _write(self, chunk: memoryview) -> None:
+        if not self._buffer.tell():
+            # All the room at once, as soon as the service shows that there is something to come.
+            self._buffer.seek(self._reference.length_bytes - 1)
+            self._buffer.write(b"\0")
+            self._buffer.seek(0)
+        self._digest.update(chunk)
+        self._buffer.write(chunk)
 
 
 class _FileSink:

@@ -73,10 +73,11 @@ async def test_stored_packs_equal_packs_in_memory(spans: list[Span], cache_bytes
 async def test_spans_that_do_not_exist_are_refused(threads: ThreadPoolExecutor, span: Span, cache_bytes: int) -> None:
     storage = await stored_blocks()
     blocks = SourceBlocks(storage, threads, bytes_max=cache_bytes)
+    spans = [Span(0, 0, 1), span]
     with pytest.raises(FallowError) as caught:
         await pack_blocks(
             sources=REFERENCES,
-            spans=[Span(0, 0, 1), span],
+            spans=spans,
             nonce=NONCE,
             blocks=blocks,
             storage=storage,
