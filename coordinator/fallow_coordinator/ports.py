@@ -57,7 +57,7 @@ class Store(Protocol):
         ...
 
     def read(self, *, after_sequence: int, limit: int) -> Sequence[Record]:
-        """Up to `limit` records after a sequence, oldest first; decoded from the very bytes whose hashes were checked."""
+        """Up to `limit` records after a sequence, oldest first, decoded from bytes whose hashes were checked."""
         ...
 
     def payload(self, digest: Digest) -> bytes | None:
