@@ -165,7 +165,7 @@ async def settle(conversation: Conversation, lease: Lease) -> Commitment:
 
 async def eventually(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(PATIENCE_S):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 - polled, with a deadline
             await asyncio.sleep(0.01)
 
 

@@ -435,7 +435,7 @@ def test_a_drain_without_a_coordinator_ends_all_the_same(worker: Worker) -> None
     worker.after(SessionEnded(jitter=0.99))
     worker.after(DrainAsked("stop", 1_000))
     worker.after(Ran(granted.lease_id, commitment(granted)))
-    assert Leave() in worker.later(1_000 + limits.DRAIN_WORDS_GRACE_MS)
+    assert Leave() in worker.later(1_000 + limits.DRAIN_WORDS_GRACE_MIN_MS)
 
 
 def test_memory_goes_back_after_idle_time_and_only_once(worker: Worker) -> None:

@@ -6,14 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fallow.limits import GIB
+from fallow.roles import Tier
 from fallow.session import SANDBOX_ORDER, Capability, SandboxLevel, TaskKind
 from fallow_worker.bundle_cache import CACHE_BYTES_MAX_DEFAULT
-from fallow_worker.core.limits import DRAIN_RUN_GRACE_MS
+from fallow_worker.core.limits import DRAIN_OPERATOR_RUN_GRACE_MS, DRAIN_RUN_GRACE_MS
 from fallow_worker.executor.choice import ExecutorSetting
 
 IDLE_RELEASE_MS_DEFAULT = 300_000
-LIFE_LOCK_WAIT_S = 10.0
-"""A worker started by a coordinator waits so long for its predecessor, which ends with its own coordinator."""
+PREDECESSOR_WAIT_S = 15.0
+"""A worker that a coordinator started waits so long for its predecessor, which ends with its own coordinator."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +33,18 @@ class WorkerConfig:
     weakest_sandbox: SandboxLevel = SandboxLevel.FULL
     """Strangers' programs are refused below this."""
     idle_release_ms: int = IDLE_RELEASE_MS_DEFAULT
-    drain_run_grace_ms: int = DRAIN_RUN_GRACE_MS
+    drain_run_grace_ms: int | None = None
+    """How long runs may go on when the worker is to stop; None: by tier."""
     cache_bytes_max: int = CACHE_BYTES_MAX_DEFAULT
     life_fd: int | None = None
     """A descriptor that closes when whoever started this worker ends."""
+
+
+def drain_run_grace_ms(config: WorkerConfig, tier: Tier | None) -> int:
+    """How long runs may go on when the worker is to stop."""
+    if config.drain_run_grace_ms is not None:
+        return config.drain_run_grace_ms
+    return DRAIN_OPERATOR_RUN_GRACE_MS if tier is Tier.OPERATOR else DRAIN_RUN_GRACE_MS
 
 
 def refusal(config: WorkerConfig, reached: SandboxLevel) -> str:

@@ -38,8 +38,8 @@ class StateFolder:
 
     @property
     def credentials(self) -> Path:
-        """Key, certificate and authority."""
-        return self.folder / "identity"
+        """Key, certificate and authority lie in the folder itself."""
+        return self.folder
 
     @property
     def resume_token(self) -> Path:

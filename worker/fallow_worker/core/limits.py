@@ -42,8 +42,11 @@ WINDOW_MAX: Final = LEASES_PER_WORKER_MAX
 OFFERS_KEPT_MAX: Final = 64
 DRAIN_RUN_GRACE_MS: Final = 30_000
 """What runs when the owner asks for the machine may go on for so long, unless told otherwise."""
-DRAIN_WORDS_GRACE_MS: Final = 20_000
-"""Beyond that, committing, delivering and giving back may take so long."""
+DRAIN_OPERATOR_RUN_GRACE_MS: Final = 3_000
+"""The same for an operator's worker, which stops with its coordinator."""
+DRAIN_WORDS_GRACE_MIN_MS: Final = 2_000
+DRAIN_WORDS_GRACE_MAX_MS: Final = 20_000
+"""Beyond the grace of runs, committing, delivering and giving back may take as long again, between these."""
 
 
 def backoff_ms(attempts: int, jitter: float, *, base_ms: int, cap_ms: int, least_ms: int = 0) -> int:

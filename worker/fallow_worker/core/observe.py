@@ -370,7 +370,8 @@ def _drain_asked(world: World, happening: DrainAsked, now_ms: int) -> World:
     runs_until_ms = now_ms + happening.run_grace_ms
     if world.drain is not None:
         runs_until_ms = min(runs_until_ms, world.drain.runs_until_ms)
-    drain = Drain(happening.reason, runs_until_ms, runs_until_ms + limits.DRAIN_WORDS_GRACE_MS)
+    words_grace_ms = min(limits.DRAIN_WORDS_GRACE_MAX_MS, max(limits.DRAIN_WORDS_GRACE_MIN_MS, happening.run_grace_ms))
+    drain = Drain(happening.reason, runs_until_ms, runs_until_ms + words_grace_ms)
     world = replace(world, drain=drain)
     for held in tuple(world.leases.values()):
         if isinstance(held.phase, Granted | AwaitingGrants | Fetching | Ready):

@@ -1,0 +1,281 @@
+"""The command line of a worker: join, start, status, probe."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from fallow.errors import FallowError, Reason
+from fallow.limits import GIB, LEASES_PER_WORKER_MAX
+from fallow.session import SANDBOX_ORDER, SandboxLevel, TaskKind
+
+EXIT_FAILED = 1
+EXIT_INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs one command and exits with its status."""
+    # gRPC writes every failed handshake to stderr; the link tells them in words.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(
+        stream=sys.stderr, level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s"
+    )
+    try:
+        raise SystemExit(options.command(options))
+    except FallowError as error:
+        raise SystemExit(_tell_error(error, as_json=options.json)) from None
+    except KeyboardInterrupt:
+        raise SystemExit(EXIT_INTERRUPTED) from None
+
+
+def _tell_error(error: FallowError, *, as_json: bool) -> int:
+    if as_json:
+        from fallow_worker.start import print_json
+
+        detail = {"reason": error.reason.value, "message": error.message, "field": error.field}
+        print_json({"error": {**detail, "limit": error.limit, "hint": error.hint}})
+    sys.stderr.write(f"fallow-worker: {error}\n")
+    return EXIT_FAILED
+
+
+# ------------------------------------------------------------------------------------------------- commands
+
+
+def _join(options: argparse.Namespace) -> int:
+    from fallow.enrollment import join
+    from fallow.join_line import parse_join_line
+    from fallow.roles import Role
+    from fallow_worker.start import print_json
+    from fallow_worker.state_folder import StateFolder
+
+    line = parse_join_line(options.line)
+    folder = StateFolder(_state(options))
+    with folder.locked():
+        credentials = asyncio.run(join(line, folder.credentials, options.name or platform.node()))
+        folder.resume_token.unlink(missing_ok=True)
+    facts = {
+        "worker_id": credentials.party_id,
+        "account_id": credentials.account_id,
+        "pool_id": credentials.pool_id,
+        "tier": credentials.tier.value if credentials.tier else "",
+        "coordinator": credentials.control_endpoint,
+        "state": str(folder.folder),
+    }
+    if credentials.role is not Role.WORKER:
+        raise FallowError(
+            Reason.PERMISSION_DENIED,
+            f"this join line is for a {credentials.role.value}, not for a worker",
+            hint="ask the coordinator's operator for a worker's line",
+        )
+    if options.json:
+        print_json(facts)
+    else:
+        sys.stdout.write(
+            f"Joined {credentials.control_endpoint} as {credentials.party_id}. Start it with: fallow-worker start\n"
+        )
+    return 0
+
+
+def _start(options: argparse.Namespace) -> int:
+    from fallow_worker.config import WorkerConfig
+    from fallow_worker.executor.choice import ExecutorSetting
+    from fallow_worker.start import print_json, work
+
+    accepted = SandboxLevel(options.accept_weaker_sandbox) if options.accept_weaker_sandbox else SandboxLevel.FULL
+    config = WorkerConfig(
+        state=_state(options),
+        executor=ExecutorSetting(options.executor),
+        ray_address=options.ray_address,
+        cpus=options.cpus,
+        slots=options.slots,
+        task_kinds=_task_kinds(options.tasks),
+        weakest_sandbox=accepted,
+        idle_release_ms=int(options.idle_release * 1000),
+        drain_run_grace_ms=None if options.drain_grace is None else int(options.drain_grace * 1000),
+        cache_bytes_max=int(options.cache_gib * GIB),
+        life_fd=options.life_fd,
+    )
+
+    def told(facts: dict[str, object]) -> None:
+        if options.json:
+            print_json(facts)
+
+    return asyncio.run(work(config, told=told))
+
+
+def _status(options: argparse.Namespace) -> int:
+    from fallow_worker.start import joined, print_json
+    from fallow_worker.state_folder import StateFolder
+
+    folder = StateFolder(_state(options))
+    credentials = joined(folder)
+    pid = folder.running_pid()
+    status = {
+        **folder.read_status(),
+        "worker_id": credentials.party_id,
+        "coordinator": credentials.control_endpoint,
+        "certificate_not_after_ms": credentials.not_after_ms,
+        "state": str(folder.folder),
+        "running": pid is not None,
+        "pid": pid,
+    }
+    if options.json:
+        print_json(status)
+        return 0
+    session = status.get("session", "offline") if pid is not None else "not running"
+    lines = [
+        f"worker       {credentials.party_id}",
+        f"coordinator  {credentials.control_endpoint}",
+        f"session      {session}",
+    ]
+    if pid is not None:
+        lines += [f"offer        {status.get('offer', '')}", f"leases       {status.get('leases', {})}"]
+        lines += [f"so far       {status.get('counts', {})}"]
+        error = status.get("last_error")
+        lines += [f"last error   {error['message']}"] if isinstance(error, dict) else []
+    sys.stdout.write("\n".join(lines) + "\n")
+    return 0
+
+
+def _probe(options: argparse.Namespace) -> int:
+    from dataclasses import replace
+
+    from fallow.session import Capability
+    from fallow_worker.config import WorkerConfig
+    from fallow_worker.executor.choice import ExecutorSetting
+    from fallow_worker.probes import present_devices
+    from fallow_worker.probes.memory import memory_bytes_free
+    from fallow_worker.start import capability_of, executor_for, print_json
+    from fallow_worker.status import capability_facts
+
+    async def usable() -> Capability:
+        executor, _ = executor_for(WorkerConfig(_state(options), ExecutorSetting.PROCESS), None)
+        try:
+            return await capability_of(executor, WorkerConfig(_state(options)))
+        finally:
+            await executor.stop()
+
+    present = Capability(devices=present_devices(), memory_bytes_free=memory_bytes_free(), executor="process")
+    try:
+        found, obstacle = asyncio.run(usable()), ""
+    except FallowError as error:
+        found, obstacle = replace(present, task_kinds=frozenset()), str(error)
+    facts = {"present": capability_facts(present)["devices"], "usable": capability_facts(found), "obstacle": obstacle}
+    if options.json:
+        print_json(facts)
+        return 0
+    for device in found.devices:
+        sys.stdout.write(
+            f"{device.device_id}: {device.model}, {device.cores} cores, {device.memory_bytes / GIB:.1f} GiB, "
+            f"{device.level.value}, sandbox {found.sandbox_level.value}\n"
+        )
+    if obstacle:
+        sys.stdout.write(f"not usable: {obstacle}\n")
+    return 0
+
+
+# ------------------------------------------------------------------------------------------------- options
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fallow-worker", description="Lend this machine's idle time to a coordinator."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, words: str, function: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=words, description=words[0].upper() + words[1:] + ".")
+        made.add_argument("--state", default=None, metavar="DIR", help="this worker's folder")
+        made.add_argument("--json", action="store_true", help="one JSON object on stdout")
+        made.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
+        made.set_defaults(command=function)
+        return made
+
+    join = command("join", "make a key here and enrol it with a join line", _join)
+    join.add_argument("line", metavar="LINE", help="the word that the coordinator's operator gave you")
+    join.add_argument("--name", default="", help="a name for people; default: this machine's")
+
+    start = command("start", "work until stopped (Ctrl-C or SIGTERM: finish what runs, then leave)", _start)
+    start.add_argument("--executor", choices=("auto", "ray", "process"), default="auto")
+    start.add_argument("--ray-address", default="", metavar="HOST:PORT", help="your own Ray cluster; default: none")
+    start.add_argument("--cpus", type=_count, default=0, metavar="N", help="cores to lend; default: all of them")
+    start.add_argument("--slots", type=_slots, default=0, metavar="N", help="leases at once; default: by device")
+    start.add_argument(
+        "--tasks", "--task-kinds", default="map", metavar="KIND[,KIND…]", help="kinds of tasks to take; default: map"
+    )
+    start.add_argument(
+        "--accept-weaker-sandbox",
+        choices=[level.value for level in SANDBOX_ORDER[:-1]],
+        default="",
+        metavar="LEVEL",
+        help="run strangers' programs although the sandbox here reaches only LEVEL (none, limits, no-files)",
+    )
+    start.add_argument(
+        "--idle-release", type=_seconds, default=300.0, metavar="S", help="give memory back after so long without work"
+    )
+    start.add_argument(
+        "--drain-grace", type=_seconds, default=None, metavar="S", help="how long runs may go on when told to stop"
+    )
+    start.add_argument("--cache-gib", type=_positive, default=20.0, metavar="GIB", help="disk for bundles; default: 20")
+    start.add_argument("--life-fd", type=int, default=None, metavar="FD", help=argparse.SUPPRESS)
+
+    command("status", "how the worker on this folder fares", _status)
+    command("probe", "what this machine could offer", _probe)
+    return parser
+
+
+def _state(options: argparse.Namespace) -> Path:
+    from fallow_worker.state_folder import default_state_folder
+
+    return Path(options.state).expanduser() if options.state else default_state_folder()
+
+
+def _task_kinds(text: str) -> frozenset[TaskKind]:
+    try:
+        return frozenset(TaskKind(kind.strip()) for kind in text.split(","))
+    except ValueError:
+        raise FallowError(
+            Reason.FIELD_INVALID,
+            f"{text!r} names a task kind that there is not",
+            field="--tasks",
+            limit=", ".join(kind.value for kind in TaskKind),
+        ) from None
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError("at least 0")
+    return value
+
+
+def _slots(text: str) -> int:
+    value = _count(text)
+    if value > LEASES_PER_WORKER_MAX:
+        raise argparse.ArgumentTypeError(f"at most {LEASES_PER_WORKER_MAX}")
+    return value
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 86_400:
+        raise argparse.ArgumentTypeError("between 0 and 86400 seconds")
+    return value
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1_000_000:
+        raise argparse.ArgumentTypeError("more than 0")
+    return value
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,223 @@
+"""From options to a running daemon and back to an exit status."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Generator
+from dataclasses import replace
+from typing import Final
+
+from fallow.credentials import Credentials
+from fallow.errors import FallowError, Reason
+from fallow.roles import Role, Tier
+from fallow.session import Capability, DeviceLevel
+from fallow_worker.bundle_cache import BundleCache
+from fallow_worker.config import PREDECESSOR_WAIT_S, WorkerConfig, drain_run_grace_ms, offer_words, refusal
+from fallow_worker.core.world import Terms
+from fallow_worker.daemon import Daemon
+from fallow_worker.executor import WorkFailed
+from fallow_worker.executor.choice import Choice, ExecutorKind, chosen_executor
+from fallow_worker.link import ResumeToken, open_session
+from fallow_worker.ports import Executor
+from fallow_worker.probes import present_devices
+from fallow_worker.renewal import Renewal
+from fallow_worker.state_folder import StateFolder
+from fallow_worker.status import StatusReport, capability_facts
+from fallow_worker.transfers import ChannelBlobs, Transfers
+
+_log = logging.getLogger(__name__)
+
+_SIGNAL_REASONS: Final = {
+    signal.SIGTERM: "the owner stops this worker",
+    signal.SIGINT: "the owner stops this worker",
+}
+_PARENT_GONE: Final = "the process that started this worker is gone"
+
+
+def joined(folder: StateFolder) -> Credentials:
+    """The credentials in a worker's folder. Raises UNAUTHENTICATED with the command to run when nobody joined."""
+    try:
+        credentials = Credentials.load(folder.credentials)
+    except FallowError as error:
+        if error.reason is Reason.UNAUTHENTICATED:
+            raise FallowError(
+                error.reason,
+                f"this worker has not joined yet: {folder.folder} holds no credentials",
+                field="--state",
+                hint="run fallow-worker join LINE with the line that the coordinator's operator gave you",
+            ) from None
+        raise
+    if credentials.role is not Role.WORKER:
+        raise FallowError(
+            Reason.PERMISSION_DENIED,
+            f"{folder.folder} holds the credentials of a {credentials.role.value}, not of a worker",
+            field="--state",
+            hint="join with a join line for workers, in a folder of its own",
+        )
+    return credentials
+
+
+def executor_for(config: WorkerConfig, tier: Tier | None) -> tuple[Executor, Choice]:
+    """The executor that the owner's options and the devices here call for; nothing of it runs yet."""
+    from fallow_worker.executor.supervisor import SupervisorSettings
+
+    choice = chosen_executor(
+        config.executor,
+        devices=sum(not device.obstacle for device in present_devices()),
+        ray_address=config.ray_address,
+        tier=tier or Tier.VOLUNTEER,
+    )
+    settings = SupervisorSettings(cores=config.cpus)
+    if choice.kind is ExecutorKind.PROCESS:
+        from fallow_worker.executor.on_processes import ProcessExecutor
+
+        return ProcessExecutor(settings), choice
+    from fallow_worker.executor.on_ray import RayExecutor
+    from fallow_worker.executor.ray_settings import LOCAL_ADDRESS, RaySettings
+
+    return RayExecutor(RaySettings(address=config.ray_address or LOCAL_ADDRESS, supervisor=settings)), choice
+
+
+async def capability_of(executor: Executor, config: WorkerConfig) -> Capability:
+    """What the worker will say of itself. Raises EXECUTOR_UNAVAILABLE in words for people."""
+    try:
+        await executor.start()
+        found = await executor.capability()
+    except WorkFailed as failed:
+        raise FallowError(
+            Reason.EXECUTOR_UNAVAILABLE,
+            f"nothing can run here: {failed.reason}",
+            hint="fallow-worker probe shows what this machine has",
+        ) from None
+    refused = refusal(config, found.sandbox_level)
+    return replace(found, task_kinds=frozenset() if refused else config.task_kinds)
+
+
+def terms_of(config: WorkerConfig, capability: Capability) -> Terms:
+    """What the worker takes on."""
+    slots = sum(device.slots for device in capability.devices if device.level is not DeviceLevel.PRESENT)
+    return Terms(
+        slots=min(config.slots, slots) if config.slots else max(1, slots),
+        task_kinds=capability.task_kinds,
+        refusal=refusal(config, capability.sandbox_level),
+        idle_release_ms=config.idle_release_ms,
+    )
+
+
+async def work(config: WorkerConfig, *, told: Callable[[dict[str, object]], None]) -> int:
+    """Runs a worker until it is told to stop; its exit status. `told` hears once what it offers.
+
+    Raises FallowError: not joined, folder in use, executor unavailable, or why the coordinator will not have it.
+    """
+    folder = StateFolder(config.state)
+    credentials = joined(folder)
+    wait_s = PREDECESSOR_WAIT_S if credentials.tier is Tier.OPERATOR or config.life_fd is not None else 0.0
+    with folder.locked(wait_s=wait_s):
+        return await _work_alone(config, folder, credentials, told)
+
+
+async def _work_alone(
+    config: WorkerConfig, folder: StateFolder, credentials: Credentials, told: Callable[[dict[str, object]], None]
+) -> int:
+    executor, choice = executor_for(config, credentials.tier)
+    try:
+        capability = await capability_of(executor, config)
+    except BaseException:
+        await executor.stop()
+        raise
+    terms = terms_of(config, capability)
+    words = offer_words(capability, terms.slots, terms.refusal)
+    _log.log(
+        logging.WARNING if terms.refusal else logging.INFO, "worker.offer worker=%s %s", credentials.party_id, words
+    )
+    _log.info("worker.executor kind=%s why=%r", choice.kind.value, choice.why)
+    facts: dict[str, object] = {
+        "worker_id": credentials.party_id,
+        "pool_id": credentials.pool_id,
+        "tier": credentials.tier.value if credentials.tier else "",
+        "coordinator": credentials.control_endpoint,
+        "pid": os.getpid(),
+        "offer": words,
+        "slots": terms.slots,
+        "capability": capability_facts(capability),
+    }
+    report = StatusReport(folder, facts)
+    daemon = _daemon(config, folder, credentials, executor, capability, terms, report)
+    report.attach(daemon)
+    told(facts)
+    with _stopping(daemon, drain_run_grace_ms(config, credentials.tier), config.life_fd):
+        error = await daemon.run()
+    report.write()
+    if error is not None:
+        raise error
+    return 0
+
+
+def _daemon(
+    config: WorkerConfig,
+    folder: StateFolder,
+    credentials: Credentials,
+    executor: Executor,
+    capability: Capability,
+    terms: Terms,
+    report: StatusReport,
+) -> Daemon:
+    token = ResumeToken(folder.resume_token)
+
+    return Daemon(
+        terms=terms,
+        capability=capability,
+        credentials=credentials,
+        executor=executor,
+        transfers=Transfers(BundleCache(folder.cache, bytes_max=config.cache_bytes_max), ChannelBlobs(credentials)),
+        blobs_of=ChannelBlobs,
+        dial=lambda papers, greeting: open_session(papers, greeting, token),
+        renewal=Renewal(),
+        changed=report.changed,
+    )
+
+
+@contextlib.contextmanager
+def _stopping(daemon: Daemon, run_grace_ms: int, life_fd: int | None) -> Generator[None]:
+    """While the block runs, signals and the life descriptor end the daemon: the second time without grace."""
+    loop = asyncio.get_running_loop()
+    asked = 0
+
+    def stop(reason: str) -> None:
+        nonlocal asked
+        asked += 1
+        daemon.drain(reason, run_grace_ms if asked == 1 else 0)
+
+    for number, reason in _SIGNAL_REASONS.items():
+        loop.add_signal_handler(number, stop, reason)
+    if life_fd is not None:
+        loop.add_reader(life_fd, _read_life, loop, life_fd, lambda: daemon.drain(_PARENT_GONE, 0))
+    try:
+        yield
+    finally:
+        for number in _SIGNAL_REASONS:
+            loop.remove_signal_handler(number)
+        if life_fd is not None:
+            loop.remove_reader(life_fd)
+
+
+def _read_life(loop: asyncio.AbstractEventLoop, life_fd: int, gone: Callable[[], None]) -> None:
+    try:
+        data = os.read(life_fd, 4096)
+    except OSError:
+        data = b""
+    if not data:
+        loop.remove_reader(life_fd)
+        gone()
+
+
+def print_json(value: object) -> None:
+    """One JSON object on stdout."""
+    sys.stdout.write(json.dumps(value) + "\n")
+    sys.stdout.flush()
