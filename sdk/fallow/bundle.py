@@ -90,8 +90,8 @@ class SoftmaxHead:
 class TopKHead:
     """The k largest entries of the last axis, ties broken by the lower index, with their labels.
 
-    Gives string columns `output` (k = 1) or `output_0` … and float32 columns `<column>_score`. The labels file holds one
-    UTF-8 label a line. A row whose content is no longer than `short_bytes_max` gets `short_label` and score 1
+    Gives string columns `output` (k = 1) or `output_0` … and float32 columns `<column>_score`. The labels file holds
+    one UTF-8 label a line. A row whose content is no longer than `short_bytes_max` gets `short_label` and score 1
     instead, when `short_label` is not empty: some models declare a least size below which they are not asked.
     """
 
