@@ -156,6 +156,10 @@ class EnrollmentService:
             peer=self._key.fingerprint,
         )
         self._nonces.use(request.nonce, fingerprint, now_ms=self._now_ms())
+        if fingerprint not in self._engine.state.parties_by_key:
+            raise FallowError(
+                Reason.WORKER_UNKNOWN, "this key was never enrolled here", hint="join again with a new join line"
+            )
         decision = await self._engine.submit(
             RenewCertificate(key_fingerprint=fingerprint, certificate_valid_for_ms=CERTIFICATE_VALID_FOR_MS)
         )

@@ -14,6 +14,7 @@ import grpc
 from fallow.errors import FallowError, Reason
 from fallow.identity import PrivateKey
 from fallow.ids import Digest, LeaseId, SessionId
+from fallow.limits import SESSION_MESSAGE_BYTES_MAX
 from fallow.session import (
     SIGNED_COORDINATOR_MESSAGES,
     SIGNED_WORKER_MESSAGES,
@@ -222,10 +223,19 @@ _ENDS_THE_SESSION: Final = frozenset(
 
 
 async def read_message(context: Context) -> bytes | None:
-    """The next raw message; None when the peer has ended its side."""
+    """The next raw message; None when the peer has ended its side. Raises LIMIT_EXCEEDED."""
     raw = await context.read()
     # types-grpcio gives the end of a stream no type of its own.
-    return None if raw is grpc.aio.EOF else bytes(raw)
+    if raw is grpc.aio.EOF:
+        return None
+    if len(raw) > SESSION_MESSAGE_BYTES_MAX:
+        raise FallowError(
+            Reason.LIMIT_EXCEEDED,
+            f"a message of {len(raw)} bytes",
+            field="payload",
+            limit=f"{SESSION_MESSAGE_BYTES_MAX} bytes a message",
+        )
+    return bytes(raw)
 
 
 def check_sequence(request: pb.SessionRequest, *, last_sequence: int) -> None:
