@@ -127,6 +127,24 @@ def test_programs_that_take_few_indexes_are_tried_with_tame_rows() -> None:
     assert report.accepted, report.refusals
 
 
+def test_dependences_that_only_sample_rows_show_are_found() -> None:
+    """Rows above a thousand are compared with the largest of the batch; no synthetic row is as large."""
+    model = model_of(
+        [
+            helper.make_node("ReduceMax", ["x"], ["top"], keepdims=0),
+            helper.make_node("Max", ["top", "thousand"], ["bound"]),
+            helper.make_node("Add", ["x", "bound"], ["y"]),
+        ],
+        thousand=np.array(1000, np.float32),
+    )
+    manifest = tensor_manifest(model, **WIDE_OUT)
+    unseen = inspected(manifest, {PROGRAM_FILE: model}).report
+    assert not unseen.neighbour_dependent
+    sample = encoded(manifest, {"x": np.linspace(1500, 9000, 5 * FEATURES, dtype=np.float32).reshape(5, FEATURES)})
+    seen = inspected(manifest, {PROGRAM_FILE: model}, sample=sample).report
+    assert (seen.accepted, seen.neighbour_dependent, seen.canonical_batch_rows) == (True, True, 1)
+
+
 def test_sample_rows_stand_in_where_synthetic_ones_fail() -> None:
     model = onnx_model(
         [helper.make_node("Sub", ["x", "far"], ["a"]), helper.make_node("Gather", ["table", "a"], ["y"], axis=0)],

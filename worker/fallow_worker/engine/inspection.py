@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from statistics import median
 from typing import Any, Final, cast
 
@@ -106,7 +107,8 @@ class _Inspection:
         self._started = time.monotonic()
         self._operators: Counter[str] = Counter()
         self._rows: Callable[[int, int, float], Columns]
-        self._trials: list[Columns] = []
+        self._sources: list[Callable[[int, int, float], Columns]] = []
+        """Where tested rows come from: made from the schema, and the submitter's sample when there is one."""
 
     def report(self, progress: Callable[[int], None]) -> InspectionReport:
         refusals = self._examine()
@@ -187,6 +189,13 @@ class _Inspection:
     def _choose_rows(self, chain: Chain) -> None:
         """Finds synthetic rows that the program takes; the submitter's sample stands in when there are none."""
         manifest = self._message.manifest
+        sampled = self._sampled()
+
+        def cycled(count: int, seed: int, scale: float) -> Columns:
+            del scale
+            assert sampled is not None
+            return {name: _cycled(values, count, seed) for name, values in sampled.items()}
+
         failure = ""
         for top in INTEGER_TOPS:
 
@@ -201,14 +210,10 @@ class _Inspection:
                 failure = clipped_reason(str(error))
                 continue
             self._rows = rows
+            self._sources = [rows] if sampled is None else [rows, cycled]
             return
-        sampled = self._sampled()
         if sampled is None:
             raise _RefusedError(f"the program fails on every row made from its schema: {failure}; add sample rows")
-
-        def cycled(count: int, seed: int, scale: float) -> Columns:
-            del scale
-            return {name: _cycled(values, count, seed) for name, values in sampled.items()}
 
         try:
             chain.run_batch(cycled(chain.batch_rows, 0, 1.0))
@@ -217,6 +222,7 @@ class _Inspection:
         except Exception as error:  # the runtime's
             raise _RefusedError(f"the program fails on its own sample rows: {clipped_reason(str(error))}") from None
         self._rows = cycled
+        self._sources = [cycled]
 
     def _sampled(self) -> Columns | None:
         if self._sample is None:
@@ -275,8 +281,8 @@ class _Inspection:
             return False
         chain.batch_rows = batch
         zeros = chain.zero_rows(batch)
-        for trial, scale in enumerate(SCALES):
-            rows = self._rows(batch, SEED + trial, 1.0)
+        for source, (trial, scale) in product(self._sources, enumerate(SCALES)):
+            rows = source(batch, SEED + trial, 1.0)
             others = self._rows(batch, SEED + 100 + trial, scale)
             together = self._outputs(chain, rows)
             for slot in range(min(batch, TESTED_BATCH_ROWS)):
@@ -289,8 +295,8 @@ class _Inspection:
         """Whether a row's bits change with its place in the batch."""
         chain.batch_rows = batch
         zeros = chain.zero_rows(batch)
-        for trial in range(2):
-            rows = self._rows(batch, SEED + 200 + trial, 1.0)
+        for source, trial in product(self._sources, range(2)):
+            rows = source(batch, SEED + 200 + trial, 1.0)
             straight = self._outputs(chain, rows)
             backward = self._outputs(chain, {name: _reversed(values) for name, values in rows.items()})
             if straight != backward[::-1]:
@@ -303,7 +309,7 @@ class _Inspection:
     def _outputs(self, chain: Chain, rows: Columns) -> list[bytes]:
         """The output row bytes of a batch; what a failing batch gives is no row's bits."""
         try:
-            columns = chain.run_batch(rows)
+            columns = chain.run_batch(rows, wide=False)
         except FallowError:
             raise
         except Exception as error:  # the runtime's
