@@ -20,11 +20,11 @@ from fallow.identity import BLOBS_NAME, CONTROL_NAME, ENROLLMENT_NAME, PrivateKe
 from fallow.ids import AccountId
 from fallow.limits import CONTROL_MESSAGE_BYTES_MAX
 from fallow.roles import Role, Tier
-from fallow_coordinator.blobs.client import BlobPacker
 from fallow_coordinator.children import ChildCommand, Children
 from fallow_coordinator.core.answers import CertificateGranted
 from fallow_coordinator.core.commands import EnrollLocal, RenewCertificate, StartJournal
 from fallow_coordinator.engine import Engine, wall_clock_ms
+from fallow_coordinator.packing import BlobPacker
 from fallow_coordinator.service.admin import AdminService
 from fallow_coordinator.service.auth import Doorkeeper, caller_by_key
 from fallow_coordinator.service.authority import Authority

@@ -10,6 +10,7 @@ from typing import Final
 import grpc
 
 from fallow.errors import FallowError, Reason
+from fallow.identity import BLOBS_NAME, PrivateKey
 from fallow.ids import Digest
 from fallow.v1 import blob_pb2, blob_service_pb2
 from fallow.wire.chunks import CHUNK_MESSAGE_BYTES_MAX, PACK_METHOD
@@ -21,21 +22,44 @@ BACKOFF_MS_MIN: Final = 50
 BACKOFF_MS_MAX: Final = 5_000
 PACK_TIMEOUT_S: Final = 120.0
 
+_CHANNEL_OPTIONS: Final[list[tuple[str, str | int]]] = [
+    ("grpc.ssl_target_name_override", BLOBS_NAME),
+    ("grpc.max_send_message_length", CHUNK_MESSAGE_BYTES_MAX),
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+    ("grpc.use_local_subchannel_pool", 1),
+]
 _TRANSIENT_REASONS: Final = frozenset({Reason.OVERLOADED, Reason.COORDINATOR_UNREACHABLE, Reason.COORDINATOR_STOPPING})
 
 
-class BlobServicePacker:
+class BlobPacker:
     """Has blocks packed by the blob service, so that rows never pass through the coordinator's process."""
 
-    def __init__(self, channel: grpc.aio.Channel, *, chance: Callable[[], float] = random.random) -> None:
-        """`channel` is mTLS with the coordinator's own key; it stays the caller's."""
-        self._call = channel.unary_unary(
+    def __init__(
+        self,
+        endpoint: str,
+        authority_pem: bytes,
+        key: PrivateKey,
+        certificate_pem: bytes,
+        *,
+        chance: Callable[[], float] = random.random,
+    ) -> None:
+        """Dials `endpoint` on first use, showing the coordinator's own `key`: the blob service packs for no other."""
+        credentials = grpc.ssl_channel_credentials(authority_pem, key.pem, certificate_pem)
+        self._channel = grpc.aio.secure_channel(endpoint, credentials, _CHANNEL_OPTIONS)
+        self._call = self._channel.unary_unary(
             PACK_METHOD,
             request_serializer=blob_service_pb2.PackRequest.SerializeToString,
             response_deserializer=blob_service_pb2.PackResponse.FromString,
         )
         self._chance = chance
         self._at_once = asyncio.Semaphore(PACKS_AT_ONCE_MAX)
+
+    async def close(self) -> None:
+        """Cuts what is under way."""
+        await self._channel.close()
 
     async def pack(
         self, *, sources: Sequence[tuple[Digest, int]], spans: Sequence[tuple[int, int, int]], nonce: bytes

@@ -18,12 +18,13 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from fallow.channel import blob_channel
 from fallow.credentials import Credentials
-from fallow.identity import BLOBS_NAME, PrivateKey, load_certificate, write_private
+from fallow.identity import BLOBS_NAME, CONTROL_NAME, PrivateKey, load_certificate, write_private
 from fallow.ids import AccountId, PartyId, PoolId, digest_of
 from fallow.roles import Role
 from fallow.session import BlobReference, SignedBytes
 from fallow.wire.blob import BlobKind
 from fallow_coordinator.core.answers import CertificateGranted
+from fallow_coordinator.packing import BlobPacker
 from fallow_coordinator.service.authority import Authority
 from fallow_coordinator.service.grants import Grants, Holder
 
@@ -123,10 +124,6 @@ class BlobRig:
         der = self.authority.party_certificate(key.raw.public_key(), granted, datetime.datetime.now(datetime.UTC))
         return Party(name, AccountId(account), key, self._credentials(name, account, key, der))
 
-    def coordinator(self) -> Party:
-        """The coordinator itself: the key that signs grants."""
-        return self.party("coordinator", "operator", key=self.coordinator_key)
-
     def put_grant(self, party: Party, data: bytes, *, kind: BlobKind = BlobKind.OPAQUE) -> SignedBytes:
         return self.grants.put(reference_of(data), party.holder, now_ms=now_ms(), kind=kind)
 
@@ -137,6 +134,18 @@ class BlobRig:
     async def channel(self, party: Party) -> AsyncGenerator[grpc.aio.Channel, None]:
         async with blob_channel(self._at_this_address(party.credentials)) as channel:
             yield channel
+
+    @contextlib.asynccontextmanager
+    async def packer(self, key: PrivateKey) -> AsyncGenerator[BlobPacker, None]:
+        """A packer that shows `key`, in a certificate such as the coordinator's own."""
+        certificate = self.authority.server_certificate(
+            key.raw.public_key(), [CONTROL_NAME], datetime.datetime.now(datetime.UTC)
+        )
+        packer = BlobPacker(self.address, self.authority.certificate_pem, key, certificate)
+        try:
+            yield packer
+        finally:
+            await packer.close()
 
     def blob_files(self) -> list[Path]:
         return [path for path in (self.state / "blobs" / "blobs").rglob("*") if path.is_file()]

@@ -35,7 +35,6 @@ from fallow.wire.blob import (
 )
 from fallow.wire.chunks import PUT_METHOD, PutPart, encode_put_part
 from fallow.wire.errors import error_from_rpc
-from fallow_coordinator.packing import BlobServicePacker
 from integration.blob_rig import BlobRig, Party, now_ms, reference_of, until
 
 pytestmark = pytest.mark.processes
@@ -572,11 +571,10 @@ async def test_the_coordinator_packs_and_a_holder_reads(rig: BlobRig, party: Par
     blocks = [block_of(200, seed) for seed in (1, 2)]
     spans = [(0, 0, 50), (1, 100, 100), (0, 199, 1)]
     nonce = bytes(reversed(range(16)))
-    async with rig.channel(party) as channel, rig.channel(rig.coordinator()) as control:
+    async with rig.channel(party) as channel, rig.packer(rig.coordinator_key) as packer:
         client = BlobClient(channel)
         for data in blocks:
             await client.put(rig.put_grant(party, data, kind=BlobKind.ROW_BLOCK), data)
-        packer = BlobServicePacker(control)
         sources = [(digest_of(data), len(data)) for data in blocks]
         digest, length = await packer.pack(sources=sources, spans=spans, nonce=nonce)
         reference = BlobReference(Digest(digest), length)
@@ -588,9 +586,8 @@ async def test_the_coordinator_packs_and_a_holder_reads(rig: BlobRig, party: Par
 
 async def test_nobody_else_packs(rig: BlobRig, party: Party) -> None:
     data = block_of(10)
-    async with rig.channel(party) as channel:
+    async with rig.channel(party) as channel, rig.packer(party.key) as packer:
         await BlobClient(channel).put(rig.put_grant(party, data, kind=BlobKind.ROW_BLOCK), data)
-        packer = BlobServicePacker(channel)
         error = await refusal(packer.pack(sources=[(digest_of(data), len(data))], spans=[(0, 0, 1)], nonce=NONCE))
     assert error.reason is Reason.PERMISSION_DENIED
 
@@ -598,8 +595,8 @@ async def test_nobody_else_packs(rig: BlobRig, party: Party) -> None:
 async def test_wrong_packs_are_refused(rig: BlobRig, party: Party) -> None:
     data, opaque = block_of(10), some_bytes(500)
     known, unknown_blob = (digest_of(data), len(data)), (digest_of(b"absent"), 6)
-    async with rig.channel(party) as channel, rig.channel(rig.coordinator()) as control:
-        client, packer = BlobClient(channel), BlobServicePacker(control)
+    async with rig.channel(party) as channel, rig.packer(rig.coordinator_key) as packer:
+        client = BlobClient(channel)
         await client.put(rig.put_grant(party, data, kind=BlobKind.ROW_BLOCK), data)
         await client.put(rig.put_grant(party, opaque), opaque)
 
