@@ -314,7 +314,7 @@ class ScriptedCoordinator:
 
     def credentials(self, name: str = "worker", *, authority: TestAuthority | None = None) -> Credentials:
         """A worker that has joined; by another authority if one is given."""
-        folder = self._folder / name / "identity"
+        folder = self._folder / name
         key = key_of_folder(folder)
         self._worker_keys[key.fingerprint] = key
         credentials = Credentials(

@@ -398,6 +398,8 @@ def _with(world: World, held: Held) -> World:
 
 
 def _given_back(world: World, held: Held, cause: Cause, reason: str) -> World:
+    """Its fetch stops and its input goes at once, though the word may have to wait for a session."""
+    world = replace(world, forgotten=(*world.forgotten, held.lease_id))
     return _with_phase(world, held, GivenUp(LeaseReturned(held.lease_id, held.fence, cause, reason)))
 
 

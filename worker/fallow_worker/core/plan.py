@@ -236,7 +236,9 @@ def begun(world: World, action: Action, now_ms: int) -> World:
             assert isinstance(phase, UploadWaiting), "only what waits for it is uploaded"
             return _with_phase(world, lease_id, Uploading(phase.commitment, phase.grant, phase.attempts))
         case Forget(lease_id=lease_id):
-            return _without(replace(world, forgotten=tuple(i for i in world.forgotten if i != lease_id)), lease_id)
+            if lease_id in world.forgotten:
+                return replace(world, forgotten=tuple(other for other in world.forgotten if other != lease_id))
+            return _without(world, lease_id)
         case ReleaseExecutor():
             return replace(world, executor_warm=False)
         case Leave():
