@@ -27,7 +27,7 @@ assert set(_BY_EVENT) == set(get_args(Event)), "each event of the core has one k
 assert set(_BY_NAME) == set(pb.Event.DESCRIPTOR.fields_by_name), "each kind of the proto has one event"
 
 
-class EventUnreadable(Exception):  # noqa: N818  # named like WriterFenced and StorageFailed, beside which it is raised
+class EventUnreadable(Exception):  # named like WriterFenced and StorageFailed, beside which it is raised
     """Bytes of the journal that are no event this software knows: damaged, or written by a newer version."""
 
 

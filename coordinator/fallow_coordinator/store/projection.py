@@ -1,0 +1,305 @@
+"""What the views shall show, found by folding the journal: fresh rows of tables for whatever an event touched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from fallow.ids import AccountId, Digest, JobId, LeaseId, PartyId, PoolId, SessionId, TaskId, TokenId
+from fallow.job import JOB_STATES_FINAL, JobProgress, JobStatus, TaskResult
+from fallow.wire.job import result_to_message, status_to_message
+from fallow_coordinator.core import events as ev
+from fallow_coordinator.core.evolve import evolve
+from fallow_coordinator.core.state import Bundle, Job, State
+from fallow_coordinator.ports import Record
+
+Row = tuple[object, ...]
+"""Values in the order of the table's columns."""
+
+
+@dataclass(slots=True)
+class Changes:
+    """Rows to write, by table; a row replaces the one with the same key."""
+
+    rows: dict[str, list[Row]] = field(default_factory=dict[str, list[Row]])
+
+
+@dataclass(slots=True)
+class _Touched:
+    """What changed since the last look, in order of first touch."""
+
+    accounts: dict[AccountId, None] = field(default_factory=dict[AccountId, None])
+    pools: dict[PoolId, None] = field(default_factory=dict[PoolId, None])
+    tokens: dict[TokenId, None] = field(default_factory=dict[TokenId, None])
+    parties: dict[PartyId, None] = field(default_factory=dict[PartyId, None])
+    workers: dict[PartyId, None] = field(default_factory=dict[PartyId, None])
+    bundles: dict[Digest, None] = field(default_factory=dict[Digest, None])
+    jobs: dict[JobId, None] = field(default_factory=dict[JobId, None])
+    leaving: dict[JobId, Row] = field(default_factory=dict[JobId, Row])
+    """Last rows of jobs that left the state."""
+    results: list[Row] = field(default_factory=list[Row])
+
+
+class Projection:
+    """The state of a journal up to some record, and which rows of the views it changed since somebody last asked.
+
+    A row depends on the state alone and never on how many records were folded at once, so that rebuilt views are equal.
+    """
+
+    def __init__(self) -> None:
+        self.state = State()
+        self._touched = _Touched()
+
+    def pass_over(self, record: Record) -> None:
+        """Folds a record that the views have already."""
+        evolve(self.state, record.event, record.at_ms)
+
+    def fold(self, record: Record) -> None:
+        """Folds the next record and notes what it touches."""
+        event = record.event
+        self._before(event)
+        job_id = self._delivered_to(event)
+        evolve(self.state, event, record.at_ms)
+        self._after(event)
+        if job_id is not None:
+            job = self.state.jobs[job_id]
+            assert isinstance(event, ev.TaskSettled | ev.TaskAbandoned)
+            rows_failed = event.rows_failed if isinstance(event, ev.TaskSettled) else event.rows
+            self._touched.results.append(_result_row(job, job.results[-1], rows_failed))
+
+    def take_changes(self) -> Changes:
+        """Rows for everything touched since the last call, as it stands now."""
+        state, touched = self.state, self._touched
+        self._touched = _Touched()
+        tables: dict[str, list[Row]] = {
+            "accounts": [(account_id, state.accounts[account_id].name) for account_id in touched.accounts],
+            "pools": [_pool_row(state, pool_id) for pool_id in touched.pools],
+            "tokens": [_token_row(state, token_id) for token_id in touched.tokens],
+            "parties": [_party_row(state, party_id) for party_id in touched.parties],
+            "workers": [_worker_row(state, worker_id) for worker_id in touched.workers],
+            "bundles": [row for digest in touched.bundles for row in _bundle_rows(state.bundles[digest])],
+            "jobs": [*touched.leaving.values(), *(_job_row(state.jobs[job_id]) for job_id in touched.jobs)],
+            "results": touched.results,
+        }
+        return Changes({table: rows for table, rows in tables.items() if rows})
+
+    # --------------------------------------------------------------------------------------------- what is touched
+
+    def _before(self, event: ev.Event) -> None:
+        """Notes what can only be found while the event has not happened yet."""
+        match event:
+            case ev.SessionClosed():
+                self._touch_session(event.session_id)
+            case ev.Restarted():
+                for session_id in self.state.sessions:
+                    self._touch_session(session_id)
+            case ev.TaskSettled():
+                self._touch_lease(event.lease_id)
+                self._touched.workers[self.state.leases[event.lease_id].worker_id] = None
+            case ev.LeaseEnded():
+                self._touch_lease(event.lease_id)
+            case ev.TaskAbandoned():
+                self._touch_task(event.task_id)
+            case ev.JobArchived():
+                self._touched.jobs.pop(event.job_id, None)
+                self._touched.leaving[event.job_id] = _job_row(self.state.jobs[event.job_id])
+            case _:
+                pass
+
+    def _after(self, event: ev.Event) -> None:
+        touched = self._touched
+        match event:
+            case ev.LeaseGranted():
+                self._touch_task(event.task_id)
+            case ev.JobSubmitted() | ev.JobStateChanged():
+                touched.jobs[event.job_id] = None
+            case ev.AccountCreated():
+                touched.accounts[event.account_id] = None
+            case ev.PoolCreated():
+                touched.pools[event.pool_id] = None
+            case ev.TokenIssued() | ev.TokenRevoked():
+                touched.tokens[event.token_id] = None
+            case ev.PartyEnrolled():
+                touched.parties[event.party_id] = None
+                if event.token_id is not None:
+                    touched.tokens[event.token_id] = None
+                if event.party_id in self.state.workers:
+                    touched.workers[event.party_id] = None
+            case ev.CertificateIssued() | ev.PartyRevoked():
+                touched.parties[event.party_id] = None
+            case ev.WorkerQuarantined() | ev.WorkerReleased() | ev.SessionOpened():
+                touched.workers[event.worker_id] = None
+            case ev.CapabilityReported():
+                self._touch_session(event.session_id)
+            case ev.BundleRegistered() | ev.BundleInspected() | ev.BundleHeld():
+                touched.bundles[event.bundle_digest] = None
+            case _:
+                pass
+
+    def _touch_session(self, session_id: SessionId) -> None:
+        worker_id = self.state.sessions.get(session_id)
+        if worker_id is not None:
+            self._touched.workers[worker_id] = None
+
+    def _touch_lease(self, lease_id: LeaseId) -> None:
+        self._touch_task(self.state.leases[lease_id].task_id)
+
+    def _touch_task(self, task_id: TaskId) -> None:
+        task = self.state.tasks[task_id]
+        if task.job_id is not None:
+            self._touched.jobs[task.job_id] = None
+        else:
+            self._touched.bundles[task.bundle_digest] = None
+
+    def _delivered_to(self, event: ev.Event) -> JobId | None:
+        """The job that gets a result by this event, which has not happened yet."""
+        if isinstance(event, ev.TaskSettled | ev.TaskAbandoned):
+            return self.state.tasks[event.task_id].job_id
+        return None
+
+
+def _pool_row(state: State, pool_id: PoolId) -> Row:
+    pool = state.pools[pool_id]
+    return (pool.pool_id, pool.account_id, pool.name, pool.mode, pool.policy)
+
+
+def _token_row(state: State, token_id: TokenId) -> Row:
+    token = state.tokens[token_id]
+    return (
+        token.token_id,
+        token.account_id,
+        token.pool_id,
+        token.role.value,
+        token.tier.value if token.tier is not None else None,
+        token.uses_max,
+        token.uses,
+        token.expires_at_ms,
+        token.revoked,
+        " ".join(token.tags),
+    )
+
+
+def _party_row(state: State, party_id: PartyId) -> Row:
+    party = state.parties[party_id]
+    return (
+        party.party_id,
+        party.account_id,
+        party.pool_id,
+        party.role.value,
+        party.tier.value if party.tier is not None else None,
+        party.name,
+        party.token_id,
+        party.key_fingerprint,
+        party.enrolled_at_ms,
+        party.not_after_ms,
+        party.revoked,
+        party.revoked_reason,
+    )
+
+
+def _worker_row(state: State, worker_id: PartyId) -> Row:
+    worker = state.workers[worker_id]
+    return (
+        worker.worker_id,
+        worker.account_id,
+        worker.pool_id,
+        worker.tier.value,
+        worker.session_id is not None,
+        worker.sessions,
+        worker.window,
+        worker.quarantined,
+        worker.quarantine_reason,
+        worker.rows_settled,
+        worker.tasks_settled,
+    )
+
+
+def _bundle_rows(bundle: Bundle) -> list[Row]:
+    """One row for each account that owns it."""
+    report = bundle.report
+    if bundle.held_reason:
+        standing, reason = "held", bundle.held_reason
+    elif report is None:
+        standing, reason = "waiting", bundle.obstacle
+    elif report.accepted:
+        standing, reason = "accepted", ""
+    else:
+        standing, reason = "refused", "; ".join(report.refusals)
+    batch_rows = report.canonical_batch_rows if report is not None else 0
+    return [(account_id, bundle.bundle_digest, standing, reason, batch_rows) for account_id in bundle.owners]
+
+
+def _job_row(job: Job) -> Row:
+    status = status_of(job)
+    return (
+        job.job_id,
+        job.account_id,
+        job.pool_id,
+        job.party_id,
+        job.bundle_digest,
+        job.title,
+        job.data_class.value,
+        job.state.value,
+        job.reason,
+        job.reason_code,
+        job.policy,
+        job.microcredits,
+        job.submitted_at_ms,
+        job.finished_at_ms,
+        job.rows,
+        len(job.done),
+        job.rows_failed,
+        job.tasks_settled,
+        len(job.results),
+        status_to_message(status).SerializeToString(deterministic=True),
+    )
+
+
+def status_of(job: Job) -> JobStatus:
+    """The job as the views tell it: what its own events say, not why it waits just now.
+
+    `progress.workers` counts those who delivered a result, once the job is finished. `output_schema` is empty: the
+    service takes it from the bundle's manifest.
+    """
+    finished = job.state in JOB_STATES_FINAL
+    return JobStatus(
+        job_id=job.job_id,
+        account_id=job.account_id,
+        pool_id=job.pool_id,
+        state=job.state,
+        reason=job.reason,
+        reason_code=job.reason_code,
+        bundle_digest=job.bundle_digest,
+        title=job.title,
+        data_class=job.data_class.value,
+        policy=job.policy,
+        price_microcredits=job.price_microcredits,
+        submitted_at_ms=job.submitted_at_ms,
+        finished_at_ms=job.finished_at_ms,
+        output_schema=b"",
+        kept=job.kept,
+        results=len(job.results),
+        progress=JobProgress(
+            rows_total=job.rows,
+            rows_done=len(job.done),
+            rows_failed=job.rows_failed,
+            rows_leased=job.rows_leased,
+            tasks_settled=job.tasks_settled,
+            workers=len({result.worker_id for result in job.results if result.worker_id}) if finished else 0,
+        ),
+    )
+
+
+def _result_row(job: Job, result: TaskResult, rows_failed: int) -> Row:
+    return (
+        job.job_id,
+        result.cursor,
+        job.account_id,
+        result.worker_id,
+        result.node,
+        sum(span.rows for span in result.spans),
+        rows_failed,
+        result.output.digest if result.output is not None else None,
+        result.output.length_bytes if result.output is not None else 0,
+        result.status,
+        result_to_message(result, b"").SerializeToString(deterministic=True),
+    )
