@@ -34,7 +34,7 @@ class FolderSource:
     """
 
     def __init__(self, folder: str | Path, *, include_path: bool = True, exclude: Sequence[str] = ()) -> None:
-        """Files under `folder`, not those below folders called as `exclude`. Raises FIELD_INVALID when it is no folder."""
+        """All files under `folder` but those below a folder called as in `exclude`. Raises FIELD_INVALID."""
         self._folder = Path(folder)
         self._include_path = include_path
         self._exclude = frozenset(exclude)
