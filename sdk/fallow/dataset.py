@@ -26,7 +26,7 @@ from fallow.sources.port import Source, SourceBatch, SourceRequest, UnreadRow
 
 BLOCK_BYTES_TARGET = 8 * MIB
 FAILURE_COLUMN: Final = "fallow.failure"
-"""In the file of kept columns: null for submitted rows, which come first in job order; then the reason for each row that
+"""In the file of kept columns: null for submitted rows, which come first in job order; then the reasons of those that
 could not be read."""
 _ZERO_NONCE = bytes(NONCE_BYTES)
 

@@ -1,49 +1,27 @@
-"""Uploads and downloads of the caller's own blobs, resumed where they broke off."""
+"""Uploads and downloads of the caller's own blobs: what the account lacks, under grants that are renewed."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypeVar
 
-import grpc
-
+from fallow.blob_client import BlobClient
 from fallow.bundle_file import FileSource
 from fallow.client.connection import CALL_TIMEOUT_S, Connection
 from fallow.errors import FallowError, Reason
-from fallow.ids import Digest, digest_of
-from fallow.limits import BLOB_CHUNK_BYTES, GRANTS_PER_REQUEST_MAX
+from fallow.limits import GRANTS_PER_REQUEST_MAX
 from fallow.session import BlobReference, SignedBytes
-from fallow.v1 import blob_service_pb2, job_service_pb2
-from fallow.wire.blob import (
-    BLOB_KINDS,
-    BlobKind,
-    grant_from_message,
-    grant_to_message,
-    receipt_from_message,
-    receipt_to_message,
-    reference_to_message,
-)
-from fallow.wire.chunks import (
-    GET_METHOD,
-    GET_UPLOAD_METHOD,
-    PUT_METHOD,
-    PutPart,
-    decode_get_part,
-    encode_put_part,
-)
-from fallow.wire.errors import error_from_rpc
+from fallow.v1 import job_service_pb2
+from fallow.wire.blob import BLOB_KINDS, BlobKind, grant_from_message, receipt_to_message, reference_to_message
 
 Result = TypeVar("Result")
 
 UPLOADS_AT_ONCE: Final = 4
 GRANTS_RENEWED_MAX: Final = 5
-"""How often one transfer may ask for a new grant: grants live for minutes, and only their start is checked."""
-_RESTARTS: Final = frozenset({Reason.OFFSET_MISMATCH})
-_REGRANTS: Final = frozenset({Reason.GRANT_EXPIRED})
+"""How often one transfer may ask for a new grant."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,52 +58,55 @@ class BlobTransfers:
 
     async def download(self, blob: BlobReference) -> bytes:
         """The content of a blob, checked against its digest. Raises BLOB_UNKNOWN, DIGEST_MISMATCH."""
-        content = bytearray()
-        async for chunk in self.chunks(blob):
-            content += chunk
-        data = bytes(content)
-        if digest_of(data) != blob.digest:
-            raise FallowError(
-                Reason.DIGEST_MISMATCH, f"blob {blob.digest.hex()[:16]}… came with other content", field="blob"
-            )
-        return data
+        return await self._persist(
+            lambda client, grant: client.get(grant, blob), lambda: self._download_grant(blob), None
+        )
 
-    async def chunks(self, blob: BlobReference) -> AsyncIterator[memoryview]:
-        """The content of a blob in order, resumed when the stream breaks; the caller checks the digest."""
-        backoff = self._connection.backoff()
-        offset = regrants = 0
-        grant = await self._download_grant(blob.digest)
-        while offset < blob.length_bytes:
-            await self._connection.keep_fresh()
-            request = blob_service_pb2.GetRequest(grant=grant_to_message(grant), offset_bytes=offset)
-            get = self._connection.blobs.unary_stream(
-                GET_METHOD,
-                request_serializer=blob_service_pb2.GetRequest.SerializeToString,
-                response_deserializer=decode_get_part,
-            )
-            call = get(request)
+    async def download_to(self, blob: BlobReference, path: Path) -> None:
+        """As `download`, into a file that appears whole or not at all."""
+        await self._persist(
+            lambda client, grant: client.get_to_file(grant, blob, path), lambda: self._download_grant(blob), None
+        )
+
+    async def _put(self, upload: Upload, grant: SignedBytes) -> SignedBytes | None:
+        """The receipt of a finished upload; None when somebody of the account was faster."""
+
+        async def renewed() -> SignedBytes:
+            (fresh,) = await self._upload_grants([upload])
+            if fresh is None:
+                raise _AlreadyThereError
+            return fresh
+
+        async with self._slots:
             try:
-                async for chunk in call:
-                    backoff.succeeded()
-                    offset += len(chunk)
-                    yield chunk
-                if offset < blob.length_bytes:
-                    raise FallowError(
-                        Reason.DIGEST_MISMATCH,
-                        f"blob {blob.digest.hex()[:16]}… ended after {offset} bytes",
-                        limit=f"{blob.length_bytes} bytes",
-                    )
-            except grpc.aio.AioRpcError as failure:
-                if error_from_rpc(failure).reason in _REGRANTS and regrants < GRANTS_RENEWED_MAX:
-                    regrants += 1
-                    grant = await self._download_grant(blob.digest)
-                else:
-                    await self._connection.recover(failure, backoff)
-            finally:
-                call.cancel()
+                return await self._persist(lambda client, held: client.put(held, upload.source), renewed, grant)
+            except _AlreadyThereError:
+                return None
 
-    async def _download_grant(self, digest: Digest) -> SignedBytes:
-        request = job_service_pb2.GrantDownloadsRequest(digests=[digest])
+    async def _persist(
+        self,
+        attempt: Callable[[BlobClient, SignedBytes], Awaitable[Result]],
+        ask: Callable[[], Awaitable[SignedBytes]],
+        grant: SignedBytes | None,
+    ) -> Result:
+        """The result of a transfer, repeated while the service is away, with new grants as they expire."""
+        backoff = self._connection.backoff()
+        renewals = 0
+        while True:
+            await self._connection.keep_fresh()
+            if grant is None:
+                grant = await ask()
+            try:
+                return await attempt(BlobClient(self._connection.blobs), grant)
+            except FallowError as error:
+                if error.reason is Reason.GRANT_EXPIRED and renewals < GRANTS_RENEWED_MAX:
+                    renewals += 1
+                    grant = None
+                else:
+                    await self._connection.recover_from(error, backoff)
+
+    async def _download_grant(self, blob: BlobReference) -> SignedBytes:
+        request = job_service_pb2.GrantDownloadsRequest(digests=[blob.digest])
         answer = await self._connection.call(lambda jobs: jobs.GrantDownloads(request, timeout=CALL_TIMEOUT_S))
         return grant_from_message(answer.grants[0])
 
@@ -140,75 +121,9 @@ class BlobTransfers:
         answer = await self._connection.call(lambda jobs: jobs.GrantUploads(request, timeout=CALL_TIMEOUT_S))
         return [None if granted.have else grant_from_message(granted.grant) for granted in answer.uploads]
 
-    async def _put(self, upload: Upload, grant: SignedBytes) -> SignedBytes | None:
-        """The receipt of a finished upload; None when somebody of the account was faster."""
-        backoff = self._connection.backoff()
-        regrants = restarts = 0
-        resume = False
-        async with self._slots:
-            while True:
-                await self._connection.keep_fresh()
-                try:
-                    offset = 0
-                    if resume:
-                        offset, receipt = await self._standing(grant)
-                        if receipt is not None:
-                            return receipt
-                    return await self._put_once(upload, grant, offset)
-                except grpc.aio.AioRpcError as failure:
-                    resume = True
-                    reason = error_from_rpc(failure).reason
-                    if reason in _RESTARTS and restarts < GRANTS_RENEWED_MAX:
-                        restarts += 1
-                    elif reason in _REGRANTS and regrants < GRANTS_RENEWED_MAX:
-                        regrants += 1
-                        (renewed,) = await self._upload_grants([upload])
-                        if renewed is None:
-                            return None
-                        grant = renewed
-                    else:
-                        await self._connection.recover(failure, backoff)
 
-    async def _standing(self, grant: SignedBytes) -> tuple[int, SignedBytes | None]:
-        """(where an upload goes on, its receipt when it is complete)."""
-        ask = self._connection.blobs.unary_unary(
-            GET_UPLOAD_METHOD,
-            request_serializer=blob_service_pb2.GetUploadRequest.SerializeToString,
-            response_deserializer=blob_service_pb2.GetUploadResponse.FromString,
-        )
-        answer = await ask(blob_service_pb2.GetUploadRequest(grant=grant_to_message(grant)), timeout=CALL_TIMEOUT_S)
-        return answer.offset_bytes, receipt_from_message(answer.receipt) if answer.HasField("receipt") else None
-
-    async def _put_once(self, upload: Upload, grant: SignedBytes, offset: int) -> SignedBytes:
-        put = self._connection.blobs.stream_unary(
-            PUT_METHOD,
-            request_serializer=encode_put_part,
-            response_deserializer=blob_service_pb2.PutResponse.FromString,
-        )
-        answer = await put(_parts(upload.source, grant, offset))
-        return receipt_from_message(answer.receipt)
-
-
-async def _parts(source: FileSource, grant: SignedBytes, offset: int) -> AsyncIterator[PutPart]:
-    first = True
-    async for chunk in _chunks_of(source, offset):
-        yield PutPart(chunk, grant, offset) if first else PutPart(chunk)
-        first = False
-    if first:
-        yield PutPart(b"", grant, offset)
-
-
-async def _chunks_of(source: FileSource, offset: int) -> AsyncIterator[memoryview]:
-    if isinstance(source, bytes):
-        view = memoryview(source)
-        for start in range(offset, len(view), BLOB_CHUNK_BYTES):
-            yield view[start : start + BLOB_CHUNK_BYTES]
-        return
-    file = await asyncio.to_thread(Path(source).open, "rb")
-    with contextlib.closing(file):
-        file.seek(offset)
-        while chunk := await asyncio.to_thread(file.read, BLOB_CHUNK_BYTES):
-            yield memoryview(chunk)
+class _AlreadyThereError(Exception):
+    """Somebody of the account has uploaded the blob meanwhile."""
 
 
 async def _all(work: Iterable[Coroutine[object, object, Result]]) -> list[Result]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 import grpc
 
 from fallow.channel import blob_channel, control_channel
-from fallow.client.retry import PATIENCE_S, Backoff
+from fallow.client.retry import PATIENCE_S, TRANSIENT_REASONS, Backoff, is_transient
 from fallow.credentials import Credentials
 from fallow.enrollment import renew
 from fallow.errors import FallowError, Reason
@@ -90,12 +90,23 @@ class Connection:
 
     async def recover(self, failure: grpc.aio.AioRpcError, backoff: Backoff) -> None:
         """Makes the failed call worth repeating, after a pause, or raises what the failure means."""
-        if error_from_rpc(failure).reason is Reason.CERTIFICATE_EXPIRED and not backoff.renewed:
+        error = error_from_rpc(failure)
+        if is_transient(failure):
+            await backoff.pause(error)
+            await self._follow()
+        else:
+            await self.recover_from(error, backoff)
+
+    async def recover_from(self, error: FallowError, backoff: Backoff) -> None:
+        """As `recover`, for a failure that is understood already."""
+        if error.reason is Reason.CERTIFICATE_EXPIRED and not backoff.renewed:
             backoff.renewed = True
             self._renew_at_ms = 0
-            return
-        await backoff.failed(failure)
-        await self._follow()
+        elif error.reason in TRANSIENT_REASONS:
+            await backoff.pause(error)
+            await self._follow()
+        else:
+            raise error
 
     async def close(self) -> None:
         """Ends all calls."""

@@ -246,9 +246,7 @@ class AsyncJob:
         assert status.kept is not None, "a job keeps its kept columns"
         with tempfile.TemporaryDirectory(prefix="fallow-kept-") as folder:
             path = Path(folder) / "kept.arrow"
-            with path.open("wb") as file:
-                async for chunk in self._transfers.chunks(status.kept):
-                    file.write(chunk)
+            await self._transfers.download_to(status.kept, path)
             # The mapping outlives the file's name.
             self._kept = KeptColumns(path)
         return self._kept

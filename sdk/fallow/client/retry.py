@@ -19,7 +19,7 @@ BACKOFF_S_MAX: Final = 5.0
 PATIENCE_S: Final = 300.0
 """How long the coordinator may be away before a call gives up."""
 
-_TRANSIENT_REASONS: Final = frozenset({Reason.COORDINATOR_STOPPING, Reason.OVERLOADED, Reason.COORDINATOR_UNREACHABLE})
+TRANSIENT_REASONS: Final = frozenset({Reason.COORDINATOR_STOPPING, Reason.OVERLOADED, Reason.COORDINATOR_UNREACHABLE})
 _TRANSIENT_STATUSES: Final = frozenset(
     {
         grpc.StatusCode.UNAVAILABLE,
@@ -38,7 +38,7 @@ def is_transient(failure: grpc.aio.AioRpcError) -> bool:
     """Whether the same call may well succeed later, nothing being wrong with it."""
     for key, _ in failure.trailing_metadata() or ():
         if key == ERROR_METADATA_KEY:
-            return error_from_rpc(failure).reason in _TRANSIENT_REASONS
+            return error_from_rpc(failure).reason in TRANSIENT_REASONS
     return failure.code() in _TRANSIENT_STATUSES
 
 
@@ -58,13 +58,6 @@ class Backoff:
         self._failing_since = None
         self._delay_s = BACKOFF_S_MIN
         self.renewed = False
-
-    async def failed(self, failure: grpc.aio.AioRpcError) -> None:
-        """Waits a little, or raises what the failure means when it will not pass or patience is over."""
-        error = error_from_rpc(failure)
-        if not is_transient(failure):
-            raise error from None
-        await self.pause(error)
 
     async def pause(self, error: FallowError) -> None:
         """Waits a little on account of `error`, or raises it when patience is over."""

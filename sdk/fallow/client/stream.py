@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import IO, Final
+from typing import IO, Any, Final
 
 import grpc
 
@@ -61,7 +61,7 @@ async def watch(
                     continue
                 status = status_from_message(message.status)
                 yield status
-                if status.state in JOB_STATES_FINAL:
+                if status.state in JOB_STATES_FINAL and (status_only or cursor >= status.results):
                     return
             await backoff.pause(
                 FallowError(Reason.COORDINATOR_UNREACHABLE, f"the watch of job {job_id} ended before the job did")
@@ -159,7 +159,7 @@ async def rows_as_they_come(
         finally:
             await queue.put(None)
 
-    fetching = asyncio.ensure_future(fetch())
+    fetching: asyncio.Future[Any] = asyncio.ensure_future(fetch())
     try:
         while (task := await queue.get()) is not None:
             rows = await task
@@ -167,11 +167,14 @@ async def rows_as_they_come(
             outputs.done_with(rows.result)
         await fetching
     finally:
+        left: list[asyncio.Future[Any]] = [fetching]
         fetching.cancel()
         while not queue.empty():
-            left = queue.get_nowait()
-            if left is not None:
-                left.cancel()
+            task = queue.get_nowait()
+            if task is not None:
+                task.cancel()
+                left.append(task)
+        await asyncio.gather(*left, return_exceptions=True)
 
 
 async def rows_in_order(
@@ -223,6 +226,7 @@ async def spans_in_order(spans: list[tuple[RowSpan, TaskResult]], outputs: Outpu
     finally:
         for task in ahead.values():
             task.cancel()
+        await asyncio.gather(*ahead.values(), return_exceptions=True)
 
 
 async def _results_of(
