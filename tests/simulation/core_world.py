@@ -89,8 +89,8 @@ class World:
     effects: list[f.Effect] = field(default_factory=list[f.Effect])
     now_ms: int = START_MS
     draws: int = 0
-    account_id: AccountId = field(default=AccountId(""))  # noqa: RUF009
-    client_id: PartyId = field(default=PartyId(""))  # noqa: RUF009
+    account_id: AccountId = field(default=AccountId(""))
+    client_id: PartyId = field(default=PartyId(""))
     bundle_digest: Digest = field(default_factory=lambda: digest("bundle"))
     checks: Callable[[State], None] = invariants.check
 
@@ -393,9 +393,6 @@ def of_kind(effects: tuple[f.Effect, ...], kind: type[EffectT]) -> list[EffectT]
 
 
 __all__ = [
-    "LeaseId",
-    "PoolId",
-    "SessionId",
     "World",
     "blob",
     "capability",

@@ -123,17 +123,19 @@ def _check_window(window: int) -> None:
 
 
 def _check_token(worker: Worker, command: c.OpenSession) -> None:
-    """Lets in who holds the newest token, or the one shown to get it: a Welcome may be lost with its stream."""
+    """While a session is open, lets in only who holds its token, or the one shown to get it (a Welcome may be lost).
+
+    While none is open everybody with the key may come: an honest worker may have lost its token with its memory, or hold
+    that of a stream whose Hello was overtaken, and a stranger with a copied key could say it has none as well.
+    """
+    if worker.session_id is None:
+        return
     presented = command.resume_token_digest
     if presented is not None and presented in (worker.resume_token_digest, worker.presented_token_digest):
         return
-    if worker.session_id is None and presented is None:
-        return
     raise FallowError(
         Reason.KEY_IN_USE,
-        "another machine uses this key: the session it holds was not opened with the token shown"
-        if worker.session_id is not None
-        else "the token shown is not this worker's last one: another machine has used this key since",
+        "another machine uses this key: its open session was not opened with the token shown",
         field="resume_token",
         hint="if this is a copy of another worker's folder, join with a fresh one; else wait a minute and try again",
     )

@@ -1,0 +1,203 @@
+"""An observer that knows only durable events: judges them by the promises alone, without the core's help."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from fallow.ids import Digest, JobId, LeaseId, PartyId, SessionId, TaskId
+from fallow.job import JOB_STATES_FINAL, JobState
+from fallow_coordinator.core import events as e
+from simulation.virtual_time import SimulationError
+
+IDEMPOTENCY_MS = 24 * 3_600_000
+AWAY_MS_MAX = 35_000
+"""The longest grace and some ticks."""
+
+
+@dataclass
+class SeenJob:
+    """What the journal says of a job."""
+
+    rows: int
+    state: JobState = JobState.PENDING
+    delivered: dict[int, tuple[Digest | None, int]] = field(default_factory=dict[int, tuple[Digest | None, int]])
+    """Position → (output block, row in it); no block for rows given up."""
+    cursor: int = 0
+
+
+@dataclass
+class SeenLease:
+    """What the journal says of a live lease."""
+
+    task_id: TaskId
+    worker_id: PartyId
+    session_id: SessionId
+    deadline_ms: int
+    output: Digest | None = None
+
+
+def _must(holds: bool, what: str) -> None:
+    if not holds:
+        raise SimulationError(what)
+
+
+@dataclass
+class Oracle:
+    """Folds durable records; raises SimulationError at the first broken promise."""
+
+    at_ms: int = 0
+    sequence: int = 0
+    jobs: dict[JobId, SeenJob] = field(default_factory=dict[JobId, SeenJob])
+    spans: dict[TaskId, tuple[JobId | None, tuple[tuple[int, int], ...]]] = field(
+        default_factory=dict[TaskId, tuple[JobId | None, tuple[tuple[int, int], ...]]]
+    )
+    fences: dict[TaskId, int] = field(default_factory=dict[TaskId, int])
+    packs: dict[TaskId, int] = field(default_factory=dict[TaskId, int])
+    packed: dict[TaskId, int] = field(default_factory=dict[TaskId, int])
+    over: set[TaskId] = field(default_factory=set[TaskId])
+    leases: dict[LeaseId, SeenLease] = field(default_factory=dict[LeaseId, SeenLease])
+    settled: set[LeaseId] = field(default_factory=set[LeaseId])
+    sessions: dict[SessionId, PartyId] = field(default_factory=dict[SessionId, PartyId])
+    windows: dict[PartyId, int] = field(default_factory=dict[PartyId, int])
+    keys: dict[tuple[str, bytes], int] = field(default_factory=dict[tuple[str, bytes], int])
+    cut: dict[JobId, int] = field(default_factory=dict[JobId, int])
+    ended_at: dict[JobId, int] = field(default_factory=dict[JobId, int])
+    """Sequence of each job's end."""
+    dead_sessions: set[SessionId] = field(default_factory=set[SessionId])
+    """Sessions of coordinators that are no more."""
+    away_since_ms: dict[PartyId, int] = field(default_factory=dict[PartyId, int])
+    lied: set[LeaseId] = field(default_factory=set[LeaseId])
+    """Leases whose worker delivered something else than it had committed to."""
+
+    def new_life(self) -> None:
+        """A fresh coordinator starts: the streams of the old one are gone."""
+        self.dead_sessions.update(self.sessions)
+
+    def see(self, at_ms: int, event: e.Event) -> None:  # noqa: C901 one arm for each event
+        """The next durable record."""
+        _must(at_ms >= self.at_ms, "the journal's clock went back")
+        self.at_ms = at_ms
+        self.sequence += 1
+        match event:
+            case e.JobSubmitted():
+                key = (event.account_id, event.idempotency_key)
+                last = self.keys.get(key)
+                _must(last is None or at_ms - last >= IDEMPOTENCY_MS, "one idempotency key made two jobs")
+                self.keys[key] = at_ms
+                self.jobs[event.job_id] = SeenJob(event.rows)
+                self.cut[event.job_id] = 0
+            case e.JobStateChanged():
+                self._move(event)
+            case e.TaskCreated():
+                self._create(event)
+            case e.PackRequested():
+                _must(event.pack_number == self.packs.get(event.task_id, 0) + 1, "packings are not counted one by one")
+                self.packs[event.task_id] = event.pack_number
+            case e.TaskInputPacked():
+                _must(event.pack_number == self.packs[event.task_id], "an old packing was taken")
+                _must(self.packed.get(event.task_id, 0) < event.pack_number, "one packing was taken twice")
+                self.packed[event.task_id] = event.pack_number
+            case e.SessionOpened():
+                _must(event.worker_id not in self.sessions.values(), "a worker has two sessions")
+                self.sessions[event.session_id] = event.worker_id
+                self.windows[event.worker_id] = event.window
+                self.away_since_ms.pop(event.worker_id, None)
+                for lease_id in event.kept:
+                    self.leases[lease_id].session_id = event.session_id
+            case e.SessionClosed():
+                self.away_since_ms[self.sessions.pop(event.session_id)] = at_ms
+            case e.CapabilityReported():
+                self.windows[self.sessions[event.session_id]] = event.window
+            case e.Restarted():
+                self.away_since_ms = dict.fromkeys([*self.sessions.values(), *self.away_since_ms], at_ms)
+                self.sessions.clear()
+                for lease in self.leases.values():
+                    lease.deadline_ms += event.down_time_ms
+            case e.LeaseGranted():
+                self._grant(event)
+            case e.LeaseEnded():
+                self._end(event, at_ms)
+            case e.CommitmentRecorded():
+                _must(event.lease_id in self.leases, "a lease that is over committed")
+                _must(self.leases[event.lease_id].output is None, "a lease committed twice")
+                self.leases[event.lease_id].output = event.output.digest
+            case e.TaskSettled():
+                self._settle(event)
+            case e.TaskAbandoned():
+                _must(not event.reason.startswith("lost "), "a task was lost so often that it was given up")
+                self._finish_task(event.task_id)
+                job_id, spans = self.spans[event.task_id]
+                if job_id is not None:
+                    self._deliver(job_id, spans, event.cursor, None)
+            case e.TaskDropped():
+                self._finish_task(event.task_id)
+            case _:
+                pass
+
+    def _move(self, event: e.JobStateChanged) -> None:
+        job = self.jobs[event.job_id]
+        _must(job.state not in JOB_STATES_FINAL, "a finished job moved")
+        job.state = event.state
+        if event.state in JOB_STATES_FINAL:
+            self.ended_at[event.job_id] = self.sequence
+        if event.state is JobState.SUCCEEDED:
+            _must(len(job.delivered) == job.rows, "a job succeeded without all of its rows")
+
+    def _create(self, event: e.TaskCreated) -> None:
+        self.spans[event.task_id] = (event.job_id, event.spans)
+        if event.job_id is not None:
+            for start, end in event.spans:
+                _must(start == self.cut[event.job_id] < end, "rows were cut twice or passed over")
+                self.cut[event.job_id] = end
+
+    def _grant(self, event: e.LeaseGranted) -> None:
+        _must(event.task_id not in self.over, "a task that is over was leased")
+        _must(event.fence > self.fences.get(event.task_id, 0), "a fence did not grow")
+        _must(self.sessions.get(event.session_id) == event.worker_id, "a lease went to a closed session")
+        _must(event.session_id not in self.dead_sessions, "a lease went to a stream of a coordinator that is no more")
+        job_id, _ = self.spans[event.task_id]
+        if job_id is not None:
+            packed = self.packed.get(event.task_id, 0)
+            _must(packed > 0 and packed == self.packs[event.task_id], "a lease carries no fresh packing")
+        self.fences[event.task_id] = event.fence
+        live = [lease for lease in self.leases.values() if lease.task_id == event.task_id]
+        _must(not live, "two live leases of one task")
+        self.leases[event.lease_id] = SeenLease(event.task_id, event.worker_id, event.session_id, event.deadline_ms)
+        held = sum(lease.worker_id == event.worker_id for lease in self.leases.values())
+        _must(held <= self.windows[event.worker_id], "a worker holds more leases than its window")
+
+    def _end(self, event: e.LeaseEnded, at_ms: int) -> None:
+        lease = self.leases.pop(event.lease_id, None)
+        _must(lease is not None, "a lease ended twice")
+        if lease is not None and event.outcome is e.LeaseOutcome.EXPIRED:
+            _must(at_ms >= lease.deadline_ms, "a lease expired before its deadline")
+            away_ms = at_ms - self.away_since_ms.get(lease.worker_id, at_ms)
+            _must(away_ms <= AWAY_MS_MAX, "a lease outlived its worker's grace")
+
+    def _settle(self, event: e.TaskSettled) -> None:
+        self._finish_task(event.task_id)
+        lease = self.leases.pop(event.lease_id, None)
+        _must(lease is not None and lease.task_id == event.task_id, "a lease that is over settled")
+        assert lease is not None
+        _must(event.lease_id not in self.lied, "a delivery settled that is not what was committed")
+        self.settled.add(event.lease_id)
+        job_id, spans = self.spans[event.task_id]
+        if job_id is not None:
+            _must(lease.output is not None, "a lease settled without commitment")
+            self._deliver(job_id, spans, event.cursor, lease.output)
+
+    def _finish_task(self, task_id: TaskId) -> None:
+        _must(task_id not in self.over, "a task was done twice")
+        self.over.add(task_id)
+
+    def _deliver(self, job_id: JobId, spans: tuple[tuple[int, int], ...], cursor: int, output: Digest | None) -> None:
+        job = self.jobs[job_id]
+        _must(job.state not in JOB_STATES_FINAL, "rows were delivered to a finished job")
+        job.cursor += 1
+        _must(cursor == job.cursor, "results are not counted one by one")
+        row = 0
+        for start, end in spans:
+            for position in range(start, end):
+                _must(position not in job.delivered, "a row was delivered twice")
+                job.delivered[position] = (output, row)
+                row += 1
