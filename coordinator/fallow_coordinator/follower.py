@@ -1,8 +1,8 @@
 """A process of its own that tails the journal and keeps the SQL views.
 
-`python -m fallow_coordinator.follower --state DIR`. It reads what is committed and never writes to the journal. It holds
-the whole state, folded as the writer folds it, and writes a row for whatever changed, each record exactly once. The writer
-never waits for it.
+`python -m fallow_coordinator.follower --state DIR`. It reads what is committed and never writes to the journal. It
+holds the whole state, folded as the writer folds it, and writes a row for whatever changed, each record exactly once.
+The writer never waits for it.
 """
 
 from __future__ import annotations
@@ -92,10 +92,9 @@ class Follower:
 
 
 class _Waker:
-    """Waits for a while, for a signal to end, or for the end of standard input."""
+    """Waits for a while, or for a signal to end."""
 
-    def __init__(self, until_stdin_closes: bool) -> None:
-        self._until_stdin_closes = until_stdin_closes
+    def __init__(self) -> None:
         self._ending = False
         self._read, self._write = os.pipe()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -110,24 +109,18 @@ class _Waker:
         os.write(self._write, b"!")
 
     def wait(self, timeout_ms: int) -> None:
-        """Returns after `timeout_ms`, at once when the process shall end, and when the parent pokes or leaves stdin."""
-        watched = [self._read, 0] if self._until_stdin_closes else [self._read]
-        ready, _, _ = select.select(watched, [], [], timeout_ms / 1_000)
-        if 0 in ready and not os.read(0, 4096):
-            self._ending = True
+        """Returns after `timeout_ms`, and at once when the process shall end."""
+        select.select([self._read], [], [], timeout_ms / 1_000)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Follows until SIGTERM, or until standard input closes; gives the exit code."""
+    """Follows until SIGTERM; gives the exit code."""
     parser = argparse.ArgumentParser(prog="fallow_coordinator.follower", description=__doc__)
-    parser.add_argument("--state", type=Path, required=True, help="the coordinator's state folder")
-    parser.add_argument(
-        "--until-stdin-closes", action="store_true", help="end when standard input does: the parent holds the other end"
-    )
+    parser.add_argument("--state", type=Path, required=True, help="the folder of the journal")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     settings = FollowerSettings()
-    waker = _Waker(options.until_stdin_closes)
+    waker = _Waker()
     try:
         while not waker.is_ending() and not (options.state / JOURNAL_FILE).exists():
             waker.wait(settings.idle_poll_ms)

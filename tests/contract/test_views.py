@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fallow.ids import AccountId, JobId
+from fallow.ids import AccountId, JobId, digest_of
 from fallow.job import JobState
 from fallow_coordinator.core import commands as c
 from fallow_coordinator.core.questions import job_status, results_after
@@ -113,6 +113,18 @@ async def test_results_of_an_archived_job_are_the_results_of_the_core(watched: W
     assert list(watched.views.results(job_id, after_cursor=0, limit=1_000)) == expected
     status = watched.views.job_status(job_id)
     assert status is not None and status.state is JobState.SUCCEEDED
+
+
+async def test_output_blocks_are_known_to_their_owner_alone(watched: Watched) -> None:
+    world = watched.world
+    job_id = await world.submit_job(ROWS)
+    await world.work_until_idle(watched.worker)
+    watched.update()
+    result = watched.views.results(job_id, after_cursor=0, limit=1)[0]
+    assert result.output is not None
+    assert watched.views.output(world.operator_account_id, result.output.digest) == result.output
+    assert watched.views.output(watched.worker.account_id, result.output.digest) is None
+    assert watched.views.output(world.operator_account_id, digest_of(b"another")) is None
 
 
 async def test_results_page_by_cursor(watched: Watched) -> None:

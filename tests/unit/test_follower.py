@@ -61,6 +61,11 @@ async def fail_one(world: World, worker: WorldWorker) -> None:
         )
 
 
+def rows_of(folder: Path) -> dict[str, list[tuple[object, ...]]]:
+    """All rows of the views in a folder."""
+    return view_rows(folder / VIEWS_FILE)[1]
+
+
 def rebuilt(folder: Path, scratch: Path, chunk_records: int) -> dict[str, list[tuple[object, ...]]]:
     """Views made anew from the same journal."""
     shutil.rmtree(scratch, ignore_errors=True)
@@ -72,7 +77,7 @@ def rebuilt(folder: Path, scratch: Path, chunk_records: int) -> dict[str, list[t
     follower = Follower(scratch, FollowerSettings(chunk_records=chunk_records))
     follower.catch_up()
     follower.close()
-    return view_rows(scratch / VIEWS_FILE)
+    return rows_of(scratch)
 
 
 async def test_views_do_not_depend_on_chunks_or_restarts(tmp_path: Path) -> None:
@@ -91,7 +96,7 @@ async def test_views_do_not_depend_on_chunks_or_restarts(tmp_path: Path) -> None
     follower = Follower(tmp_path / "state")
     follower.catch_up()
     follower.close()
-    assert view_rows(tmp_path / "state" / VIEWS_FILE) == expected
+    assert rows_of(tmp_path / "state") == expected
     await world.engine.stop()
     store.close()
 
@@ -101,17 +106,17 @@ async def test_chunk_whose_transaction_fails_leaves_nothing_behind(tmp_path: Pat
     world = await a_life(store)
     follower = Follower(tmp_path, FollowerSettings(chunk_records=10))
     follower.step()
-    before = view_rows(tmp_path / VIEWS_FILE)
+    before = rows_of(tmp_path)
     views: ViewFile = follower._views
     views._connection.execute("CREATE TEMP TRIGGER full BEFORE INSERT ON view_meta BEGIN SELECT RAISE(ABORT, 'x'); END")
     with pytest.raises(StorageFailed):
         follower.step()
     follower.close()
-    assert view_rows(tmp_path / VIEWS_FILE) == before
+    assert rows_of(tmp_path) == before
     follower = Follower(tmp_path)
     follower.catch_up()
     follower.close()
-    assert view_rows(tmp_path / VIEWS_FILE) == rebuilt(tmp_path, tmp_path / "anew", 50)
+    assert rows_of(tmp_path) == rebuilt(tmp_path, tmp_path / "anew", 50)
     await world.engine.stop()
     store.close()
 
@@ -132,7 +137,7 @@ async def test_views_of_another_journal_are_made_anew(tmp_path: Path) -> None:
     assert follower.applied_sequence == 0, "the salts differ, and so do the leaves"
     follower.catch_up()
     follower.close()
-    assert view_rows(tmp_path / "one" / VIEWS_FILE) == rebuilt(tmp_path / "one", tmp_path / "anew", 50)
+    assert rows_of(tmp_path / "one") == rebuilt(tmp_path / "one", tmp_path / "anew", 50)
     for world in worlds:
         await world.engine.stop()
     one.close()
@@ -161,7 +166,8 @@ async def test_rows_by_worker_count_what_each_delivered(tmp_path: Path) -> None:
     follower.close()
     with sqlite3.connect(tmp_path / VIEWS_FILE) as connection:
         counted = connection.execute(
-            "SELECT sum(w.rows), sum(w.rows_failed) FROM rows_by_worker AS w JOIN jobs USING (job_id) WHERE title = 'done'"
+            """SELECT sum(by_worker.rows), sum(by_worker.rows_failed)
+               FROM rows_by_worker AS by_worker JOIN jobs USING (job_id) WHERE title = 'done'"""
         ).fetchone()
         accounts = connection.execute("SELECT count(*) FROM rows_by_worker WHERE account_id IS NULL").fetchone()
     connection.close()
@@ -172,10 +178,9 @@ async def test_rows_by_worker_count_what_each_delivered(tmp_path: Path) -> None:
 
 
 @pytest.mark.processes
-async def test_follower_process_keeps_up_and_ends_with_its_parent(tmp_path: Path) -> None:
+async def test_follower_process_keeps_up_and_ends_when_told(tmp_path: Path) -> None:
     process = subprocess.Popen(  # noqa: ASYNC220  # nothing else runs on this loop
-        [sys.executable, "-m", "fallow_coordinator.follower", "--state", str(tmp_path), "--until-stdin-closes"],
-        stdin=subprocess.PIPE,
+        [sys.executable, "-m", "fallow_coordinator.follower", "--state", str(tmp_path)],
     )
     views = SqliteViews(tmp_path)
     try:
@@ -191,8 +196,7 @@ async def test_follower_process_keeps_up_and_ends_with_its_parent(tmp_path: Path
         await world.engine.stop()
         store.close()
     finally:
-        assert process.stdin is not None
-        process.stdin.close()
+        process.terminate()
         assert process.wait(timeout=20) == 0
         views.close()
 

@@ -38,6 +38,7 @@ _TABLES: dict[str, str] = {
 
 _EXTRAS = (
     "CREATE INDEX jobs_of_account ON jobs (account_id, submitted_at_ms, job_id)",
+    "CREATE INDEX results_of_output ON results (account_id, output_digest)",
     """CREATE VIEW rows_by_worker AS
         SELECT account_id, job_id, worker_id, node, count(*) AS tasks, sum(rows) AS rows,
             sum(rows_failed) AS rows_failed
@@ -117,14 +118,17 @@ class ViewFile:
         self._connection.executemany("INSERT OR REPLACE INTO view_meta VALUES (?, ?)", list(values.items()))
 
 
-def view_rows(path: Path) -> dict[str, list[tuple[object, ...]]]:
-    """Every row of every table of a view file, by key, to compare two of them. Raises StorageFailed."""
+def view_rows(path: Path) -> tuple[int, dict[str, list[tuple[object, ...]]]]:
+    """Where a view file stands, and every row of every table by key, at one moment. Raises StorageFailed."""
     with storage_failures(path):
         connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None)
         try:
-            return {
+            connection.execute("BEGIN")
+            row = connection.execute("SELECT value FROM view_meta WHERE name = 'applied_sequence'").fetchone()
+            rows = {
                 table: connection.execute(f"SELECT * FROM {table} ORDER BY 1, 2").fetchall()  # noqa: S608
                 for table in _TABLES
             }
+            return int(row[0]), rows
         finally:
             connection.close()

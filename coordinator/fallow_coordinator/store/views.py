@@ -7,8 +7,9 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from fallow.ids import AccountId, JobId
+from fallow.ids import AccountId, Digest, JobId
 from fallow.job import JobStatus, TaskResult
+from fallow.session import BlobReference
 from fallow.v1 import job_pb2
 from fallow.wire.job import result_from_message, status_from_message
 from fallow_coordinator.store.failures import storage_failures
@@ -52,6 +53,14 @@ class SqliteViews:
             (job_id, after_cursor, limit),
         )
         return [result_from_message(job_pb2.TaskResult.FromString(row[0]))[0] for row in rows]
+
+    def output(self, account_id: AccountId, digest: Digest) -> BlobReference | None:
+        """An output block of one of the account's jobs, or None."""
+        rows = self._rows(
+            "SELECT output_length_bytes FROM results WHERE account_id = ? AND output_digest = ? LIMIT 1",
+            (account_id, digest),
+        )
+        return BlobReference(digest, int(rows[0][0])) if rows else None
 
     def close(self) -> None:
         """Gives the file back."""
