@@ -9,7 +9,7 @@ from fallow_coordinator.store.failures import storage_failures
 from fallow_coordinator.store.projection import Changes
 
 VIEWS_FILE = "views.db"
-VIEWS_VERSION = 1
+VIEWS_VERSION = 2
 """Another version in the file: the views are built anew from the journal."""
 LOCK_WAIT_S = 5.0
 
@@ -38,6 +38,7 @@ _TABLES: dict[str, str] = {
 
 _EXTRAS = (
     "CREATE INDEX jobs_of_account ON jobs (account_id, submitted_at_ms, job_id)",
+    "CREATE INDEX outputs_of_account ON results (account_id, output_digest)",
     "CREATE INDEX results_of_output ON results (account_id, output_digest)",
     """CREATE VIEW rows_by_worker AS
         SELECT account_id, job_id, worker_id, node, count(*) AS tasks, sum(rows) AS rows,
