@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from fallow.errors import FallowError, Reason
 from fallow.ids import Digest, JobId, PartyId
@@ -155,6 +156,8 @@ class Simulation:
             self._calm()
             return
         chance = self.schedule.chance
+        if chance(0.1):
+            self.coordinator.read(self._compare)
         for worker in (*self.workers, self.inspector):
             if worker.alive and chance(self.faults.worker_crash):
                 worker.crash()
@@ -203,7 +206,7 @@ class Simulation:
     # ---------------------------------------------------------------------------------------------- clients
 
     def _submit(self, client: Client) -> None:
-        if client.acknowledged:
+        if client.acknowledged and not self.schedule.chance(0.5):
             return
         life = self.coordinator
         self.schedule.after(self.schedule.between(500, 4_000), lambda: self._submit(client))
@@ -211,7 +214,7 @@ class Simulation:
             return
         count = client.blocks
         cuts = [len(client.rows) * n // count for n in range(count + 1)]
-        refs = [self.blobs.put(client.rows[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)]
+        refs = [self.blobs.put(client.rows[a:b]) for a, b in pairwise(cuts)]
         blocks = tuple(DatasetBlock(ref, b - a, client.inline) for ref, a, b in zip(refs, cuts, cuts[1:], strict=False))
         facts = tuple(
             c.StoredBlob(block.blob, block.rows, digest("root", block.blob.digest), INPUT_SCHEMA) for block in blocks
@@ -292,20 +295,24 @@ class Simulation:
             waiting = [client.job_id for client in self.clients if client.state not in JOB_STATES_FINAL]
             raise SimulationError(f"jobs did not end, or a worker could not come back: {waiting}")
         self.coordinator.read(self._judge)
+        self.coordinator.read(self._compare)
         self.judged = False
         self.schedule.run(until_ms=self.schedule.now_ms + 60_000, done=lambda: self.judged)
         if not self.judged:
             raise SimulationError("the coordinator answers nobody")
 
     def _judge(self, state: State) -> None:
+        for client in self.clients:
+            self._judge_client(client)
+        self.judged = True
+
+    def _compare(self, state: State) -> None:
+        """Replay gives the very state, orders of dictionaries included."""
         replayed = State()
         for at_ms, event in self.disk.records:
             evolving.evolve(replayed, event, at_ms)
         if replayed != state or repr(replayed) != repr(state):
             raise SimulationError("replay gives another state")
-        for client in self.clients:
-            self._judge_client(client)
-        self.judged = True
 
     def _judge_client(self, client: Client) -> None:
         if client.job_id is None:

@@ -42,6 +42,8 @@ class Work:
     lease: questions.LeaseToSend
     output: Rows | None = None
     """Set when it is done."""
+    delivered: bool = False
+    """An honest delivery is on its way."""
 
 
 class SimulatedWorker:
@@ -81,7 +83,8 @@ class SimulatedWorker:
         if not self.remembers_token:
             self.token = None
         self._hang_up()
-        self.schedule.after(self.schedule.between(100, 20_000), self._start)
+        down_ms_max = self.schedule.dice.choice((2_000, 20_000, 120_000))
+        self.schedule.after(self.schedule.between(100, down_ms_max), self._start)
 
     def _start(self) -> None:
         self.alive = True
@@ -289,10 +292,11 @@ class SimulatedWorker:
         if work is None or work.output is None:
             return
         stored = self._stored(work)
-        if self.schedule.chance(self.simulation.faults.task_trouble / 4):
+        if not work.delivered and self.schedule.chance(self.simulation.faults.task_trouble / 2):
             stored = c.StoredBlob(stored.blob, stored.rows, root_of((1,)), stored.schema_digest, (), stored.rows_failed)
             self.simulation.disk.oracle.lied.add(offer.lease_id)
             del self.held[offer.lease_id]
+        work.delivered = True
         lease = work.lease
         self._tell(lambda s: c.Deliver(s, lease.worker_id, lease.lease_id, lease.fence, stored))
 
