@@ -176,6 +176,7 @@ class World:
     client_id: PartyId = field(default=PartyId(""))
     bundle_digest: Digest = field(default=Digest(b""))
     keys: int = 0
+    bundle_number: int = 0
 
     def __post_init__(self) -> None:
         packer: Packer = self.packer
@@ -261,7 +262,7 @@ class World:
 
     async def inspected_bundle(self, inspector: WorldWorker, unit_micros_per_row: int = 100_000) -> Digest:
         """A bundle with one file, registered and accepted."""
-        manifest = b"a manifest"
+        manifest = b"manifest %d" % self.bundle_number
         model = BlobReference(digest_of(b"a model"), 7)
         await self.tell(c.RecordBlobs(self.operator_account_id, (c.StoredBlob(model),)))
         self.bundle_digest = digest_of(manifest)

@@ -153,7 +153,7 @@ async def test_effects_come_in_order_and_only_after_the_commit() -> None:
 
 async def test_only_payloads_that_an_event_names_are_kept() -> None:
     world = await world_with_bundle()
-    named, stray = b"a manifest", b"a stray"
+    named, stray = b"manifest 0", b"a stray"
     assert world.engine.payload(digest_of(named)) == named
     await world.tell(c.CreateAccount("x"), {digest_of(stray): stray})
     assert world.engine.payload(digest_of(stray)) is None

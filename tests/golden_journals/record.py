@@ -1,0 +1,143 @@
+"""Records a golden journal: `python record.py NAME` writes NAME.journal and NAME.json beside itself.
+
+Run it for a NEW name when events were added that no golden journal has. A recorded journal is never recorded again: it
+stands for journals that people have on their disks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+from fallow.errors import FallowError, Reason  # noqa: E402
+from fallow.roles import Role  # noqa: E402
+from fallow.session import Cause  # noqa: E402
+from fallow_coordinator.core import commands as c  # noqa: E402
+from fallow_coordinator.core.answers import AccountMade, TokenMade  # noqa: E402
+from fallow_coordinator.store.journal_reader import StoredRecord, decode_records  # noqa: E402
+from fallow_coordinator.store.memory import MemoryDisk, MemoryStore  # noqa: E402
+from fallow_coordinator.store.segment import encode_segment  # noqa: E402
+from golden_journals.facts import facts_of  # noqa: E402
+from journal_world import DAY_MS, World, WorldWorker  # noqa: E402
+
+ROWS = [f"row {number}".encode() for number in range(60)]
+
+
+async def fail_first_lease(world: World, worker: WorldWorker, cause: Cause) -> None:
+    lease = world.leases_of(worker)[0]
+    await world.tell(
+        c.FailTask(worker.session_id, worker.worker_id, lease.lease_id, lease.fence, cause, f"the {cause.value} failed")
+    )
+
+
+async def packers_done() -> None:
+    for _ in range(50):
+        await asyncio.sleep(0)
+
+
+async def record() -> list[StoredRecord]:
+    """A life in which every kind of event happens."""
+    disk = MemoryDisk()
+    world = World(store=MemoryStore(disk))
+    await world.begin()
+    inspector = await world.operator_worker(window=1)
+    await world.inspected_bundle(inspector)
+    first, second = await world.volunteer("first"), await world.volunteer("second")
+    await world.ask(AccountMade, c.CreateAccount("lab"))
+    await world.tell(c.CreatePool("lab pool", world.operator_account_id))
+    token = await world.ask(
+        TokenMade,
+        c.IssueToken(
+            world.bundle_digest, world.operator_account_id, Role.CLIENT, None, None, 3, DAY_MS, tags=("a", "b")
+        ),
+    )
+    await world.tell(c.RevokeToken(token.token_id))
+    key = world.engine.state.parties[first.worker_id].key_fingerprint
+    await world.tell(c.RenewCertificate(key, DAY_MS))
+    await world.tell(c.ChangeCapability(second.session_id, second.capability, 2))
+
+    # A job with a failed row, a failed task, a returned and an expired lease; then it leaves the state.
+    await world.submit_job(ROWS, title="mixed", failed_rows_max=3)
+    await world.commit(first, world.leases_of(first)[0], fail_rows=[0])
+    await fail_first_lease(world, second, Cause.PLATFORM)
+    lease = world.leases_of(first)[0]
+    await world.tell(
+        c.ReturnLease(
+            first.session_id, first.worker_id, lease.lease_id, lease.fence, Cause.OWNER_PREEMPT, "the owner is back"
+        )
+    )
+    world.clock.now_ms += 10 * 60_000
+    await world.tell(c.Tick())
+    await world.work_until_idle(inspector, first, second)
+    await world.tell(c.ArchiveJobs(world.engine.state.sequence))
+
+    # Rows in the blob service, and one packing that has to be asked for twice.
+    world.packer.failures = [FallowError(Reason.COORDINATOR_UNREACHABLE, "the blob service is away")]
+    await world.submit_job([b"one row"], inline=False, title="uploaded")
+    await packers_done()
+    world.clock.now_ms += 60_000
+    await world.tell(c.Tick())
+    await packers_done()
+    await world.work_until_idle(inspector, first, second)
+
+    # A job that its owner cancels, and one whose row nobody can compute.
+    cancelled = await world.submit_job(ROWS, title="cancelled")
+    await world.tell(c.CancelJob(world.operator_account_id, cancelled))
+    await world.submit_job([b"a hopeless row"], title="abandoned", failed_rows_max=3)
+    for _ in range(20):
+        for worker in (inspector, first, second):
+            if world.leases_of(worker):
+                await fail_first_lease(world, worker, Cause.PLATFORM)
+        world.clock.now_ms += 60_000
+        await world.tell(c.Tick())
+
+    # Quarantine, release, a crashing program on two accounts, a worker that leaves for good.
+    await world.tell(c.QuarantineWorker(second.worker_id, "odd results"))
+    await world.tell(c.ReleaseWorker(second.worker_id))
+    await world.reconnect(second)
+    await world.tell(c.DrainSession(inspector.session_id))
+    await world.submit_job(ROWS, title="crashes")
+    await fail_first_lease(world, first, Cause.PROGRAM)
+    await fail_first_lease(world, second, Cause.PROGRAM)
+    await world.tell(c.RevokeParty(second.worker_id, "left the lab"))
+
+    # Another writer, and work that is under way at the end.
+    await world.engine.stop()
+    later = World(
+        store=MemoryStore(disk), packer=world.packer, clock=world.clock, entropy=world.entropy, keys=world.keys
+    )
+    later.operator_account_id, later.client_id = world.operator_account_id, world.client_id
+    world.clock.now_ms += 5_000
+    await later.engine.start()
+    await later.reconnect(inspector)
+    await later.reconnect(first)
+    await another_bundle(later, inspector)
+    await later.submit_job(ROWS, title="running")
+    await later.reconnect(first)
+    await later.commit(first, later.leases_of(first)[0])
+    await later.engine.stop()
+    return disk.records
+
+
+async def another_bundle(world: World, inspector: WorldWorker) -> None:
+    world.bundle_number += 1
+    await world.inspected_bundle(inspector)
+
+
+def main() -> None:
+    name = sys.argv[1]
+    target = HERE / f"{name}.journal"
+    assert not target.exists(), f"{target} is recorded; choose a new name"
+    stored = asyncio.run(record())
+    target.write_bytes(encode_segment(stored))
+    facts = facts_of(decode_records(stored, 0, target))
+    (HERE / f"{name}.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    main()
