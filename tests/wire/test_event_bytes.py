@@ -16,7 +16,7 @@ from fallow_coordinator.store.encoding import KINDS, decode_event, encode_event
 from fallow_coordinator.store.event_kind import AnyKind
 
 GOLDEN = Path(__file__).parent / "golden" / "journal_events.json"
-"""Kind → bytes in hex and what they say. `python tests/wire/test_event_bytes.py` adds new kinds and keeps the others."""
+"""Kind → bytes in hex and what they say. Running this file as a program adds new kinds and keeps the others."""
 
 
 def sample(shape: Any, name: str) -> Any:

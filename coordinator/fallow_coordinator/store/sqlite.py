@@ -164,6 +164,9 @@ class SqliteStore:
 
 def _open_writer(path: Path) -> sqlite3.Connection:
     writer = sqlite3.connect(path, timeout=LOCK_WAIT_S, isolation_level=None, check_same_thread=False)
+    if writer.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]:
+        # Before anything is set: a file of somebody else's stays as it is.
+        check_format(writer, path)
     writer.execute("PRAGMA journal_mode = WAL")
     writer.execute("PRAGMA synchronous = FULL")
     writer.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
