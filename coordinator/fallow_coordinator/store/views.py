@@ -62,14 +62,6 @@ class SqliteViews:
         )
         return BlobReference(digest, int(rows[0][0])) if rows else None
 
-    def output(self, account_id: AccountId, digest: Digest) -> BlobReference | None:
-        """An output block of one of the account's jobs, or None."""
-        rows = self._rows(
-            "SELECT output_length_bytes FROM results WHERE account_id = ? AND output_digest = ? LIMIT 1",
-            (account_id, digest),
-        )
-        return BlobReference(digest, int(rows[0][0])) if rows else None
-
     def close(self) -> None:
         """Gives the file back."""
         with self._lock:
