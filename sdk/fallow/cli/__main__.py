@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import logging
 import socket
 from importlib.metadata import version
 from pathlib import Path
@@ -26,6 +27,7 @@ def main() -> None:
 
     Exit codes: 0 done, 1 failed, 2 used wrongly, 130 interrupted (a submitted job goes on).
     """
+    logging.basicConfig(level=logging.WARNING, format="fallow: %(message)s")
 
 
 @main.command("login")

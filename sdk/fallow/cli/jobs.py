@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import time
 from contextlib import aclosing
 from pathlib import Path
-from typing import Any
 
 import click
 
+from fallow.cli.describing import saved_facts, saved_text, status_facts, status_line, status_text
 from fallow.cli.options import json_option, login_option, run
-from fallow.cli.output import Output, counted
+from fallow.cli.output import Output
 from fallow.cli.progress import job_bar
-from fallow.cli.submitting import attended, saved_facts, saved_text, submit_command
+from fallow.cli.submitting import attended, submit_command
 from fallow.client.client import JOBS_PER_PAGE, connect_async
 from fallow.client.job import AsyncJob
 from fallow.client.tables import check_result_path
-from fallow.job import JobStatus
 
 
 @click.group("job")
@@ -41,7 +39,7 @@ def list_command(limit: int, login: Path | None, as_json: bool) -> None:
         async with await connect_async(login) as client:
             jobs = await client.jobs(limit)
         for status in jobs:
-            output.result(status_facts(status), _line(status))
+            output.result(status_facts(status), status_line(status))
         if not jobs:
             output.note("no jobs")
 
@@ -59,7 +57,7 @@ def show_command(job_id: str, login: Path | None, as_json: bool) -> None:
     async def work() -> None:
         async with await connect_async(login) as client:
             status = await (await client.job(job_id)).status()
-        output.result(status_facts(status), _description(status))
+        output.result(status_facts(status), status_text(status))
 
     run(output, work())
 
@@ -145,60 +143,7 @@ def cancel_command(job_id: str, login: Path | None, as_json: bool) -> None:
     run(output, work())
 
 
-def status_facts(status: JobStatus) -> dict[str, Any]:
-    """A status for JSON."""
-    return {
-        "job_id": status.job_id,
-        "state": status.state,
-        "reason": status.reason,
-        "reason_code": status.reason_code,
-        "title": status.title,
-        "account_id": status.account_id,
-        "pool_id": status.pool_id,
-        "data_class": status.data_class,
-        "bundle_digest": status.bundle_digest,
-        "policy": status.policy,
-        "price_microcredits": status.price_microcredits,
-        "submitted_at_ms": status.submitted_at_ms,
-        "finished_at_ms": status.finished_at_ms,
-        "progress": status.progress,
-        "results": status.results,
-    }
-
-
 async def _ended(job: AsyncJob, output: Output, *, quiet: bool) -> None:
     status = await job.wait()
     if not quiet:
-        output.result(status_facts(status), _line(status))
-
-
-def _line(status: JobStatus) -> str:
-    progress = status.progress
-    done = f"{progress.rows_done:,}/{progress.rows_total:,} rows"
-    failed = f", {progress.rows_failed:,} failed" if progress.rows_failed else ""
-    title = f"  {status.title}" if status.title else ""
-    return f"{status.job_id}  {status.state.value:<10} {done}{failed}{title}"
-
-
-def _description(status: JobStatus) -> str:
-    progress = status.progress
-    facts = {
-        "job": status.job_id,
-        "title": status.title,
-        "state": status.state.value + (f" ({status.reason})" if status.reason else ""),
-        "rows": f"{progress.rows_done:,} of {progress.rows_total:,} done, {progress.rows_failed:,} failed, "
-        f"{progress.rows_leased:,} leased to {counted(progress.workers, 'worker')}",
-        "data": status.data_class,
-        "bundle": status.bundle_digest.hex(),
-        "account": status.account_id,
-        "pool": status.pool_id,
-        "policy": status.policy,
-        "price": f"{status.price_microcredits / 1_000_000:g} credits",
-        "submitted": _moment(status.submitted_at_ms),
-        "finished": _moment(status.finished_at_ms) if status.finished_at_ms else "",
-    }
-    return "\n".join(f"{name:<10}{value}" for name, value in facts.items() if value)
-
-
-def _moment(at_ms: int) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at_ms / 1000))
+        output.result(status_facts(status), status_line(status))

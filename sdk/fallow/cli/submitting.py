@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import click
 
 from fallow.bundle_file import Bundle
+from fallow.cli.describing import saved_facts, saved_text, status_facts
 from fallow.cli.options import (
     bundle_of,
     input_columns,
@@ -23,7 +24,7 @@ from fallow.cli.options import (
     split_names,
     stated_data,
 )
-from fallow.cli.output import Output, counted
+from fallow.cli.output import Output
 from fallow.cli.progress import JobBar, job_bar
 from fallow.client.client import AsyncClient, connect_async
 from fallow.client.job import AsyncJob
@@ -64,19 +65,25 @@ class Submission:
 
     async def submit(self, client: AsyncClient, bundle: Bundle, data: str, bar: JobBar) -> AsyncJob:
         """The submitted job."""
-        return await client.map(
-            bundle,
-            self.rows,
-            data=data,
-            keep=split_names(self.keep),
-            inputs=input_columns(self.inputs),
-            cast=self.cast,
-            title=self.title,
-            failed_rows_max=self.failed_rows_max,
-            idempotency_key=self.idempotency_key,
-            pool=self.pool,
-            on_rows=bar.uploaded,
-        )
+        try:
+            return await client.map(
+                bundle,
+                self.rows,
+                data=data,
+                keep=split_names(self.keep),
+                inputs=input_columns(self.inputs),
+                cast=self.cast,
+                title=self.title,
+                failed_rows_max=self.failed_rows_max,
+                idempotency_key=self.idempotency_key,
+                pool=self.pool,
+                on_rows=bar.uploaded,
+            )
+        except asyncio.CancelledError:
+            click.echo(
+                "\ninterrupted before the job was submitted; rows that were uploaded need not be again", err=True
+            )
+            raise
 
 
 def submission_options(command: Command) -> Command:
@@ -167,7 +174,7 @@ async def _map(submission: Submission, data: str, path: Path, output: Output) ->
             status, saved = await attended(job, path, bar, partial=False)
     seconds = time.monotonic() - began
     output.result(
-        {**saved_facts(saved), "job_id": job.id, "seconds": seconds, "status": status},
+        {**saved_facts(saved), "job_id": job.id, "seconds": seconds, "status": status_facts(status)},
         _summary(job, status, saved, seconds),
     )
 
@@ -194,25 +201,6 @@ async def attended(job: AsyncJob, path: Path, bar: JobBar, *, partial: bool) -> 
     finally:
         showing.cancel()
         await asyncio.gather(showing, return_exceptions=True)
-
-
-def saved_facts(saved: Saved) -> dict[str, Any]:
-    """What was saved, for JSON."""
-    return {
-        "path": saved.path,
-        "rows": saved.rows,
-        "failed_path": saved.failed_path,
-        "failed_rows": saved.failed_rows,
-        "shares": saved.shares,
-    }
-
-
-def saved_text(saved: Saved) -> str:
-    """What was saved, for people."""
-    text = f"{counted(saved.rows, 'row')} in {saved.path}"
-    if saved.failed_path is not None:
-        text += f"\n{counted(saved.failed_rows, 'row')} failed, with reasons in {saved.failed_path}"
-    return text
 
 
 def _summary(job: AsyncJob, status: JobStatus, saved: Saved, seconds: float) -> str:

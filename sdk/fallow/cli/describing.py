@@ -1,0 +1,84 @@
+"""Jobs and what was saved of them, in words and for JSON."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from fallow.cli.output import counted
+from fallow.client.tables import Saved
+from fallow.job import JobStatus
+
+
+def saved_facts(saved: Saved) -> dict[str, Any]:
+    """What was saved, for JSON."""
+    return {
+        "path": saved.path,
+        "rows": saved.rows,
+        "failed_path": saved.failed_path,
+        "failed_rows": saved.failed_rows,
+        "shares": saved.shares,
+    }
+
+
+def saved_text(saved: Saved) -> str:
+    """What was saved, for people."""
+    text = f"{counted(saved.rows, 'row')} in {saved.path}"
+    if saved.failed_path is not None:
+        text += f"\n{counted(saved.failed_rows, 'row')} failed, with reasons in {saved.failed_path}"
+    return text
+
+
+def status_facts(status: JobStatus) -> dict[str, Any]:
+    """A status for JSON."""
+    return {
+        "job_id": status.job_id,
+        "state": status.state,
+        "reason": status.reason,
+        "reason_code": status.reason_code,
+        "title": status.title,
+        "account_id": status.account_id,
+        "pool_id": status.pool_id,
+        "data_class": status.data_class,
+        "bundle_digest": status.bundle_digest,
+        "policy": status.policy,
+        "price_microcredits": status.price_microcredits,
+        "submitted_at_ms": status.submitted_at_ms,
+        "finished_at_ms": status.finished_at_ms,
+        "progress": status.progress,
+        "results": status.results,
+    }
+
+
+def status_line(status: JobStatus) -> str:
+    """A status in one line."""
+    progress = status.progress
+    done = f"{progress.rows_done:,}/{progress.rows_total:,} rows"
+    failed = f", {progress.rows_failed:,} failed" if progress.rows_failed else ""
+    title = f"  {status.title}" if status.title else ""
+    return f"{status.job_id}  {status.state.value:<10} {done}{failed}{title}"
+
+
+def status_text(status: JobStatus) -> str:
+    """A status in full."""
+    progress = status.progress
+    facts = {
+        "job": status.job_id,
+        "title": status.title,
+        "state": status.state.value + (f" ({status.reason})" if status.reason else ""),
+        "rows": f"{progress.rows_done:,} of {progress.rows_total:,} done, {progress.rows_failed:,} failed, "
+        f"{progress.rows_leased:,} leased to {counted(progress.workers, 'worker')}",
+        "data": status.data_class,
+        "bundle": status.bundle_digest.hex(),
+        "account": status.account_id,
+        "pool": status.pool_id,
+        "policy": status.policy,
+        "price": f"{status.price_microcredits / 1_000_000:g} credits",
+        "submitted": _moment(status.submitted_at_ms),
+        "finished": _moment(status.finished_at_ms) if status.finished_at_ms else "",
+    }
+    return "\n".join(f"{name:<10}{value}" for name, value in facts.items() if value)
+
+
+def _moment(at_ms: int) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at_ms / 1000))
