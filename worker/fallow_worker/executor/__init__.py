@@ -5,7 +5,7 @@ from __future__ import annotations
 from fallow.session import Cause
 
 
-class WorkFailed(Exception):  # noqa: N818 - a result of trying, not a mistake
+class WorkFailed(Exception):
     """A task that could not be done here: whose fault it was, and why, in words for people."""
 
     def __init__(self, cause: Cause, reason: str) -> None:

@@ -46,8 +46,6 @@ from fallow_worker.ports import Outcome, Work
 
 log = logging.getLogger(__name__)
 
-UP_SECONDS_MAX: Final = 120.0
-"""Between the start of a driver and its first word."""
 STOP_SECONDS_MAX: Final = 10.0
 """A driver that has not ended by then is killed."""
 CONNECT_SECONDS_MAX: Final = 5.0
@@ -144,6 +142,7 @@ class _Driver:
     def __init__(self, settings: RaySettings) -> None:
         """Spawns it. Raises WorkFailed(platform) when the machine cannot."""
         self.nodes: tuple[NodeFacts, ...] = ()
+        self._settings = settings
         self._loop = asyncio.get_running_loop()
         self._calls: dict[int, tuple[asyncio.Future[Outcome], Callable[[int], None]]] = {}
         self._numbers = itertools.count(1)
@@ -174,10 +173,13 @@ class _Driver:
         reader, self._writer = await asyncio.open_connection(sock=self._control, limit=STREAM_BYTES)
         self._receiving = asyncio.create_task(self._receive(reader))
         try:
-            async with asyncio.timeout(UP_SECONDS_MAX):
+            async with asyncio.timeout(self._settings.up_seconds_max):
                 await asyncio.shield(self._up)
         except TimeoutError:
-            raise WorkFailed(Cause.PLATFORM, f"Ray did not start within {UP_SECONDS_MAX:g} s") from None
+            where = "" if self._settings.is_local else f" at {self._settings.address}"
+            raise WorkFailed(
+                Cause.PLATFORM, f"no Ray{where} within {self._settings.up_seconds_max:g} s: check that it runs"
+            ) from None
 
     async def run(self, work: Work, progress: Callable[[int], None]) -> Outcome:
         """Sends a lease and waits for its end. Raises WorkFailed."""
@@ -200,7 +202,10 @@ class _Driver:
 
     async def stop(self) -> None:
         """Ends it and everything that it started."""
+        is_starting = not self._up.done()
         self._lose("Ray was stopped", Cause.OWNER_PREEMPT)
+        if is_starting:  # Ray's start does not listen; what it has begun is found below
+            self._process.kill()
         if self._writer is not None:
             self._writer.close()
         else:

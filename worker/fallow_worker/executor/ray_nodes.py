@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+from collections.abc import Coroutine
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -50,6 +51,7 @@ NODE_WAIT_SECONDS_MAX: Final = 20.0
 """Work waits so long for a node that is being restarted."""
 PART_ATTEMPTS_MAX: Final = 2
 """Tries of a part whose node died, when another node can take it."""
+LOOK_SECONDS: Final = 5.0
 FILE_PIECE_BYTES: Final = 8 * MIB
 
 
@@ -78,25 +80,11 @@ class Nodes:
         self._settings = settings
         self._nodes: list[_Node] = []
         self._changed = asyncio.Event()
+        self._looking: asyncio.Task[None] | None = None
 
     async def start(self) -> tuple[NodeFacts, ...]:
         """Starts a supervisor on every node. Raises WorkFailed(platform) when none could be started."""
-        here = ray.get_runtime_context().get_node_id()
-        entries: list[dict[str, Any]] = ray.nodes()
-        for entry in entries:
-            if not entry.get("Alive"):
-                continue
-            resources: dict[str, float] = entry.get("Resources", {})
-            self._nodes.append(
-                _Node(
-                    node_id=str(entry["NodeID"]),
-                    is_ours=str(entry["NodeID"]) == here,
-                    cpus=float(resources.get("CPU", 0)),
-                    gpus=float(resources.get("GPU", 0)),
-                    npus=float(resources.get("NPU", 0)),
-                )
-            )
-        self._nodes = [node for node in self._nodes if node.cpus >= 1]
+        self._nodes = self._new_nodes()
         ends = await asyncio.gather(*(self._start_node(node) for node in self._nodes))
         facts = tuple(node.facts for node in self._nodes if node.facts is not None)
         if not facts:
@@ -105,10 +93,43 @@ class Nodes:
         for node in self._nodes:
             if node.facts is None:
                 self._restart(node)
+        if not self._settings.is_local:
+            self._looking = asyncio.create_task(self._look_for_nodes())
         return facts
+
+    def _new_nodes(self) -> list[_Node]:
+        """Living nodes with a CPU that we do not know yet."""
+        here = str(ray.get_runtime_context().get_node_id())
+        known = {node.node_id for node in self._nodes}
+        found: list[_Node] = []
+        entries: list[dict[str, Any]] = ray.nodes()
+        for entry in entries:
+            node_id = str(entry["NodeID"])
+            resources: dict[str, float] = entry.get("Resources", {})
+            if entry.get("Alive") and node_id not in known and resources.get("CPU", 0) >= 1:
+                found.append(
+                    _Node(
+                        node_id=node_id,
+                        is_ours=node_id == here,
+                        cpus=resources["CPU"],
+                        gpus=resources.get("GPU", 0.0),
+                        npus=resources.get("NPU", 0.0),
+                    )
+                )
+        return found
+
+    async def _look_for_nodes(self) -> None:
+        """Takes in nodes that join the owner's cluster later."""
+        while True:
+            await asyncio.sleep(LOOK_SECONDS)
+            for node in self._new_nodes():
+                self._nodes.append(node)
+                self._restart(node)
 
     async def stop(self) -> None:
         """Ends every supervisor with its children."""
+        if self._looking is not None:
+            self._looking.cancel()
         for node in self._nodes:
             if node.restarting is not None:
                 node.restarting.cancel()
@@ -138,17 +159,12 @@ class Nodes:
             return failed
         except FallowError as error:
             return WorkFailed(Cause.PLATFORM, clipped_reason(f"the lease cannot be read: {error}"))
-        tasks = [asyncio.create_task(self._run_part(node, part, 1)) for node, _, part in parts]
-        try:
-            outcomes: list[tuple[int, Outcome]] = []
-            for (_, rows, _), task in zip(parts, tasks, strict=True):
-                end = await task
-                if isinstance(end, WorkFailed):
-                    return end
-                outcomes.append((rows.start, end))
-        finally:
-            for task in tasks:
-                task.cancel()
+        ends = await self._all_or_first_failure(
+            [self._run_part(node, part, PART_ATTEMPTS_MAX) for node, _, part in parts]
+        )
+        if isinstance(ends, WorkFailed):
+            return ends
+        outcomes = [(rows.start, end) for (_, rows, _), end in zip(parts, ends, strict=True)]
         elapsed = int((asyncio.get_running_loop().time() - started) * 1e6)
         return _joined(work, outcomes, elapsed)
 
@@ -221,6 +237,21 @@ class Nodes:
         if isinstance(end, Outcome):
             node.failures = 0
         return end
+
+    async def _all_or_first_failure(
+        self, parts: list[Coroutine[Any, Any, Outcome | WorkFailed]]
+    ) -> list[Outcome] | WorkFailed:
+        """Every part's outcome in order; at the first failure the other parts are cancelled."""
+        tasks = [asyncio.create_task(part) for part in parts]
+        try:
+            for first in asyncio.as_completed(tasks):
+                end = await first
+                if isinstance(end, WorkFailed):
+                    return end
+            return [end for task in tasks if isinstance(end := task.result(), Outcome)]
+        finally:
+            for task in tasks:
+                task.cancel()
 
     async def _bundle_on(self, node: _Node, bundle: LoadedBundle) -> LoadedBundle:
         """The bundle with its files on the node's own disk, brought there piece by piece when they are not."""

@@ -57,6 +57,8 @@ class RaySettings:
     npus: int = 0
     """Devices that the supervisor reserves through Ray: GPU, and the custom resource NPU."""
     object_store_bytes: int = OBJECT_STORE_BYTES
+    up_seconds_max: float = 90.0
+    """A start of Ray, or of supervisors on its nodes, that takes longer is given up."""
     supervisor: SupervisorSettings = field(default_factory=SupervisorSettings)
 
     @property
