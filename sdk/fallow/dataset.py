@@ -50,20 +50,18 @@ class DatasetReader:
         codec: RowCodec,
         *,
         nonce_key: bytes,
-        kept_path: Path,
         unread_rows_max: int,
     ) -> None:
         """Prepares to read; raises SCHEMA_MISMATCH at once when a column is missing.
 
         `nonce_key` is secret: with it equal content gives equal blocks, so that a repeated submission uploads nothing
-        twice, and without it nobody can tell what a block holds. Kept columns are written to `kept_path`.
+        twice, and without it nobody can tell what a block holds.
         """
         source.check(request)
         self._source = source
         self._request = request
         self._codec = codec
         self._nonce_key = nonce_key
-        self._kept_path = kept_path
         self._unread_rows_max = unread_rows_max
         kept_schema = source.kept_schema(request)
         self.kept_schema: pa.Schema | None = (
@@ -74,14 +72,15 @@ class DatasetReader:
         self.rows = 0
         """Rows given in blocks so far."""
 
-    def blocks(self) -> Iterator[Block]:
+    def blocks(self, kept_path: Path | None = None) -> Iterator[Block]:
         """The blocks, each about 8 MiB or less. Blocking; call it outside the event loop, once.
 
+        Kept columns are written to `kept_path`, which must be given when there is a `kept_schema`.
         Raises DATASET_EMPTY, ROW_TOO_LARGE, SCHEMA_MISMATCH, and LIMIT_EXCEEDED for too many rows, blocks or unread
         rows.
         """
         count = 0
-        with _KeptWriter(self._kept_path, self.kept_schema) as kept:
+        with _KeptWriter(kept_path, self.kept_schema) as kept:
             for block in self._coalesced(self._packed(kept)):
                 count += 1
                 self.rows += block.rows
@@ -172,7 +171,8 @@ class DatasetReader:
 class _KeptWriter:
     """Writes kept columns as an uncompressed Arrow file, so that a reader can map it."""
 
-    def __init__(self, path: Path, schema: pa.Schema | None) -> None:
+    def __init__(self, path: Path | None, schema: pa.Schema | None) -> None:
+        assert schema is None or path is not None, "kept columns need a file"
         self._schema = schema
         self._writer: Any = pa.ipc.new_file(str(path), schema) if schema is not None else None
 

@@ -49,10 +49,9 @@ def read(
         SourceRequest(schema, **request),
         RowCodec(schema, DIGEST),
         nonce_key=b"secret",
-        kept_path=path,
         unread_rows_max=unread_rows_max,
     )
-    blocks = list(reader.blocks())
+    blocks = list(reader.blocks(path))
     kept = pa.ipc.open_file(path).read_all() if reader.kept_schema is not None else None
     return blocks, reader, kept
 
@@ -250,8 +249,7 @@ def test_equal_content_gives_equal_blocks_under_one_key_only(tmp_path: Path) -> 
     again, _, _ = read(source, ID, tmp_path)
     assert first == again
     codec, request = RowCodec(ID, DIGEST), SourceRequest(ID)
-    kept_path = tmp_path / "k"
-    other = DatasetReader(source, request, codec, nonce_key=b"another", kept_path=kept_path, unread_rows_max=0)
+    other = DatasetReader(source, request, codec, nonce_key=b"another", unread_rows_max=0)
     (block,) = other.blocks()
     assert block.digest != first[0].digest
     assert RowBlock.parse(block.data).root() == RowBlock.parse(first[0].data).root()

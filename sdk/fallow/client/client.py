@@ -175,16 +175,18 @@ class AsyncClient:
             pool_id=pool,
         )
         check_texts(request.title, request.idempotency_key)
-        with tempfile.TemporaryDirectory(prefix="fallow-kept-") as folder:
-            kept_path = Path(folder) / "kept.arrow"
-            # What is wrong with the rows is told before anything travels.
-            reader = await asyncio.to_thread(
-                dataset_reader, request, nonce_key=self._connection.nonce_key, kept_path=kept_path
-            )
-            await self.register(bundle)
-            dataset = await upload_dataset(reader, self._transfers, kept_path=kept_path, on_rows=on_rows)
-            # The mapping outlives the file's name.
-            kept = KeptColumns(kept_path) if dataset.kept is not None else None
+        # What is wrong with the rows is told before anything travels.
+        reader = await asyncio.to_thread(dataset_reader, request, nonce_key=self._connection.nonce_key)
+        await self.register(bundle)
+        kept: KeptColumns | None = None
+        if reader.kept_schema is None:
+            dataset = await upload_dataset(reader, self._transfers, kept_path=None, on_rows=on_rows)
+        else:
+            with tempfile.TemporaryDirectory(prefix="fallow-kept-") as folder:
+                kept_path = Path(folder) / "kept.arrow"
+                dataset = await upload_dataset(reader, self._transfers, kept_path=kept_path, on_rows=on_rows)
+                # The mapping outlives the file's name.
+                kept = KeptColumns(kept_path)
         job_id = await self._submit(submission(request, dataset), bundle)
         return AsyncJob(
             self._connection,

@@ -41,12 +41,9 @@ class Connection:
         self._renewing = asyncio.Lock()
         self._retired: set[asyncio.Task[None]] = set()
         self._renew_at_ms: float = 0
-        self._open()
-
-    @property
-    def nonce_key(self) -> bytes:
+        self.nonce_key = hashlib.sha256(b"fallow/client/nonce" + credentials.key.pem).digest()
         """A secret of this client, from its key, for nonces that only it can foretell."""
-        return hashlib.sha256(b"fallow/client/nonce" + self.credentials.key.pem).digest()
+        self._open()
 
     @property
     def blobs(self) -> grpc.aio.Channel:

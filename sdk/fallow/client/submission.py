@@ -129,7 +129,7 @@ class Dataset:
     unread_rows: int
 
 
-def dataset_reader(request: MapRequest, *, nonce_key: bytes, kept_path: Path) -> DatasetReader:
+def dataset_reader(request: MapRequest, *, nonce_key: bytes) -> DatasetReader:
     """A reader of the rows, once it is sure that the source has what the bundle takes. May block.
 
     Raises FIELD_INVALID or SCHEMA_MISMATCH.
@@ -140,7 +140,6 @@ def dataset_reader(request: MapRequest, *, nonce_key: bytes, kept_path: Path) ->
         request.source_request(),
         RowCodec(schema, digest_of(encode_schema(schema))),
         nonce_key=nonce_key,
-        kept_path=kept_path,
         unread_rows_max=request.options.failed_rows_max,
     )
 
@@ -149,7 +148,7 @@ async def upload_dataset(
     reader: DatasetReader,
     transfers: BlobTransfers,
     *,
-    kept_path: Path,
+    kept_path: Path | None,
     on_rows: Callable[[int], None] | None = None,
 ) -> Dataset:
     """Reads the rows and brings them to the blob service, a few blocks at a time; tiny datasets stay inline.
@@ -157,7 +156,7 @@ async def upload_dataset(
     `on_rows` is told how many rows are there so far. Raises what sources, row blocks and uploads raise.
     """
     messages: list[job_pb2.DatasetBlock] = []
-    blocks = reader.blocks()
+    blocks = reader.blocks(kept_path)
     group = await asyncio.to_thread(_next_blocks, blocks)
     if len(group) == 1 and len(group[0].data) <= INLINE_PAYLOAD_BYTES_MAX:
         # One block and a group that is not full: that was the whole dataset.
@@ -191,8 +190,8 @@ def submission(request: MapRequest, dataset: Dataset) -> job_service_pb2.SubmitM
     )
 
 
-async def _upload_kept(reader: DatasetReader, transfers: BlobTransfers, path: Path) -> BlobReference | None:
-    if reader.kept_schema is None:
+async def _upload_kept(reader: DatasetReader, transfers: BlobTransfers, path: Path | None) -> BlobReference | None:
+    if path is None or reader.kept_schema is None:
         return None
     digest, length = await asyncio.to_thread(_digest_of_file, path)
     if length > BLOB_BYTES_MAX:
