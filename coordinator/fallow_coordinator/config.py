@@ -27,6 +27,10 @@ class EngineSettings:
     tick_ms: int = 250
     archive_ms: int = 10_000
     """How often finished jobs that are in the views leave the memory."""
+    collect_ms: int = 3_600_000
+    """How often inline payloads that nothing refers to any more are dropped."""
+    retention_ms: int = 30 * 24 * 3_600_000
+    """How long inline results outlive the end of their job."""
     packs_at_once: int = 8
     """Pack calls to the blob service under way at a time."""
     payload_cache_bytes_max: int = 16 * MIB

@@ -13,7 +13,7 @@ import logging
 import os
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NoReturn, TypeVar
 
@@ -27,7 +27,7 @@ from fallow_coordinator.core.answers import Decision
 from fallow_coordinator.core.commands import ArchiveJobs, Command, PackFailed, Restart, TaskPacked, Tick
 from fallow_coordinator.core.effects import Effect, PackTask
 from fallow_coordinator.core.evolve import evolve
-from fallow_coordinator.core.questions import PackPlan, pack_plan
+from fallow_coordinator.core.questions import PackPlan, live_payloads, pack_plan
 from fallow_coordinator.core.state import State
 from fallow_coordinator.core.turn import Turn, take_turn
 from fallow_coordinator.inline_packing import pack_inline
@@ -211,14 +211,13 @@ class Engine:
             # Time since the last record, in which the writer may have been up and idle: leases end later, never sooner.
             down_time_ms = max(0, self._clock() - self._last_at_ms)
             self._process([_Waiting(Restart(self._store.epoch, down_time_ms), _NO_PAYLOADS, None)])
-        spawn = asyncio.get_running_loop().create_task
-        self._tasks = [
-            spawn(self._run(), name="engine.run"),
-            spawn(self._tick(), name="engine.tick"),
-            *(spawn(self._pack(), name=f"engine.pack-{number}") for number in range(self._settings.packs_at_once)),
-        ]
+        self._spawn("run", self._run())
+        self._spawn("tick", self._tick())
+        for number in range(self._settings.packs_at_once):
+            self._spawn(f"pack-{number}", self._pack())
         if self._views is not None:
-            self._tasks.append(spawn(self._archive(self._views), name="engine.archive"))
+            self._spawn("archive", self._archive(self._views))
+            self._spawn("collect", self._collect(self._views))
         logger.info("engine.started epoch=%d records=%d", self._store.epoch, replayed)
         return replayed
 
@@ -232,6 +231,17 @@ class Engine:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._tasks = []
         logger.info("engine.stopped commits=%d events=%d", self._counters.commits, self._counters.events)
+
+    def _spawn(self, name: str, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work, name=f"engine.{name}")
+        task.add_done_callback(self._on_task_done)
+        self._tasks.append(task)
+
+    def _on_task_done(self, task: asyncio.Task[None]) -> None:
+        """None of them ends by itself: a coordinator that no longer ticks or writes must not look alive."""
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("engine.task_broken task=%s", task.get_name(), exc_info=error)
+            self._end(f"{task.get_name()} ended: {error!r}", EXIT_BROKEN)
 
     async def _replay(self) -> int:
         sequence = 0
@@ -259,11 +269,7 @@ class Engine:
             await self._gather()
             batch = [self._queue.popleft() for _ in range(min(len(self._queue), self._settings.batch_max))]
             self._last_batch = len(batch)
-            try:
-                self._process(batch)
-            except Exception as error:
-                logger.exception("engine.broken")
-                self._end(f"the state is in doubt: {error!r}", EXIT_BROKEN)
+            self._process(batch)
             if self._queue:
                 await asyncio.sleep(0)
             else:
@@ -453,6 +459,20 @@ class Engine:
                 in_views = await asyncio.to_thread(views.view_sequence)
             except StorageFailed as error:
                 logger.warning("engine.views_unreadable error=%s", error)
+
+    async def _collect(self, views: Views) -> None:
+        """Drops inline payloads that neither the state nor a retained result refers to."""
+        while True:
+            await asyncio.sleep(self._settings.collect_ms / 1_000)
+            # Asked before and after the views: a job that leaves the state in between is in one of the two.
+            before = live_payloads(self._state)
+            try:
+                retained = await asyncio.to_thread(views.retained_outputs, self._now_ms() - self._settings.retention_ms)
+                dropped = self._store.collect_payloads(before | retained | live_payloads(self._state))
+            except StorageFailed as error:
+                logger.warning("engine.payloads_kept error=%s", error)
+            else:
+                logger.info("engine.payloads_collected dropped=%d", dropped)
 
 
 def payload_digests(event: ev.Event) -> tuple[Digest, ...]:

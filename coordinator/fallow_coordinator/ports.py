@@ -96,6 +96,10 @@ class Views(Protocol):
         """An output block of one of the account's jobs, or None: archived results stay readable by their owner."""
         ...
 
+    def retained_outputs(self, finished_after_ms: int) -> frozenset[Digest]:
+        """Output blocks small enough to be inline, of unfinished jobs and of those that ended after that moment."""
+        ...
+
 
 class EffectSink(Protocol):
     """Acts on what has become durable, in order; must not block."""

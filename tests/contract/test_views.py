@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fallow.ids import AccountId, JobId, digest_of
+from fallow.ids import AccountId, Digest, JobId, digest_of
 from fallow.job import JobState
 from fallow_coordinator.core import commands as c
 from fallow_coordinator.core.questions import job_status, results_after
@@ -125,6 +125,24 @@ async def test_output_blocks_are_known_to_their_owner_alone(watched: Watched) ->
     assert watched.views.output(world.operator_account_id, result.output.digest) == result.output
     assert watched.views.output(watched.worker.account_id, result.output.digest) is None
     assert watched.views.output(world.operator_account_id, digest_of(b"another")) is None
+
+
+async def test_outputs_are_retained_while_their_job_is_young(watched: Watched) -> None:
+    world = watched.world
+    job_id = await world.submit_job(ROWS)
+    await world.work_until_idle(watched.worker)
+    ended_ms = world.clock.now_ms
+    world.clock.now_ms += 1_000
+    running = await world.submit_job(ROWS)
+    await world.commit(watched.worker, world.leases_of(watched.worker)[0])
+    watched.update()
+
+    def outputs(of: JobId) -> set[Digest]:
+        results = watched.views.results(of, after_cursor=0, limit=1_000)
+        return {result.output.digest for result in results if result.output is not None}
+
+    assert watched.views.retained_outputs(ended_ms - 1) == outputs(job_id) | outputs(running)
+    assert watched.views.retained_outputs(ended_ms + 1) == outputs(running)
 
 
 async def test_results_page_by_cursor(watched: Watched) -> None:

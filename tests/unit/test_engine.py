@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
 from fallow.errors import FallowError, Reason
 from fallow.ids import AccountId, Digest, JobId, digest_of
-from fallow.job import JobState
+from fallow.job import JobState, JobStatus, TaskResult
 from fallow_coordinator import engine as engine_module
 from fallow_coordinator.config import EXIT_BROKEN, EXIT_STORAGE_FAILED, EXIT_WRITER_FENCED, EngineSettings
 from fallow_coordinator.core import commands as c
@@ -19,6 +23,7 @@ from fallow_coordinator.core.answers import AccountMade
 from fallow_coordinator.core.state import State, TaskPhase
 from fallow_coordinator.core.turn import Turn, take_turn
 from fallow_coordinator.store.memory import MemoryDisk, MemoryStore
+from fallow_coordinator.store.sqlite import SqliteStore
 from journal_world import QUIET, START_MS, BlobShelf, Clock, Ended, RecordingSink, World, until
 
 ROWS = [f"row {number}".encode() for number in range(8)]
@@ -377,15 +382,33 @@ async def test_sink_that_fails_does_not_stop_the_writer() -> None:
 
 
 class ViewsAt:
-    """Views that stand at a sequence."""
+    """Views that stand at a sequence and retain what they are told to."""
 
     def __init__(self) -> None:
         self.sequence = 0
         self.asked = 0
+        self.collected = 0
+        self.retained: frozenset[Digest] = frozenset()
 
     def view_sequence(self) -> int:
         self.asked += 1
         return self.sequence
+
+    def retained_outputs(self, finished_after_ms: int) -> frozenset[Digest]:
+        self.collected += 1
+        return self.retained
+
+    def job_status(self, job_id: JobId) -> None:
+        return None
+
+    def jobs(self, account_id: AccountId, *, before: tuple[int, str] | None, limit: int) -> list[JobStatus]:
+        return []
+
+    def results(self, job_id: JobId, *, after_cursor: int, limit: int) -> list[TaskResult]:
+        return []
+
+    def output(self, account_id: AccountId, digest: Digest) -> None:
+        return None
 
 
 async def test_finished_jobs_leave_the_state_once_the_views_have_them() -> None:
@@ -398,6 +421,33 @@ async def test_finished_jobs_leave_the_state_once_the_views_have_them() -> None:
     assert job_id in world.engine.state.jobs, "it is not in the views yet"
     views.sequence = world.engine.state.sequence
     await until(lambda: job_id not in world.engine.state.jobs)
+    await world.engine.stop()
+
+
+async def test_payloads_go_when_neither_the_state_nor_a_retained_result_needs_them() -> None:
+    views = ViewsAt()
+    store = CountingStore()
+    world = await world_with_bundle(
+        store=store, views=views, settings=EngineSettings(tick_ms=3_600_000, archive_ms=3_600_000, collect_ms=1)
+    )
+    worker = await world.volunteer()
+    outputs: list[Digest] = []
+    for number in range(2):
+        job_id = await world.submit_job([b"row %d" % number])
+        await world.work_until_idle(worker)
+        output = world.engine.state.jobs[job_id].results[0].output
+        assert output is not None
+        outputs.append(output.digest)
+    running = await world.submit_job([b"running"])
+    await until(lambda: views.collected >= 3)
+    assert all(store.payload(digest) for digest in outputs), "the jobs are still in the state"
+    views.retained = frozenset(outputs[1:])
+    await world.tell(c.ArchiveJobs(world.engine.state.sequence))
+    await until(lambda: store.payload(outputs[0]) is None)
+    assert store.payload(outputs[1]) is not None
+    assert store.payload(world.bundle_digest) is not None
+    assert world.engine.state.jobs[running]
+    assert [bytes(row) for row in world.input_of(world.leases_of(worker)[0].lease_id)] == [b"running"]
     await world.engine.stop()
 
 
@@ -422,3 +472,62 @@ async def test_counters_tell_what_was_done() -> None:
     assert counters.events == world.engine.state.sequence
     assert counters.payload_bytes > 0
     await world.engine.stop()
+
+
+async def test_background_task_that_breaks_ends_the_process() -> None:
+    class BrokenViews(ViewsAt):
+        def view_sequence(self) -> int:
+            raise ZeroDivisionError("our mistake")
+
+    world = World(views=BrokenViews(), settings=EngineSettings(tick_ms=3_600_000, archive_ms=1))
+    ended: list[int] = []
+
+    def note_end(words: str, exit_code: int) -> NoReturn:
+        ended.append(exit_code)
+        raise Ended(words, exit_code)
+
+    asyncio.get_running_loop().set_exception_handler(lambda _loop, _context: None)
+    world.engine._end = note_end
+    await world.engine.start()
+    await until(lambda: ended == [EXIT_BROKEN])
+
+
+DISK_FULL_PROGRAM = """
+import asyncio, pathlib, sys
+sys.path.insert(0, sys.argv[2])
+from journal_world import BlobShelf, RecordingSink
+from fallow_coordinator.core import commands as c
+from fallow_coordinator.engine import Engine
+from fallow_coordinator.store.sqlite import SqliteStore
+
+async def main():
+    store = SqliteStore(pathlib.Path(sys.argv[1]))
+    engine = Engine(store=store, sink=RecordingSink(), packer=BlobShelf())
+    await engine.start()
+    await engine.submit(c.StartJournal("operator", "default"))
+    print("acknowledged", store.last_sequence, flush=True)
+    store._writer.execute(f"PRAGMA max_page_count = {store._writer.execute('PRAGMA page_count').fetchone()[0]}")
+    for number in range(1000):
+        await engine.submit(c.CreateAccount("x" * 100))
+        print("acknowledged", store.last_sequence, flush=True)
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.processes
+def test_full_disk_ends_the_real_process_with_words_and_keeps_what_was_acknowledged(tmp_path: Path) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", DISK_FULL_PROGRAM, str(tmp_path), str(Path(__file__).parent.parent)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert ended.returncode == EXIT_STORAGE_FAILED, ended.stderr
+    assert "the disk is full; free space there and start again" in ended.stderr
+    acknowledged = int(ended.stdout.split()[-1])
+    store = SqliteStore(tmp_path)
+    assert store.last_sequence == acknowledged, "what was not acknowledged is not there either"
+    assert len(store.read(after_sequence=0, limit=10_000)) == acknowledged
+    store.close()

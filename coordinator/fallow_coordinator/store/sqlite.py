@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from fallow.ids import Digest
@@ -119,9 +120,7 @@ class SqliteStore:
         rows: Sequence[tuple[int, int, int, bytes, bytes, Digest]],
         payloads: Mapping[Digest, bytes],
     ) -> None:
-        writer = self._writer
-        writer.execute("BEGIN IMMEDIATE")
-        try:
+        with self._transaction() as writer:
             epoch, last_sequence = writer.execute(_STANDING).fetchone()
             if epoch != self._epoch:
                 raise WriterFenced(f"{self._path}: a coordinator with epoch {epoch} has taken over from {self._epoch}")
@@ -132,6 +131,13 @@ class SqliteStore:
             writer.executemany(_INSERT_RECORD, rows)
             if payloads:
                 writer.executemany(_INSERT_PAYLOAD, list(payloads.items()))
+
+    @contextmanager
+    def _transaction(self) -> Generator[sqlite3.Connection]:
+        writer = self._writer
+        writer.execute("BEGIN IMMEDIATE")
+        try:
+            yield writer
             writer.execute("COMMIT")
         except BaseException:
             if writer.in_transaction:
@@ -148,13 +154,11 @@ class SqliteStore:
         if self._failure is not None:
             raise self._failure
         with storage_failures(self._path):
-            writer = self._writer
-            writer.execute("CREATE TEMP TABLE IF NOT EXISTS kept (digest BLOB PRIMARY KEY)")
-            writer.execute("BEGIN IMMEDIATE")
-            writer.execute("DELETE FROM kept")
-            writer.executemany("INSERT INTO kept VALUES (?)", [(digest,) for digest in keep])
-            dropped = writer.execute("DELETE FROM payloads WHERE digest NOT IN (SELECT digest FROM kept)").rowcount
-            writer.execute("COMMIT")
+            self._writer.execute("CREATE TEMP TABLE IF NOT EXISTS kept (digest BLOB PRIMARY KEY)")
+            with self._transaction() as writer:
+                writer.execute("DELETE FROM kept")
+                writer.executemany("INSERT INTO kept VALUES (?)", [(digest,) for digest in keep])
+                dropped = writer.execute("DELETE FROM payloads WHERE digest NOT IN (SELECT digest FROM kept)").rowcount
         return dropped
 
     def close(self) -> None:

@@ -38,7 +38,6 @@ _TABLES: dict[str, str] = {
 
 _EXTRAS = (
     "CREATE INDEX jobs_of_account ON jobs (account_id, submitted_at_ms, job_id)",
-    "CREATE INDEX results_of_output ON results (account_id, output_digest)",
     """CREATE VIEW rows_by_worker AS
         SELECT account_id, job_id, worker_id, node, count(*) AS tasks, sum(rows) AS rows,
             sum(rows_failed) AS rows_failed

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from fallow.ids import AccountId, Digest, JobId
 from fallow.job import JobStatus, TaskResult
+from fallow.limits import INLINE_PAYLOAD_BYTES_MAX
 from fallow.session import BlobReference
 from fallow.v1 import job_pb2
 from fallow.wire.job import result_from_message, status_from_message
@@ -16,6 +17,8 @@ from fallow_coordinator.store.failures import storage_failures
 from fallow_coordinator.store.view_file import VIEWS_FILE
 
 _JOBS = "SELECT status FROM jobs WHERE account_id = ? ORDER BY submitted_at_ms DESC, job_id DESC LIMIT ?"
+_RETAINED = """SELECT DISTINCT output_digest FROM results JOIN jobs USING (job_id)
+    WHERE output_digest IS NOT NULL AND output_length_bytes <= ? AND (finished_at_ms = 0 OR finished_at_ms > ?)"""
 _JOBS_BEFORE = """SELECT status FROM jobs WHERE account_id = ? AND (submitted_at_ms, job_id) < (?, ?)
     ORDER BY submitted_at_ms DESC, job_id DESC LIMIT ?"""
 
@@ -61,6 +64,11 @@ class SqliteViews:
             (account_id, digest),
         )
         return BlobReference(digest, int(rows[0][0])) if rows else None
+
+    def retained_outputs(self, finished_after_ms: int) -> frozenset[Digest]:
+        """Output blocks small enough to be inline, of unfinished jobs and of those that ended after that moment."""
+        rows = self._rows(_RETAINED, (INLINE_PAYLOAD_BYTES_MAX, finished_after_ms))
+        return frozenset(Digest(row[0]) for row in rows)
 
     def close(self) -> None:
         """Gives the file back."""
