@@ -182,7 +182,7 @@ def test_renewal_is_refused_to_the_unknown_the_revoked_and_the_quarantined() -> 
 def test_a_barred_worker_loses_its_session_and_its_leases_at_once(ending: str) -> None:
     world = World().start().ready_bundle()
     worker_id, other_id = world.volunteer("bad"), None
-    job_id = world.submit(10)
+    job_id = world.submit(200)
     world.pack_all()
     session_id = world.state.workers[worker_id].session_id
     assert len(world.leases_of(worker_id)) == 2

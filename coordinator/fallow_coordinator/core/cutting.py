@@ -60,9 +60,9 @@ def cut_size(layout: Layout, cost: Cost, *, start: int, batch_rows: int, slots: 
     """How many rows, from `start` on, the next task takes: at least 1, at most what is left.
 
     About one in `slots` × `TASK_SHARES_PER_SLOT` of what is left, between half a unit and `TASK_UNITS_TARGET` (guided
-    self-scheduling: Polychronopoulos and Kuck, 1987), in whole canonical batches, and never so much that the packed
-    block could exceed `BLOCK_BYTES_MAX` even if the large rows of every block it touches were its own. At least one in
-    `JOB_TASKS_MAX` / 2 of the job unless a block ends before, so that no job has more than `JOB_TASKS_MAX` tasks.
+    self-scheduling: Polychronopoulos and Kuck, 1987), in whole canonical batches but for the end; never so much that
+    the packed block could exceed `BLOCK_BYTES_MAX` even if the large rows of every block it touches were its own. At
+    least one in `JOB_TASKS_MAX` / 2 of the job unless a block ends before: no job has more than `JOB_TASKS_MAX` tasks.
     """
     total = layout.row_starts[-1]
     assert 0 <= start < total and batch_rows > 0 and slots > 0, "there is something to cut"
@@ -71,8 +71,10 @@ def cut_size(layout: Layout, cost: Cost, *, start: int, batch_rows: int, slots: 
     ceiling = _ceiling(layout, start, output_row_bytes)
     least = max(batch_rows, -(-total // (JOB_TASKS_MAX // 2)))
     rows = max(least, _rows_for(layout, cost, start, ceiling, target))
-    rows -= rows % batch_rows if rows % batch_rows < rows and rows - rows % batch_rows >= least else 0
-    return min(rows, ceiling - start)
+    if ceiling - start - rows < batch_rows:
+        return ceiling - start
+    whole = rows - rows % batch_rows
+    return whole if whole >= least else rows
 
 
 def _ceiling(layout: Layout, start: int, output_row_bytes: int) -> int:

@@ -125,8 +125,8 @@ def _check_window(window: int) -> None:
 def _check_token(worker: Worker, command: c.OpenSession) -> None:
     """While a session is open, lets in only who holds its token, or the one shown to get it (a Welcome may be lost).
 
-    While none is open everybody with the key may come: an honest worker may have lost its token with its memory, or hold
-    that of a stream whose Hello was overtaken, and a stranger with a copied key could say it has none as well.
+    While none is open everybody with the key may come: an honest worker may have lost its token with its memory, or
+    hold that of a stream whose Hello was overtaken, and a stranger with a copied key could say it has none as well.
     """
     if worker.session_id is None:
         return

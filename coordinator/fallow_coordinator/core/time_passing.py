@@ -20,10 +20,6 @@ def restart(state: State, command: c.Restart) -> Decision:
 def tick(state: State, now_ms: int) -> Decision:
     """Ends leases past their deadline and those of workers gone too long; asks anew for packings nobody answered."""
     draft = Draft(state)
-    for deadline_ms, lease_id in state.deadlines[:DUE_PER_TICK_MAX]:
-        if deadline_ms > now_ms:
-            break
-        draft.end_lease(state.leases[lease_id], e.LeaseOutcome.EXPIRED, Cause.WORKER, "it was not done in time")
     for grace_until_ms, worker_id in state.graces[:DUE_PER_TICK_MAX]:
         if grace_until_ms > now_ms:
             break
@@ -31,6 +27,10 @@ def tick(state: State, now_ms: int) -> Decision:
             draft.end_lease(
                 state.leases[lease_id], e.LeaseOutcome.LOST, Cause.WORKER, "its worker went away and did not come back"
             )
+    for deadline_ms, lease_id in state.deadlines[:DUE_PER_TICK_MAX]:
+        if deadline_ms > now_ms:
+            break
+        draft.end_lease(state.leases[lease_id], e.LeaseOutcome.EXPIRED, Cause.WORKER, "it was not done in time")
     gone = {event.task_id for event in draft.events if isinstance(event, e.TaskDropped)}
     for lane in state.lanes.values():
         for task_id in lane.packing:
