@@ -185,6 +185,21 @@ def test_parquet_files_are_read_one_after_the_other(tmp_path: Path) -> None:
         assert kept.column("tag").to_pylist() == ["t0", "t0", "t1", "t1", "t2", "t2"]
 
 
+def test_memory_does_not_grow_with_a_parquet_file(tmp_path: Path) -> None:
+    schema = Schema((TensorColumn("x", DType.FLOAT32, (100,)),))
+    path = tmp_path / "large.parquet"
+    chance = np.random.default_rng(0)
+    with pq.ParquetWriter(path, pa.schema([("x", pa.list_(pa.float32(), 100))])) as writer:
+        for _ in range(4):
+            values = pa.array(chance.random(40_000 * 100, dtype=np.float32))
+            writer.write_table(pa.table({"x": pa.FixedSizeListArray.from_arrays(values, 100)}, schema=writer.schema))
+    source, before, held = ParquetSource(path), pa.total_allocated_bytes(), 0
+    for batch in source.batches(SourceRequest(schema)):
+        assert batch.row_count
+        held = max(held, pa.total_allocated_bytes() - before)
+    assert held < path.stat().st_size / 2
+
+
 def test_parquet_files_that_differ_or_are_none_are_refused(tmp_path: Path) -> None:
     first, second, third = (tmp_path / name for name in ("1.parquet", "2.parquet", "3.parquet"))
     pq.write_table(pa.table({"id": [1]}), first)

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from fallow.arrow_rows import from_arrow, stacked
 from fallow.errors import FallowError, Reason
+from fallow.limits import MIB
 from fallow.row_values import ColumnValues, described
 from fallow.schema import BytesColumn
 from fallow.sources.port import (
@@ -26,6 +27,7 @@ from fallow.sources.port import (
     windowed,
 )
 
+READ_BUFFER_BYTES = 1 * MIB
 PARQUET_SUFFIXES = (".parquet", ".pq")
 
 
@@ -88,11 +90,12 @@ class ParquetSource:
         return _kept_schema(self._schema(self._paths[0]), request)
 
     def batches(self, request: SourceRequest) -> Iterator[SourceBatch]:
-        """See `Source.batches`. One row group is in memory at a time."""
+        """See `Source.batches`. Memory does not grow with the files or their row groups."""
         self.check(request)
         for path in self._paths:
             try:
-                with pq.ParquetFile(path) as file:
+                # Without these two a whole file would be read ahead, or a whole column of a row group.
+                with pq.ParquetFile(path, pre_buffer=False, buffer_size=READ_BUFFER_BYTES) as file:
                     for batch in self._file_batches(file, request):
                         yield _batch(batch, request)
             except (OSError, pa.ArrowException) as error:
