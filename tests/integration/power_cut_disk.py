@@ -5,8 +5,8 @@ one and keeps a log of writes, truncations, deletions and syncs, in order. From 
 makes a file system as a power cut at that moment might have left it: what was synced is there; of each later write
 nothing, all, or only its first 512-byte sectors; a file that was never synced may be missing altogether. The shared
 index is memory and never survives. What this proves: SQLite, used as our store uses it, asks for its syncs before
-`append` returns, in an order that always leaves a whole journal. What it cannot prove: that a disk keeps what it says is
-synced.
+`append` returns, in an order that always leaves a whole journal. What it cannot prove: that a disk keeps what it
+reported as synced.
 """
 
 from __future__ import annotations

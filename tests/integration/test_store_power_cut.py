@@ -19,7 +19,8 @@ from fallow_coordinator.store import sqlite
 from fallow_coordinator.store.sqlite import SqliteStore
 from integration.power_cut_disk import SQLITE_FULL, SQLITE_IOERR_FSYNC, DiskHistory, Fault, Operation, PowerCutDisk
 
-CUTS = 1_000
+CUTS = 300
+CUTS_SLOW = 1_000
 KILLS = 4
 ACKNOWLEDGED_BEFORE_KILL = 60
 
@@ -123,6 +124,14 @@ def test_acknowledged_batches_survive_a_power_cut_at_any_moment(tmp_path: Path) 
     kinds = {(operation.kind, Path(operation.path).suffix) for operation in recording.log}
     assert ("sync", ".db") in kinds, "no checkpoint happened: the test would not cover one"
     assert first_loss(recording, tmp_path, CUTS, seed=1) == ""
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("small_checkpoints")
+@pytest.mark.parametrize("seed", range(2, 8))
+def test_acknowledged_batches_survive_many_power_cuts(tmp_path: Path, seed: int) -> None:
+    recording = record(tmp_path / "state", SqliteStore, seed)
+    assert first_loss(recording, tmp_path, CUTS_SLOW, seed) == ""
 
 
 class NeverSyncs(SqliteStore):
