@@ -20,8 +20,8 @@ class BlobLimits:
     packs_waiting_max: int = 1_024
     calls_max: int = 1_024
     """Calls of all kinds at once; the transport refuses more."""
-    calls_per_peer_s: float = 500.0
-    calls_per_peer_burst: int = 2_000
+    calls_per_peer_s: float = 2_000.0
+    calls_per_peer_burst: int = 4_000
     free_bytes_floor: int = 1 * GIB
     """Storage that is never filled: uploads that would reach into it are refused."""
     chunk_patience_ms: int = 60_000

@@ -1,0 +1,58 @@
+"""The benches run, count what they measured, and say when a run does not count."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+pytestmark = [pytest.mark.processes, pytest.mark.slow, pytest.mark.assets, pytest.mark.timeout(600)]
+
+
+def bench(*arguments: str) -> tuple[int, dict[str, Any]]:
+    """The exit status and what stands on stdout."""
+    command = [sys.executable, "-m", "scripts.benches", *arguments, "--json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False)
+    assert done.stdout.count("\n") == 1, f"not one object: {done.stdout!r}\n{done.stderr}"
+    found: dict[str, Any] = json.loads(done.stdout)
+    return done.returncode, found
+
+
+def test_inference_compares_with_raw_and_counts_its_work() -> None:
+    status, found = bench("inference", "--pairs", "1", "--rows", "256")
+    (pair,) = found["pairs"]
+    for name in ("bytes_fetched", "roots_hashed", "commits", "commitments"):
+        assert pair[name] > 0, name
+    assert pair["labels_differing"] == 0
+    assert found["ratio_to_raw"] > 0.2
+    assert found["raw_setting"]["batch_rows"] in {1, 2, 4, 8, 16, 32}
+    assert (status, found["void"]) == (1, ["1 pairs, fewer than 7"])
+    assert not found["holds"]
+
+
+def test_latency_measures_one_row_jobs() -> None:
+    status, found = bench("latency", "--jobs", "20", "--executor", "process")
+    assert (status, found["void"]) == (0, [])
+    assert 0 < found["min_ms"] <= found["p50_ms"] <= found["p99_ms"] <= found["max_ms"]
+    assert found["commitments"] >= 20
+
+
+def test_footprint_reads_a_worker_before_and_after_its_job() -> None:
+    status, found = bench("footprint", "--idle-seconds", "3")
+    assert (status, found["void"]) == (0, [])
+    assert found["processes_below_worker_during_job"] > 1
+    assert 0 < found["worker_idle_rss_before_mb"] <= found["worker_idle_rss_mb"]
+    assert found["coordinator_rss_mb"] > 0
+
+
+def test_blobs_compares_with_a_bare_stream() -> None:
+    status, found = bench("blobs", "--pairs", "1", "--mebibytes", "8")
+    assert (status, found["void"]) == (1, ["1 pairs, fewer than 7"])
+    assert found["blob_mib_per_s"]["up"] > 0
+    assert found["blob_over_transport"]["down"] > 0
