@@ -62,6 +62,7 @@ from fallow_worker.core.observe import observe
 from fallow_worker.core.plan import begun, next_wake_ms, plan, window_wanted
 from fallow_worker.core.world import Offline, Online, Running, Terms, World
 from fallow_worker.executor import WorkFailed
+from fallow_worker.heap import give_back
 from fallow_worker.link import After, Greeting, after, goodbye_error
 from fallow_worker.output import clipped, told
 from fallow_worker.ports import Executor, Outcome, Work
@@ -486,6 +487,7 @@ class Daemon:
     async def _release_executor(self) -> None:
         _log.info("executor.released after_s=%g", self._world.terms.idle_release_ms / 1000)
         await self._executor.release()
+        give_back()
 
     # ------------------------------------------------------------------------------------------- the end
 

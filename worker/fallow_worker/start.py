@@ -23,6 +23,7 @@ from fallow_worker.core.world import Terms
 from fallow_worker.daemon import Daemon
 from fallow_worker.executor import WorkFailed
 from fallow_worker.executor.choice import Choice, ExecutorKind, chosen_executor
+from fallow_worker.heap import keep_small
 from fallow_worker.link import ResumeToken, open_session
 from fallow_worker.ports import Executor
 from fallow_worker.probes import present_devices
@@ -115,6 +116,7 @@ async def work(config: WorkerConfig, *, told: Callable[[dict[str, object]], None
 
     Raises FallowError: not joined, folder in use, executor unavailable, or why the coordinator will not have it.
     """
+    keep_small()
     folder = StateFolder(config.state)
     credentials = joined(folder)
     wait_s = PREDECESSOR_WAIT_S if credentials.tier is Tier.OPERATOR or config.life_fd is not None else 0.0
