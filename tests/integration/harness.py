@@ -27,7 +27,6 @@ STOP_PATIENCE_S = 25.0
 POLL_S = 0.02
 
 
-
 @dataclass
 class Service:
     """One process of ours and what it left in its log."""
@@ -198,9 +197,7 @@ def worker(
         service.discard()
 
 
-def spawn(
-    arguments: Sequence[str], log: Path, environment: dict[str, str] | None = None
-) -> subprocess.Popen[bytes]:
+def spawn(arguments: Sequence[str], log: Path, environment: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
     """A Python process in a session of its own whose output goes to `log`."""
     with log.open("ab") as output:
         return subprocess.Popen(

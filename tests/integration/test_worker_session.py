@@ -8,9 +8,6 @@ from pathlib import Path
 
 import grpc
 import pytest
-from integration.conftest import HEARTBEAT_S
-from integration.harness import CoordinatorService, coordinator
-from integration.raw_session import capability, hello, joined, raw_session
 
 from fallow.credentials import Credentials
 from fallow.errors import FallowError, Reason
@@ -30,6 +27,9 @@ from fallow.session import (
     TaskKind,
 )
 from fallow.v1 import worker_service_pb2 as pb
+from integration.conftest import HEARTBEAT_S
+from integration.harness import CoordinatorService, coordinator
+from integration.raw_session import capability, hello, joined, raw_session
 
 pytestmark = pytest.mark.processes
 

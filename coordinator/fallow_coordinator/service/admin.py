@@ -249,7 +249,7 @@ class AdminService:
         def read(state: State) -> pb.GetStatusResponse:
             return pb.GetStatusResponse(
                 journal_sequence=state.sequence,
-                epoch=state.epoch,
+                epoch=self._engine.epoch,
                 workers_connected=len(state.sessions),
                 jobs_unfinished=len(state.jobs) - len(state.finished),
                 leases=len(state.leases),
