@@ -191,14 +191,14 @@ def silent(_: int) -> None:
     """Hears progress and does nothing."""
 
 
-async def busiest_child(of: int | None = None) -> int:
-    """The engine child below `of` (us) that computes: its CPU time grows beyond what a start takes."""
+async def busiest_child(of: int | None = None, *, cpu_seconds_more: float = 0.5) -> int:
+    """The engine child below `of` (us) that computes: its CPU time grows, by default beyond what a start takes."""
     seen: dict[int, float] = {}
     found: list[int] = []
 
     def computing() -> bool:
         for pid in engine_children(of):
-            if cpu_seconds(pid) - seen.setdefault(pid, cpu_seconds(pid)) >= 0.5:
+            if cpu_seconds(pid) - seen.setdefault(pid, cpu_seconds(pid)) >= cpu_seconds_more:
                 found.append(pid)
         return bool(found)
 

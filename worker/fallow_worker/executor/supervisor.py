@@ -12,29 +12,22 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, field
-from hashlib import sha256
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Final
 
-from fallow.bundle import BundleFile, BundleManifest, InspectionReport
+from fallow.bundle import InspectionReport
 from fallow.errors import FallowError
-from fallow.ids import Digest, digest_of
-from fallow.limits import LEASES_PER_WORKER_MAX, MIB
+from fallow.ids import digest_of
+from fallow.limits import LEASES_PER_WORKER_MAX
 from fallow.row_block import RowBlock
-from fallow.session import Cause, RowFailure, TaskKind, Usage
+from fallow.session import Cause, TaskKind
 from fallow.wire.bundle import decode_manifest
 from fallow.wire.schema import encode_schema
 from fallow_worker.engine.protocol import (
-    INSPECTION_SECONDS_MAX,
     READY_SECONDS_MAX,
     ChildKind,
     Failed,
-    FilePlacement,
-    Inspect,
     Inspected,
-    Load,
-    Placement,
     Ready,
     SpawnOptions,
     clipped_reason,
@@ -47,11 +40,12 @@ from fallow_worker.executor.engine_child import (
     ChildTask,
     EngineChild,
     TaskAnswer,
-    aligned,
 )
 from fallow_worker.executor.layout import SHARED_BYTES_MAX, Layout, MemoryCap, memory_cap, node_layout
+from fallow_worker.executor.lease_run import LeaseRun, Seat, Shard
+from fallow_worker.executor.loading import inspect_bundle, load_bundle
 from fallow_worker.executor.shards import RowRange, cut, join, join_failures, join_usage, shard_ranges
-from fallow_worker.ports import LoadedBundle, Outcome, Work
+from fallow_worker.ports import Outcome, Work
 from fallow_worker.probes.cpu import cores_usable
 from fallow_worker.probes.memory import memory_bytes_free, memory_bytes_total
 
@@ -62,13 +56,11 @@ SHARD_ATTEMPTS_MAX: Final = 2
 """Tries of a shard whose child died through no fault of the program."""
 SHARDS_PER_CHILD: Final = 4
 """Shards of one lease for each child: children of unequal speed then end almost together."""
-LOAD_SECONDS_MAX: Final = 120.0
 IDLE_CHILDREN_MAX: Final = 4
 """Loaded children kept warm beside those at work, for leases of other bundles."""
 SPARE_AFTER_SECONDS: Final = 0.5
 """A spare child is spawned when nothing has been at work for so long."""
 MEMORY_WATCH_SECONDS: Final = 0.1
-_COPY_BYTES: Final = 8 * MIB
 _Chore = Coroutine[Any, Any, None]
 
 
@@ -86,46 +78,6 @@ class SupervisorSettings:
     """Children kept ready for the next bundle while nothing is at work; 0 or 1."""
 
 
-@dataclass(slots=True, eq=False)
-class _Lease:
-    work: Work
-    manifest: BundleManifest
-    block: RowBlock | None
-    layout: Layout
-    cap: MemoryCap
-    progress: Callable[[int], None]
-    outcome: asyncio.Future[Outcome]
-    shards: list[_Shard] = field(default_factory=list["_Shard"])
-    started: float = 0.0
-    timer: asyncio.TimerHandle | None = None
-    execution_class: str = ""
-    memory_bytes_peak: int = 0
-    over: bool = False
-
-
-@dataclass(slots=True, eq=False)
-class _Shard:
-    lease: _Lease
-    rows: RowRange
-    attempts: int = 0
-    rows_done: int = 0
-    output: bytes = b""
-    failures: tuple[RowFailure, ...] = ()
-    usage: Usage = field(default_factory=Usage)
-    done: bool = False
-
-
-@dataclass(slots=True, eq=False)
-class _Seat:
-    """A child with the shards it was given: those sent, and those that wait for its load."""
-
-    child: EngineChild | None
-    bundle_digest: Digest
-    threads: int
-    loading: bool = True
-    given: list[_Shard] = field(default_factory=list["_Shard"])
-
-
 class Supervisor:
     """Owns the engine children of this node. Use it inside one running event loop."""
 
@@ -134,9 +86,9 @@ class Supervisor:
         self.cores = self._settings.cores or cores_usable()
         """Cores that children may keep busy."""
         self.memory_bytes = self._settings.memory_bytes or memory_bytes_total()
-        self._queue: deque[_Shard] = deque()
-        self._leases: set[_Lease] = set()
-        self._seats: list[_Seat] = []
+        self._queue: deque[Shard] = deque()
+        self._leases: set[LeaseRun] = set()
+        self._seats: list[Seat] = []
         self._spare: EngineChild | None = None
         self._spare_timer: asyncio.TimerHandle | None = None
         self._chores: set[asyncio.Task[None]] = set()
@@ -203,7 +155,7 @@ class Supervisor:
 
     # -------------------------------------------------------------------------------------------------- admission
 
-    def _admit(self, work: Work, progress: Callable[[int], None]) -> _Lease:
+    def _admit(self, work: Work, progress: Callable[[int], None]) -> LeaseRun:
         try:
             manifest = decode_manifest(work.bundle.manifest)
             block = RowBlock.parse(work.input_block) if work.input_block else None
@@ -214,9 +166,9 @@ class Supervisor:
             cores=self.cores, memory_bytes=self.memory_bytes, cap=cap, children_wanted=self._settings.children
         )
         outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        lease = _Lease(work, manifest, block, layout, cap, progress, outcome)
+        lease = LeaseRun(work, manifest, block, layout, cap, progress, outcome)
         if work.kind is TaskKind.INSPECT:
-            lease.shards.append(_Shard(lease, RowRange(0, 0)))
+            lease.shards.append(Shard(lease, RowRange(0, 0)))
             return lease
         if work.kind not in {TaskKind.MAP, TaskKind.CHALLENGE}:
             raise WorkFailed(Cause.PLATFORM, f"this worker has no engine for tasks of kind {work.kind.value}")
@@ -228,7 +180,7 @@ class Supervisor:
             seats=layout.children,
             shards_per_seat=SHARDS_PER_CHILD,
         )
-        lease.shards.extend(_Shard(lease, rows) for rows in ranges)
+        lease.shards.extend(Shard(lease, rows) for rows in ranges)
         return lease
 
     def _default_layout(self) -> Layout:
@@ -257,7 +209,7 @@ class Supervisor:
         if self._seats and self._watch is None and any(seat.given for seat in self._seats):
             self._watch = asyncio.get_running_loop().call_later(MEMORY_WATCH_SECONDS, self._watch_memory)
 
-    def _place(self, shard: _Shard) -> bool:
+    def _place(self, shard: Shard) -> bool:
         lease = shard.lease
         if lease.over:
             return True
@@ -282,24 +234,24 @@ class Supervisor:
     def _free_cores(self) -> int:
         return self.cores - sum(seat.threads for seat in self._seats if seat.given)
 
-    def _open_seat(self, shard: _Shard) -> bool:
+    def _open_seat(self, shard: Shard) -> bool:
         """A new child for the shard's bundle, the oldest idle ones making room for it."""
         lease = shard.lease
-        idle = sorted((seat for seat in self._seats if not seat.given), key=_idle_since)
+        idle = sorted((seat for seat in self._seats if not seat.given), key=lambda seat: seat.idle_since)
         needed = lease.cap.resident_bytes - SHARED_BYTES_MAX
         while idle and (len(idle) > IDLE_CHILDREN_MAX or memory_bytes_free() < needed):
             self._close_seat(idle.pop(0))
-        seat = _Seat(None, lease.work.bundle.bundle_digest, lease.layout.threads, given=[shard])
+        seat = Seat(None, lease.work.bundle.bundle_digest, lease.layout.threads, given=[shard])
         self._seats.append(seat)
         self._chore(self._inspect(seat, shard) if lease.work.kind is TaskKind.INSPECT else self._bring_up(seat, lease))
         return True
 
-    def _give(self, seat: _Seat, shard: _Shard) -> None:
+    def _give(self, seat: Seat, shard: Shard) -> None:
         seat.given.append(shard)
         if not seat.loading:
             self._submit(seat, shard)
 
-    def _submit(self, seat: _Seat, shard: _Shard) -> None:
+    def _submit(self, seat: Seat, shard: Shard) -> None:
         lease, child = shard.lease, seat.child
         assert child is not None and lease.block is not None
         work = lease.work
@@ -333,7 +285,7 @@ class Supervisor:
 
     # ------------------------------------------------------------------------------------------------------- answers
 
-    def _on_answer(self, seat: _Seat, shard: _Shard, answer: asyncio.Future[TaskAnswer | Failed]) -> None:
+    def _on_answer(self, seat: Seat, shard: Shard, answer: asyncio.Future[TaskAnswer | Failed]) -> None:
         error = answer.exception()
         if isinstance(error, ChildDiedError):
             self._drop_seat(seat)
@@ -349,7 +301,7 @@ class Supervisor:
         self._dispatch()
         self._rest_if_idle()
 
-    def _accept(self, seat: _Seat, shard: _Shard, answer: TaskAnswer) -> None:
+    def _accept(self, seat: Seat, shard: Shard, answer: TaskAnswer) -> None:
         lease = shard.lease
         if lease.over:
             return
@@ -372,7 +324,7 @@ class Supervisor:
         if all(other.done for other in lease.shards):
             self._finish(lease)
 
-    def _finish(self, lease: _Lease) -> None:
+    def _finish(self, lease: LeaseRun) -> None:
         work = lease.work
         loop = asyncio.get_running_loop()
         try:
@@ -401,7 +353,7 @@ class Supervisor:
                 )
             )
 
-    def _retry_or_fail(self, shard: _Shard, error: ChildDiedError) -> None:
+    def _retry_or_fail(self, shard: Shard, error: ChildDiedError) -> None:
         lease, death = shard.lease, error.death
         if lease.over:
             return
@@ -414,7 +366,7 @@ class Supervisor:
         shard.rows_done = 0
         self._queue.appendleft(shard)
 
-    def _distrust(self, seat: _Seat, lease: _Lease, why: str) -> None:
+    def _distrust(self, seat: Seat, lease: LeaseRun, why: str) -> None:
         """The program may have taken its child over: nothing that it says counts any more."""
         if seat.child is not None:
             seat.child.kill(Cause.PROGRAM, why)
@@ -422,7 +374,7 @@ class Supervisor:
 
     # -------------------------------------------------------------------------------------------------------- leases
 
-    def _begin(self, lease: _Lease) -> None:
+    def _begin(self, lease: LeaseRun) -> None:
         if lease.started or lease.over:
             return
         loop = asyncio.get_running_loop()
@@ -435,22 +387,22 @@ class Supervisor:
             f"the program ran longer than the {lease.work.runtime_max_ms} ms allowed",
         )
 
-    def _report(self, lease: _Lease) -> None:
+    def _report(self, lease: LeaseRun) -> None:
         if not lease.over:
             lease.progress(sum(shard.rows_done for shard in lease.shards))
 
-    def _fail(self, lease: _Lease, cause: Cause, reason: str) -> None:
+    def _fail(self, lease: LeaseRun, cause: Cause, reason: str) -> None:
         if not lease.outcome.done():
             lease.outcome.set_exception(WorkFailed(cause, clipped_reason(reason)))
         self._abandon(lease)
 
-    def _end(self, lease: _Lease) -> None:
+    def _end(self, lease: LeaseRun) -> None:
         lease.over = True
         if lease.timer is not None:
             lease.timer.cancel()
             lease.timer = None
 
-    def _abandon(self, lease: _Lease) -> None:
+    def _abandon(self, lease: LeaseRun) -> None:
         """Takes a lease's waiting shards away and kills the children that work on one of them."""
         if lease.over:
             return
@@ -467,7 +419,7 @@ class Supervisor:
 
     # ------------------------------------------------------------------------------------------------------ children
 
-    async def _bring_up(self, seat: _Seat, lease: _Lease) -> None:
+    async def _bring_up(self, seat: Seat, lease: LeaseRun) -> None:
         """Spawns a child or takes the spare, loads the bundle, and sends what waits for it."""
         if seat not in self._seats:
             return
@@ -476,18 +428,7 @@ class Supervisor:
             child = self._take_spare(options) or self._spawn(options, lease.cap)
             child.cap = lease.cap
             seat.child = child
-            self._ready = await child.ready(timeout_s=READY_SECONDS_MAX)
-            bundle, manifest = lease.work.bundle, lease.manifest
-            message = Load(
-                bundle_digest=bundle.bundle_digest,
-                manifest=manifest,
-                input_schema_digest=digest_of(encode_schema(manifest.input_schema)),
-                output_schema_digest=digest_of(encode_schema(manifest.output_schema)),
-                files=await _place_files(child, bundle, manifest),
-                canonical_batch_rows=bundle.canonical_batch_rows,
-                slot_dependent=bundle.slot_dependent,
-            )
-            loaded = await child.load(message, timeout_s=LOAD_SECONDS_MAX)
+            self._ready, loaded = await load_bundle(child, lease.work.bundle, lease.manifest)
         except ChildDiedError as error:
             self._seat_failed(seat, error.death.cause, error.death.reason)
         except WorkFailed as failed:
@@ -506,7 +447,7 @@ class Supervisor:
                 self._submit(seat, shard)
             self._dispatch()
 
-    async def _inspect(self, seat: _Seat, shard: _Shard) -> None:
+    async def _inspect(self, seat: Seat, shard: Shard) -> None:
         lease = shard.lease
         work, manifest = lease.work, lease.manifest
         if seat not in self._seats:
@@ -514,24 +455,8 @@ class Supervisor:
         try:
             child = self._spawn(self._options(ChildKind.INSPECT, lease.layout, lease.cap), lease.cap)
             seat.child = child
-            await child.ready(timeout_s=READY_SECONDS_MAX)
-            files = await _place_files(child, work.bundle, manifest)
-            sample = None
-            if work.input_block:
-                end = max((file.place.offset_bytes + file.place.length_bytes for file in files), default=0)
-                sample = child.place(aligned(end), work.input_block)
-            seconds_max = min(INSPECTION_SECONDS_MAX, work.runtime_max_ms / 1000 * 0.8)
-            message = Inspect(
-                bundle_digest=work.bundle.bundle_digest,
-                manifest=manifest,
-                input_schema_digest=digest_of(encode_schema(manifest.input_schema)),
-                output_schema_digest=digest_of(encode_schema(manifest.output_schema)),
-                files=files,
-                sample=sample,
-                seconds_max=seconds_max,
-            )
             self._begin(lease)
-            answer = await child.inspect(message, lease.progress, timeout_s=work.runtime_max_ms / 1000 + 1)
+            answer = await inspect_bundle(child, work, manifest, lease.progress)
             if isinstance(answer, Failed):
                 self._fail(lease, answer.cause, _failed_text(answer))
             else:
@@ -547,7 +472,7 @@ class Supervisor:
             self._dispatch()
             self._rest_if_idle()
 
-    def _inspected(self, lease: _Lease, answer: Inspected) -> None:
+    def _inspected(self, lease: LeaseRun, answer: Inspected) -> None:
         report: InspectionReport = answer.report
         if report.bundle_digest != lease.work.bundle.bundle_digest:
             self._fail(lease, Cause.PROGRAM, "the inspection answered for another bundle")
@@ -576,7 +501,7 @@ class Supervisor:
         self._spare = None
         return spare
 
-    def _seat_failed(self, seat: _Seat, cause: Cause, reason: str) -> None:
+    def _seat_failed(self, seat: Seat, cause: Cause, reason: str) -> None:
         """The child of a seat never got to work: its shards try again elsewhere, or fail with it."""
         self._close_seat(seat)
         given, seat.given = seat.given, []
@@ -590,15 +515,15 @@ class Supervisor:
                 self._queue.appendleft(shard)
         self._dispatch()
 
-    async def _after_death(self, seat: _Seat, child: EngineChild) -> None:
+    async def _after_death(self, seat: Seat, child: EngineChild) -> None:
         death = await asyncio.shield(child.dead)
         self._seat_failed(seat, death.cause, death.reason)
 
-    def _drop_seat(self, seat: _Seat) -> None:
+    def _drop_seat(self, seat: Seat) -> None:
         if seat in self._seats:
             self._seats.remove(seat)
 
-    def _close_seat(self, seat: _Seat) -> None:
+    def _close_seat(self, seat: Seat) -> None:
         self._drop_seat(seat)
         if seat.child is not None:
             self._kill(seat.child)
@@ -655,49 +580,6 @@ class Supervisor:
         self._chores.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("engine.chore_failed", exc_info=error)
-
-
-async def _place_files(child: EngineChild, bundle: LoadedBundle, manifest: BundleManifest) -> tuple[FilePlacement, ...]:
-    """Copies the bundle's files into the child's input memory, checking each digest on the way.
-
-    Raises WorkFailed(worker) when the copy on this machine's disk is not what the manifest names.
-    """
-    placements: list[FilePlacement] = []
-    offset = 0
-    for file in manifest.files:
-        path = bundle.files.get(file.name)
-        if path is None:
-            raise WorkFailed(Cause.WORKER, clipped_reason(f"file {file.name!r} of the bundle is not on this machine"))
-        try:
-            await _place_file(child, Path(path), file, offset)
-        except OSError as error:
-            raise WorkFailed(Cause.WORKER, clipped_reason(f"file {file.name!r} of the bundle: {error}")) from None
-        placements.append(FilePlacement(file.name, Placement(offset, file.length_bytes)))
-        offset += aligned(file.length_bytes)
-    return tuple(placements)
-
-
-async def _place_file(child: EngineChild, path: Path, file: BundleFile, offset: int) -> None:
-    digest = sha256()
-    length = 0
-    with path.open("rb") as source:
-        while True:
-            # Only reading leaves the loop: the child's memory may be closed at any moment, and by the loop alone.
-            big = file.length_bytes > _COPY_BYTES
-            piece = await asyncio.to_thread(source.read, _COPY_BYTES) if big else source.read(_COPY_BYTES)
-            if not piece:
-                break
-            if not child.alive:
-                raise ChildDiedError(await asyncio.shield(child.dead), at_work=True)
-            digest.update(piece)
-            child.place(offset + length, piece)
-            length += len(piece)
-    if length != file.length_bytes or digest.digest() != file.digest:
-        raise WorkFailed(Cause.WORKER, clipped_reason(f"file {file.name!r} of the bundle was changed on this machine"))
-
-
-def _idle_since(seat: _Seat) -> float:
-    return seat.child.idle_since if seat.child is not None else 0.0
 
 
 def _failed_text(failed: Failed) -> str:

@@ -1,0 +1,115 @@
+"""Giving a child its bundle: the files go into its memory, each digest checked on the way."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from hashlib import sha256
+from pathlib import Path
+from typing import Final
+
+from fallow.bundle import BundleFile, BundleManifest
+from fallow.ids import digest_of
+from fallow.limits import MIB
+from fallow.session import Cause
+from fallow.wire.schema import encode_schema
+from fallow_worker.engine.protocol import (
+    INSPECTION_SECONDS_MAX,
+    READY_SECONDS_MAX,
+    Failed,
+    FilePlacement,
+    Inspect,
+    Inspected,
+    Load,
+    Loaded,
+    Placement,
+    Ready,
+    clipped_reason,
+)
+from fallow_worker.executor import WorkFailed
+from fallow_worker.executor.engine_child import ChildDiedError, EngineChild, aligned
+from fallow_worker.ports import LoadedBundle, Work
+
+LOAD_SECONDS_MAX: Final = 120.0
+INSPECTION_SHARE: Final = 0.8
+"""Part of an inspection's time after which measuring stops, so that the report comes in time."""
+_COPY_BYTES: Final = 8 * MIB
+
+
+async def load_bundle(
+    child: EngineChild, bundle: LoadedBundle, manifest: BundleManifest
+) -> tuple[Ready, Loaded | Failed]:
+    """Waits for the child and loads the bundle. Raises ChildDiedError, WorkFailed(worker), OSError."""
+    ready = await child.ready(timeout_s=READY_SECONDS_MAX)
+    message = Load(
+        bundle_digest=bundle.bundle_digest,
+        manifest=manifest,
+        input_schema_digest=digest_of(encode_schema(manifest.input_schema)),
+        output_schema_digest=digest_of(encode_schema(manifest.output_schema)),
+        files=await _place_files(child, bundle, manifest),
+        canonical_batch_rows=bundle.canonical_batch_rows,
+        slot_dependent=bundle.slot_dependent,
+    )
+    return ready, await child.load(message, timeout_s=LOAD_SECONDS_MAX)
+
+
+async def inspect_bundle(
+    child: EngineChild, work: Work, manifest: BundleManifest, progress: Callable[[int], None]
+) -> Inspected | Failed:
+    """Waits for the child and lets it take the bundle apart. Raises ChildDiedError, WorkFailed(worker), OSError."""
+    await child.ready(timeout_s=READY_SECONDS_MAX)
+    files = await _place_files(child, work.bundle, manifest)
+    sample = None
+    if work.input_block:
+        end = max((file.place.offset_bytes + file.place.length_bytes for file in files), default=0)
+        sample = child.place(aligned(end), work.input_block)
+    seconds_max = work.runtime_max_ms / 1000
+    message = Inspect(
+        bundle_digest=work.bundle.bundle_digest,
+        manifest=manifest,
+        input_schema_digest=digest_of(encode_schema(manifest.input_schema)),
+        output_schema_digest=digest_of(encode_schema(manifest.output_schema)),
+        files=files,
+        sample=sample,
+        seconds_max=min(INSPECTION_SECONDS_MAX, seconds_max * INSPECTION_SHARE),
+    )
+    return await child.inspect(message, progress, timeout_s=seconds_max)
+
+
+async def _place_files(child: EngineChild, bundle: LoadedBundle, manifest: BundleManifest) -> tuple[FilePlacement, ...]:
+    """Copies the bundle's files into the child's input memory, checking each digest on the way.
+
+    Raises WorkFailed(worker) when the copy on this machine's disk is not what the manifest names.
+    """
+    placements: list[FilePlacement] = []
+    offset = 0
+    for file in manifest.files:
+        path = bundle.files.get(file.name)
+        if path is None:
+            raise WorkFailed(Cause.WORKER, clipped_reason(f"file {file.name!r} of the bundle is not on this machine"))
+        try:
+            await _place_file(child, Path(path), file, offset)
+        except OSError as error:
+            raise WorkFailed(Cause.WORKER, clipped_reason(f"file {file.name!r} of the bundle: {error}")) from None
+        placements.append(FilePlacement(file.name, Placement(offset, file.length_bytes)))
+        offset += aligned(file.length_bytes)
+    return tuple(placements)
+
+
+async def _place_file(child: EngineChild, path: Path, file: BundleFile, offset: int) -> None:
+    digest = sha256()
+    length = 0
+    with path.open("rb") as source:
+        while True:
+            # Only reading leaves the loop: the child's memory may be closed at any moment, and by the loop alone.
+            big = file.length_bytes > _COPY_BYTES
+            piece = await asyncio.to_thread(source.read, _COPY_BYTES) if big else source.read(_COPY_BYTES)
+            if not piece:
+                break
+            if not child.alive:
+                raise ChildDiedError(await asyncio.shield(child.dead), at_work=True)
+            digest.update(piece)
+            child.place(offset + length, piece)
+            length += len(piece)
+    if length != file.length_bytes or digest.digest() != file.digest:
+        raise WorkFailed(Cause.WORKER, clipped_reason(f"file {file.name!r} of the bundle was changed on this machine"))
