@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Final
@@ -20,7 +20,7 @@ CALL_TIME_MAX_S: Final = 20.0
 
 
 @asynccontextmanager
-async def admin_stub(state: Path) -> AsyncIterator[admin_service_pb2_grpc.AdminServiceAsyncStub]:
+async def admin_stub(state: Path) -> AsyncGenerator[admin_service_pb2_grpc.AdminServiceAsyncStub, None]:
     """A stub for the coordinator on this state folder. Raises FallowError, of its own calls and of the block's."""
     try:
         credentials = Credentials.load(local_client_folder(state))

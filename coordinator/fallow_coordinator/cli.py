@@ -9,6 +9,7 @@ import logging
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -23,6 +24,7 @@ from fallow.v1 import admin_service_pb2 as pb
 from fallow.v1 import admin_service_pb2_grpc, identity_pb2
 from fallow.wire.moments import duration_to_message, moment_from_message
 from fallow_coordinator.admin_client import CALL_TIME_MAX_S, admin_stub
+from fallow_coordinator.ports import StorageFailed
 
 EXIT_FAILED: Final = 1
 _UNITS_MS: Final = {"s": 1_000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
@@ -50,7 +52,7 @@ def main() -> None:
     """Runs the command line; errors that a person can act on come as one line on standard error."""
     try:
         commands(prog_name="fallow-coordinator")
-    except FallowError as error:
+    except (FallowError, StorageFailed) as error:
         click.echo(f"fallow-coordinator: {error}", err=True)
         raise SystemExit(EXIT_FAILED) from None
     except OSError as error:
@@ -365,6 +367,30 @@ def status(state: Path, as_json: bool) -> None:
         ("memory", f"{now.resident_bytes // (1024 * 1024)} MiB"),
     ]
     _tell(now, as_json, "\n".join(f"{name:18} {value}" for name, value in rows))
+
+
+@commands.command()
+@state_option
+@json_option
+def check(state: Path, as_json: bool) -> None:
+    """Replays the journal from its first record and compares the views with it; changes nothing.
+
+    A coordinator may be running meanwhile. Ends with status 1 when something is wrong.
+    """
+    from fallow_coordinator.state_folder import StateFolder
+    from fallow_coordinator.store.check import check_journal
+
+    report = check_journal(StateFolder(state.expanduser().absolute()).journal)
+    if as_json:
+        click.echo(json.dumps(asdict(report)))
+    else:
+        click.echo(f"{report.records} records and {report.view_rows} rows of the views were checked.")
+        for fault in report.faults:
+            click.echo(f"FAULT: {fault}")
+        if not report.faults:
+            click.echo("All is well.")
+    if report.faults:
+        raise SystemExit(EXIT_FAILED)
 
 
 # ------------------------------------------------------------------------------------------- telling

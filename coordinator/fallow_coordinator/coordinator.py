@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import datetime
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -341,7 +341,7 @@ class Coordinator:
 
 
 @contextlib.asynccontextmanager
-async def running(options: StartOptions) -> AsyncIterator[Started]:
+async def running(options: StartOptions) -> AsyncGenerator[Started, None]:
     """A coordinator while the block runs; the folder is locked. Raises FallowError with what to do."""
     folder = StateFolder(options.state)
     folder.prepare()

@@ -9,7 +9,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
@@ -97,7 +97,7 @@ class StateFolder:
             )
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self) -> Generator[None, None, None]:
         """While the block runs no other coordinator uses this folder. Raises PERMISSION_DENIED when one does now."""
         path = self.path / "lock"
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -182,7 +182,7 @@ def port_taken(host: str, port: int, endpoint: str, error: OSError) -> FallowErr
 
 
 @contextlib.contextmanager
-def _bound(host: str, port: int) -> Iterator[int]:
+def _bound(host: str, port: int) -> Generator[int, None, None]:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         # As gRPC listens: a port whose old connections linger in TIME_WAIT is free, one that is listened on is not.

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Generator
 from typing import Final
 
 from fallow.errors import FallowError, Reason
@@ -49,7 +49,7 @@ class LiveStreams:
         return self._count
 
     @contextlib.contextmanager
-    def open(self, party_id: PartyId, not_after_ms: int) -> Iterator[LiveStream]:
+    def open(self, party_id: PartyId, not_after_ms: int) -> Generator[LiveStream, None, None]:
         """A stream while the block runs. Raises OVERLOADED when the party or the coordinator has too many."""
         if self._stopping is not None:
             raise self._stopping

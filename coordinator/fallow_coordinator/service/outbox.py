@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Final, assert_never
 
 from fallow.errors import FallowError, Reason
@@ -67,7 +67,7 @@ class Outbox:
                     assert_never(effect)
 
     @contextlib.contextmanager
-    def opening(self) -> Iterator[None]:
+    def opening(self) -> Generator[None, None, None]:
         """While a session is being opened: effects for sessions not yet known are kept for `register`."""
         self._openings += 1
         try:
@@ -89,7 +89,7 @@ class Outbox:
         self._sessions.pop(session_id, None)
 
     @contextlib.contextmanager
-    def watching(self, job_id: JobId) -> Iterator[asyncio.Event]:
+    def watching(self, job_id: JobId) -> Generator[asyncio.Event, None, None]:
         """An event that is set whenever something about the job changes; the watcher clears it."""
         event = asyncio.Event()
         watchers = self._watchers.setdefault(job_id, set())
