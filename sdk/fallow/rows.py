@@ -397,7 +397,8 @@ def _impossible(column: Column, values: ColumnValues) -> list[int]:
     if isinstance(column, StringColumn):
         return [index for index, content in enumerate(cast(Sequence[bytes], values)) if not _is_utf8(content)]
     if isinstance(column, TensorColumn) and column.dtype is DType.BOOL:
-        raw = np.ascontiguousarray(cast(Array, values)).view(np.uint8).reshape(len(values), -1)
+        elements = int(np.prod(column.shape))
+        raw = np.ascontiguousarray(cast(Array, values)).view(np.uint8).reshape(len(values), elements)
         return np.flatnonzero((raw > 1).any(axis=1)).tolist()
     if isinstance(column, RaggedColumn) and column.dtype is DType.BOOL:
         arrays = cast(Sequence[Array], values)

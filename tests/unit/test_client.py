@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+import os
+import signal
+import threading
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -502,6 +505,38 @@ def test_the_blocking_face_works_inside_a_running_loop(tmp_path: Path, model: Pa
     finally:
         server.run(fake.stop())
         server.stop()
+
+
+def test_an_interrupted_caller_is_detached_and_told_the_id(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake = FakeCoordinator(tmp_path, negated)
+    fake.finishes = False
+    server = LoopThread()
+    server.run(fake.start())
+    try:
+        with connect(fake.credentials) as client:
+            job = client.map(Bundle.from_onnx(model), rows_of(4), data="public")
+            for stream in (job.results("any"), job.results("row"), job.batches(), job.statuses()):
+                with pytest.raises(KeyboardInterrupt):
+                    interrupt_when_waiting(stream)
+                assert f"detached: job {job.id} goes on" in capsys.readouterr().err
+            assert job.status().state is JobState.RUNNING
+    finally:
+        server.run(fake.stop())
+        server.stop()
+
+
+def interrupt_when_waiting(stream: Iterator[Any]) -> None:
+    """Takes what is there, and sends this process a Ctrl-C while the next value is waited for."""
+    next(stream)
+    timer = threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT))
+    timer.start()
+    try:
+        for _ in stream:
+            pass
+    finally:
+        timer.join()
 
 
 def test_nobody_logged_in_is_told_where_was_looked(tmp_path: Path, monkeypatch: Any) -> None:

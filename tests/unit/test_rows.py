@@ -270,6 +270,25 @@ def test_ragged_dimensions_whose_product_overflows_are_listed() -> None:
     assert set(decoded.malformed) == {0, 1}
 
 
+@pytest.mark.parametrize("dtype", DType)
+@pytest.mark.parametrize("shape", [(), (2, 3)])
+@pytest.mark.parametrize("varying", [False, True])
+def test_a_block_in_which_every_row_failed_has_empty_columns(
+    dtype: DType, shape: tuple[int, ...], varying: bool
+) -> None:
+    columns: tuple[Column, ...] = (TensorColumn("t", dtype, shape),)
+    values: dict[str, ColumnValues] = {"t": np.zeros((0, *shape), numpy_dtype(dtype))}
+    if varying:
+        columns += (StringColumn("s"), BytesColumn("b"), RaggedColumn("r", dtype, (None,)))
+        values |= {"s": [], "b": [], "r": []}
+    codec = RowCodec(Schema(columns), DIGEST)
+    none = np.zeros(0, dtype=np.int64)
+    block = RowBlock.parse(codec.encode(values, nonce=NONCE, positions=none, row_count=3))
+    decoded = codec.decode(block)
+    assert (decoded.row_count, decoded.positions.tolist(), decoded.malformed) == (3, [], {})
+    assert same(decoded.columns["t"], values["t"])
+
+
 @settings(max_examples=20)
 @given(st.integers(1, 2000), st.integers(1, 300))
 def test_long_and_short_rows_are_gathered_alike(count: int, width: int) -> None:

@@ -39,11 +39,21 @@ class LoopThread:
 
     def run(self, work: Coroutine[Any, Any, Result]) -> Result:
         """The result of `work`; when the caller is interrupted, the work is cancelled."""
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        ended = threading.Event()
+
+        async def tracked() -> Result:
+            try:
+                return await work
+            finally:
+                ended.set()
+
+        future = asyncio.run_coroutine_threadsafe(tracked(), self._loop)
         try:
             return future.result()
         except BaseException:
-            future.cancel()
+            if future.cancel():
+                # What it used may be closed next, so it has to be over first.
+                ended.wait(STOP_TIMEOUT_S)
             raise
 
     def iterate(self, values: AsyncGenerator[Result, None]) -> Iterator[Result]:
