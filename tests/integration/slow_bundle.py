@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from fallow.bundle_file import Bundle
 
 FEATURES = 1024
-STEPS = 60
+STEPS = 120
 """Each step moves every feature to the next place by a full matrix product: 2 MFLOP a row, exact in float32."""
 
 

@@ -17,6 +17,7 @@ import psutil
 import pytest
 from numpy.typing import NDArray
 
+from fallow.bundle_file import Bundle
 from fallow.client.blocking import Client, Job, connect
 from fallow.job import JobState
 from integration.harness import CoordinatorService, Service, coordinator, start_coordinator, wait_for, worker
@@ -24,7 +25,7 @@ from integration.slow_bundle import expected, rows_of, slow_bundle
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(240)]
 
-ROWS = 1_200
+ROWS = 1_500
 PATIENCE_S = 90.0
 HEARTBEAT = ("--heartbeat", "1s")
 
@@ -33,6 +34,18 @@ HEARTBEAT = ("--heartbeat", "1s")
 def a_client(service: CoordinatorService) -> Iterator[Client]:
     with connect(service.facts["client_credentials"]) as client:
         yield client
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CoordinatorService]:
+    """One coordinator with its operator worker for the tests that do it no harm: it inspects the bundle once."""
+    with coordinator(tmp_path_factory.mktemp("coordinator"), *HEARTBEAT, operator_worker=True) as service:
+        yield service
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return slow_bundle(tmp_path_factory.mktemp("bundle"))
 
 
 def status_of(folder: Path) -> dict[str, Any]:
@@ -79,16 +92,17 @@ def check(job: Job, rows: NDArray[np.float32]) -> None:
     assert np.array_equal(got, expected(rows))
 
 
-def test_rows_of_a_killed_worker_are_redone_by_another(tmp_path: Path) -> None:
+def test_rows_of_a_killed_worker_are_redone_by_another(
+    service: CoordinatorService, bundle: Bundle, tmp_path: Path
+) -> None:
     first, second = tmp_path / "w1", tmp_path / "w2"
     with (
-        coordinator(tmp_path / "c", *HEARTBEAT, operator_worker=True) as service,
         worker(service, first) as doomed,
         worker(service, second),
         a_client(service) as client,
     ):
         rows = rows_of(ROWS)
-        job = client.map(slow_bundle(tmp_path), {"x": rows}, data="public")
+        job = client.map(bundle, {"x": rows}, data="public")
         in_mid_job(job, first)
         family = doomed.family()
         doomed.kill()
@@ -99,15 +113,16 @@ def test_rows_of_a_killed_worker_are_redone_by_another(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_frozen_worker_loses_its_leases_and_comes_back_clean(tmp_path: Path) -> None:
+def test_a_frozen_worker_loses_its_leases_and_comes_back_clean(
+    service: CoordinatorService, bundle: Bundle, tmp_path: Path
+) -> None:
     first, second = tmp_path / "w1", tmp_path / "w2"
     with (
-        coordinator(tmp_path / "c", *HEARTBEAT, operator_worker=True) as service,
         worker(service, first) as frozen,
         worker(service, second),
         a_client(service) as client,
     ):
-        bundle, rows = slow_bundle(tmp_path), rows_of(ROWS)
+        rows = rows_of(ROWS)
         job = client.map(bundle, {"x": rows}, data="public")
         in_mid_job(job, first)
         for process in frozen.family():
@@ -128,16 +143,17 @@ def test_a_frozen_worker_loses_its_leases_and_comes_back_clean(tmp_path: Path) -
         check(client.map(bundle, {"x": again}, data="public"), again)
 
 
-def test_a_worker_told_to_stop_delivers_what_runs_and_loses_nothing(tmp_path: Path) -> None:
+def test_a_worker_told_to_stop_delivers_what_runs_and_loses_nothing(
+    service: CoordinatorService, bundle: Bundle, tmp_path: Path
+) -> None:
     first, second = tmp_path / "w1", tmp_path / "w2"
     with (
-        coordinator(tmp_path / "c", *HEARTBEAT, operator_worker=True) as service,
         worker(service, first) as leaving,
         worker(service, second),
         a_client(service) as client,
     ):
         rows = rows_of(ROWS)
-        job = client.map(slow_bundle(tmp_path), {"x": rows}, data="public")
+        job = client.map(bundle, {"x": rows}, data="public")
         in_mid_job(job, first)
         not_done(job)
         assert leaving.stop(signal.SIGTERM) == 0
@@ -146,7 +162,7 @@ def test_a_worker_told_to_stop_delivers_what_runs_and_loses_nothing(tmp_path: Pa
         check(job, rows)
 
 
-def test_a_killed_coordinator_comes_back_and_the_job_goes_on(tmp_path: Path) -> None:
+def test_a_killed_coordinator_comes_back_and_the_job_goes_on(bundle: Bundle, tmp_path: Path) -> None:
     folder = tmp_path / "w1"
     with contextlib.ExitStack() as stack:
         service = start_coordinator(tmp_path / "c", *HEARTBEAT, operator_worker=True)
@@ -154,7 +170,7 @@ def test_a_killed_coordinator_comes_back_and_the_job_goes_on(tmp_path: Path) -> 
         daemon = stack.enter_context(worker(service, folder))
         client = stack.enter_context(a_client(service))
         rows = rows_of(ROWS)
-        job = client.map(slow_bundle(tmp_path), {"x": rows}, data="public")
+        job = client.map(bundle, {"x": rows}, data="public")
         in_mid_job(job, folder)
         not_done(job)
         service.kill()
@@ -168,15 +184,14 @@ def test_a_killed_coordinator_comes_back_and_the_job_goes_on(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_a_killed_blob_service_is_waited_for(tmp_path: Path) -> None:
+def test_a_killed_blob_service_is_waited_for(service: CoordinatorService, bundle: Bundle, tmp_path: Path) -> None:
     folder = tmp_path / "w1"
     with (
-        coordinator(tmp_path / "c", *HEARTBEAT, operator_worker=True) as service,
         worker(service, folder),
         a_client(service) as client,
     ):
         rows = rows_of(ROWS)
-        job = client.map(slow_bundle(tmp_path), {"x": rows}, data="public")
+        job = client.map(bundle, {"x": rows}, data="public")
         in_mid_job(job, folder)
         kill(service, "fallow_coordinator.blobs")
         not_done(job)
@@ -184,15 +199,16 @@ def test_a_killed_blob_service_is_waited_for(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_engine_child_costs_a_retry_and_no_more(tmp_path: Path) -> None:
+def test_a_killed_engine_child_costs_a_retry_and_no_more(
+    service: CoordinatorService, bundle: Bundle, tmp_path: Path
+) -> None:
     folder = tmp_path / "w1"
     with (
-        coordinator(tmp_path / "c", *HEARTBEAT, operator_worker=True) as service,
         worker(service, folder) as daemon,
         a_client(service) as client,
     ):
         rows = rows_of(ROWS)
-        job = client.map(slow_bundle(tmp_path), {"x": rows}, data="public")
+        job = client.map(bundle, {"x": rows}, data="public")
         in_mid_job(job, folder)
         kill(daemon, "engine/child.py")
         not_done(job)
