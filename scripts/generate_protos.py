@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import filecmp
+import os
 import sys
 import tempfile
 from importlib import resources
@@ -23,6 +24,8 @@ def generate(output: Path) -> None:
     """Writes modules and type stubs of every proto below `output`; service stubs only for `*_service.proto`."""
     from grpc_tools import protoc
 
+    # The mypy plugin lies beside this interpreter, whether or not its environment is activated.
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     well_known = str(resources.files("grpc_tools") / "_proto")
     for package in PACKAGES:
         for path in sorted((PROTOS / package).glob("*.proto")):
