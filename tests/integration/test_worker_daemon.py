@@ -408,6 +408,28 @@ async def test_an_expired_certificate_is_renewed_before_dialling(bench: Bench) -
     assert renewals
 
 
+async def test_a_renewal_at_half_life_leaves_session_and_work_alone(bench: Bench) -> None:
+    credentials = bench.coordinator.credentials()
+    clock_ms = float(credentials.not_before_ms)
+    renewals: list[Credentials] = []
+
+    async def renew(old: Credentials) -> Credentials:
+        renewals.append(old)
+        return old
+
+    def now_ms() -> float:
+        return clock_ms if not renewals else float(credentials.not_before_ms)
+
+    clock_ms = float(credentials.not_after_ms)
+    daemon = await bench.starts(credentials, renewal=Renewal(renew=renew, now_ms=now_ms))
+    conversation = await bench.coordinator.session()
+    await eventually(lambda: len(renewals) == 1)
+    lease = bench.lease([b"row"])
+    conversation.say(lease)
+    await settle(conversation, lease)
+    assert daemon.counts.sessions == 1
+
+
 async def test_a_message_that_the_coordinator_did_not_sign_is_not_believed(bench: Bench) -> None:
     daemon = await bench.starts()
     conversation = await bench.coordinator.session()

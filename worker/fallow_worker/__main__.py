@@ -60,6 +60,14 @@ def _join(options: argparse.Namespace) -> int:
     with folder.locked():
         credentials = asyncio.run(join(line, folder.credentials, options.name or platform.node()))
         folder.resume_token.unlink(missing_ok=True)
+        if credentials.role is not Role.WORKER:
+            # The key is enrolled as something else now: the next try needs another one.
+            folder.forget_credentials()
+            raise FallowError(
+                Reason.PERMISSION_DENIED,
+                f"this join line is for a {credentials.role.value}, not for a worker",
+                hint="ask the coordinator's operator for a worker's line",
+            )
     facts = {
         "worker_id": credentials.party_id,
         "account_id": credentials.account_id,
@@ -68,12 +76,6 @@ def _join(options: argparse.Namespace) -> int:
         "coordinator": credentials.control_endpoint,
         "state": str(folder.folder),
     }
-    if credentials.role is not Role.WORKER:
-        raise FallowError(
-            Reason.PERMISSION_DENIED,
-            f"this join line is for a {credentials.role.value}, not for a worker",
-            hint="ask the coordinator's operator for a worker's line",
-        )
     if options.json:
         print_json(facts)
     else:

@@ -293,7 +293,7 @@ async def open_session(credentials: Credentials, greeting: Greeting, token: Resu
 def goodbye_error(goodbye: Goodbye) -> FallowError:
     """A Goodbye as an error."""
     try:
-        return FallowError(Reason(goodbye.reason), goodbye.message)
+        return _hinted(FallowError(Reason(goodbye.reason), goodbye.message))
     except ValueError:
         return FallowError(Reason.INTERNAL, f"{goodbye.reason}: {goodbye.message}")
 
@@ -313,12 +313,24 @@ def explained(failure: grpc.aio.AioRpcError, credentials: Credentials) -> Fallow
     error = error_from_rpc(failure)
     if error.reason is Reason.COORDINATOR_UNREACHABLE:
         return _transport_error(error.message, credentials)
-    if error.reason is Reason.PROTOCOL_TOO_OLD:
-        return FallowError(error.reason, error.message, field=error.field, limit=error.limit, hint=_UPGRADE)
-    return error
+    return _hinted(error)
+
+
+def _hinted(error: FallowError) -> FallowError:
+    """The error with what to do about it here."""
+    hint = _HINTS.get(error.reason)
+    if hint is None:
+        return error
+    return FallowError(error.reason, error.message, field=error.field, limit=error.limit, hint=hint)
 
 
 _UPGRADE: Final = "upgrade this worker: pip install --upgrade fallow"
+_HINTS: Final[dict[Reason, str]] = {
+    Reason.PROTOCOL_TOO_OLD: _UPGRADE,
+    Reason.SESSION_REPLACED: "another daemon works under this worker's key: join in a folder of its own",
+    Reason.PARTY_REVOKED: "ask the coordinator's operator for a new join line",
+    Reason.PARTY_QUARANTINED: "ask the coordinator's operator, who can release it",
+}
 _SERVER_EXPIRED: Final = ("certificate has expired", "certificate is not yet valid")
 _SERVER_FOREIGN: Final = ("CERTIFICATE_VERIFY_FAILED", "certificate signature failure")
 _CLOSED: Final = "Socket closed"

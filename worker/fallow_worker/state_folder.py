@@ -14,6 +14,7 @@ from typing import Final
 from fallow.errors import FallowError, Reason
 
 STATE_VARIABLE: Final = "FALLOW_WORKER_STATE"
+CREDENTIAL_FILES: Final = ("certificate.pem", "identity.json", "authority.pem", "key.pem")
 _LOCK_POLL_S: Final = 0.1
 
 Status = Mapping[str, object]
@@ -40,6 +41,11 @@ class StateFolder:
     def credentials(self) -> Path:
         """Key, certificate and authority lie in the folder itself."""
         return self.folder
+
+    def forget_credentials(self) -> None:
+        """Removes key and certificates."""
+        for name in CREDENTIAL_FILES:
+            (self.credentials / name).unlink(missing_ok=True)
 
     @property
     def resume_token(self) -> Path:
