@@ -30,7 +30,7 @@ class Disk:
     """What survives: records, the oracle that watches them, the wall clock's error."""
 
     records: list[tuple[int, Event]] = field(default_factory=list[tuple[int, Event]])
-    oracle: Oracle = field(default_factory=Oracle)
+    oracle: Oracle = field(default_factory=lambda: Oracle(ticks=True))
 
     def sync(self, records: list[tuple[int, Event]]) -> None:
         """Makes records durable, all at once."""
@@ -262,12 +262,13 @@ class CoordinatorLife:
         if plan is None or plan.pack_number != pack_number:
             return
         faults = self.faults()
+        command: c.Command = c.TaskPacked(task_id, pack_number, self._pack(plan), inline=False)
         if self.schedule.chance(faults.pack_trouble):
-            if self.schedule.chance(0.2):
-                return  # nobody ever answers
-            command: c.Command = c.PackFailed(task_id, pack_number, "the blob service is away", retryable=True)
-        else:
-            command = c.TaskPacked(task_id, pack_number, self._pack(plan), inline=False)
+            late, late_ms = command, self.schedule.dice.choice((300, 2_000, 130_000))
+            self.schedule.after(late_ms, lambda: self.submit(late, _ignore))
+            if self.schedule.chance(0.3):
+                return  # nobody says that it will be late
+            command = c.PackFailed(task_id, pack_number, "the blob service is away", retryable=True)
         carry(
             self.schedule,
             Faults(duplication=faults.duplication, delay_ms_max=400),

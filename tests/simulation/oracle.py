@@ -45,6 +45,8 @@ def _must(holds: bool, what: str) -> None:
 class Oracle:
     """Folds durable records; raises SimulationError at the first broken promise."""
 
+    ticks: bool = False
+    """Whether the clock ticks every second, so that nothing falls due unseen for long."""
     at_ms: int = 0
     sequence: int = 0
     jobs: dict[JobId, SeenJob] = field(default_factory=dict[JobId, SeenJob])
@@ -78,6 +80,8 @@ class Oracle:
         _must(at_ms >= self.at_ms, "the journal's clock went back")
         self.at_ms = at_ms
         self.sequence += 1
+        if self.ticks and not isinstance(event, e.Restarted | e.LeaseEnded):
+            self._check_graces(at_ms)
         match event:
             case e.JobSubmitted():
                 key = (event.account_id, event.idempotency_key)
@@ -134,6 +138,12 @@ class Oracle:
             case _:
                 pass
 
+    def _check_graces(self, at_ms: int) -> None:
+        long_gone = {worker_id for worker_id, since in self.away_since_ms.items() if at_ms - since > AWAY_MS_MAX}
+        if long_gone:
+            outlived = any(lease.worker_id in long_gone for lease in self.leases.values())
+            _must(not outlived, "a lease outlived its worker's grace")
+
     def _move(self, event: e.JobStateChanged) -> None:
         job = self.jobs[event.job_id]
         _must(job.state not in JOB_STATES_FINAL, "a finished job moved")
@@ -171,8 +181,6 @@ class Oracle:
         _must(lease is not None, "a lease ended twice")
         if lease is not None and event.outcome is e.LeaseOutcome.EXPIRED:
             _must(at_ms >= lease.deadline_ms, "a lease expired before its deadline")
-            away_ms = at_ms - self.away_since_ms.get(lease.worker_id, at_ms)
-            _must(away_ms <= AWAY_MS_MAX, "a lease outlived its worker's grace")
 
     def _settle(self, event: e.TaskSettled) -> None:
         self._finish_task(event.task_id)

@@ -156,6 +156,7 @@ def test_a_retried_task_is_packed_afresh() -> None:
     world, worker_id, _, lease = leased_world()
     first = world.state.tasks[lease.task_id].input
     world.take(world.return_command(lease, Cause.OWNER_PREEMPT))
+    world.pass_time(1_000)
     assert world.state.tasks[lease.task_id].pack_number == 2
     world.pack_all()
     second = world.state.tasks[lease.task_id].input
@@ -227,6 +228,24 @@ def test_a_failed_task_avoids_the_worker_where_it_failed_while_there_is_another(
     assert world.leases_of(worker_id) == []
 
 
+def test_a_worker_that_takes_no_work_is_no_other_worker() -> None:
+    world, worker_id, _, lease = leased_world()
+    world.volunteer("draining", window=0)
+    world.take(world.fail_command(lease, Cause.WORKER))
+    world.pass_time(10_000)
+    world.pack_all()
+    assert [held.task_id for held in world.leases_of(worker_id)] == [lease.task_id]
+
+
+def test_a_committed_worker_has_time_to_upload_on_a_slow_link() -> None:
+    world, _, _, lease = leased_world()
+    world.now_ms = lease.deadline_ms - 1
+    output = BlobReference(digest("large"), 60_000_000)
+    world.take(world.commit_command(lease, inline=False, output=output))
+    assert world.pass_time(500_000).events == ()
+    assert isinstance(world.pass_time(30_000).events[0], e.LeaseEnded)
+
+
 def test_a_task_that_fails_too_often_is_given_up_and_its_rows_fail() -> None:
     world, worker_id, job_id, lease = leased_world(failed_rows_max=100)
     for attempt in range(TASK_ATTEMPTS_MAX):
@@ -247,6 +266,7 @@ def test_pre_emption_is_not_a_failure_but_does_not_go_on_for_ever() -> None:
         (lease,) = world.leases_of(worker_id)
         assert world.state.tasks[lease.task_id].attempts == 0
         world.take(world.return_command(lease, Cause.OWNER_PREEMPT))
+        world.pass_time(10_000)
         world.pack_all()
     assert world.status(job_id).progress.rows_failed == 4
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from typing import assert_never
 
-from fallow.ids import LeaseId, PartyId
+from fallow.ids import LeaseId
 from fallow.job import JobRowFailure, RowSpan, TaskResult
 from fallow.limits import ROW_FAILURES_LISTED_PER_TASK_MAX
 from fallow.session import Cause, RowFailure, TaskKind
@@ -13,7 +13,13 @@ from fallow_coordinator.core import events as e
 from fallow_coordinator.core.evolve_jobs import lane_of, leave_queue, release_lane
 from fallow_coordinator.core.evolve_sessions import end_grace_if_empty
 from fallow_coordinator.core.groups import hold
-from fallow_coordinator.core.limits import LEASES_REMEMBERED_MAX, RETRY_DELAY_MS_MAX, RETRY_DELAY_MS_MIN
+from fallow_coordinator.core.limits import (
+    LEASES_REMEMBERED_MAX,
+    RETRY_DELAY_MS_MAX,
+    RETRY_DELAY_MS_MIN,
+    TRANSFER_BYTES_PER_MS_MIN,
+    UPLOAD_MS_MIN,
+)
 from fallow_coordinator.core.state import (
     ANY_POOL,
     CommitmentFacts,
@@ -78,17 +84,7 @@ def evolve_task(state: State, event: TaskEvent, at_ms: int) -> None:
         case e.LeaseEnded():
             _end(state, event, at_ms)
         case e.CommitmentRecorded():
-            lease = state.leases[event.lease_id]
-            assert lease.commitment is None, "a lease commits once"
-            lease.commitment = CommitmentFacts(
-                output_root=event.output_root,
-                rows=event.rows,
-                output=event.output,
-                inline=event.inline,
-                failures=event.failures,
-                rows_failed=event.rows_failed,
-                node=event.usage.node,
-            )
+            _commit(state, event, at_ms)
         case e.TaskSettled():
             _settle(state, event)
         case e.TaskAbandoned():
@@ -196,16 +192,41 @@ def _grant(state: State, event: e.LeaseGranted, at_ms: int) -> None:
         state.jobs[task.job_id].rows_leased += task.rows
 
 
+def _commit(state: State, event: e.CommitmentRecorded, at_ms: int) -> None:
+    lease = state.leases[event.lease_id]
+    assert lease.commitment is None, "a lease commits once"
+    lease.commitment = CommitmentFacts(
+        output_root=event.output_root,
+        rows=event.rows,
+        output=event.output,
+        inline=event.inline,
+        failures=event.failures,
+        rows_failed=event.rows_failed,
+        node=event.usage.node,
+    )
+    if event.inline:
+        return
+    upload_until_ms = at_ms + UPLOAD_MS_MIN + event.output.length_bytes // TRANSFER_BYTES_PER_MS_MIN
+    if upload_until_ms > lease.deadline_ms:
+        _forget_deadline(state, lease)
+        lease.deadline_ms = upload_until_ms
+        insort(state.deadlines, (lease.deadline_ms, lease.lease_id))
+
+
+def _forget_deadline(state: State, lease: Lease) -> None:
+    entry = (lease.deadline_ms, lease.lease_id)
+    index = bisect_left(state.deadlines, entry)
+    assert state.deadlines[index] == entry, "a live lease has a deadline"
+    del state.deadlines[index]
+
+
 def _release(state: State, lease_id: LeaseId, outcome: e.LeaseOutcome | None) -> Task:
     """Takes a lease off its worker and its task, and remembers it; gives the task."""
     lease = state.leases.pop(lease_id)
     task = state.tasks[lease.task_id]
     assert task.lease_id == lease_id and task.fence == lease.fence, "a task has one live lease, its newest"
     task.lease_id = None
-    entry = (lease.deadline_ms, lease_id)
-    index = bisect_left(state.deadlines, entry)
-    assert state.deadlines[index] == entry, "a live lease has a deadline"
-    del state.deadlines[index]
+    _forget_deadline(state, lease)
     worker = state.workers[lease.worker_id]
     hold(state, worker, lease_id=lease_id, unit_micros=task.unit_micros, holds=False)
     end_grace_if_empty(state, worker)
@@ -231,17 +252,21 @@ def retry_delay_ms(attempts: int) -> int:
 
 
 def _end(state: State, event: e.LeaseEnded, at_ms: int) -> None:
-    worker_id: PartyId = state.leases[event.lease_id].worker_id
+    worker_id = state.leases[event.lease_id].worker_id
     task = _release(state, event.lease_id, event.outcome)
     task.last_cause, task.last_reason = event.cause, event.reason
     task.input, task.input_inline = None, False
     not_before_ms = at_ms
     if counts_as_attempt(event.outcome, event.cause):
         task.attempts += 1
-        task.avoid[worker_id] = None
         not_before_ms = at_ms + retry_delay_ms(task.attempts)
     else:
         task.losses += 1
+        if event.outcome not in BLAMELESS:
+            # Given back because its owner came: the same worker may be free again only after a while.
+            not_before_ms = at_ms + retry_delay_ms(task.losses)
+    if event.outcome not in (e.LeaseOutcome.LOST, e.LeaseOutcome.REVOKED):
+        task.avoid[worker_id] = None
     _wait(state, task, not_before_ms)
 
 

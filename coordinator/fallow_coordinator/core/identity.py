@@ -49,28 +49,36 @@ def start_journal(state: State, command: c.StartJournal, names: Names) -> Decisi
 
 
 def create_account(state: State, command: c.CreateAccount, names: Names) -> Decision:
-    """A new account. Raises FIELD_INVALID, LIMIT_EXCEEDED."""
+    """A new account. Raises FIELD_INVALID, LIMIT_EXCEEDED, NAME_TAKEN."""
     _room(len(state.accounts), ACCOUNTS_MAX, "accounts")
+    name = _name(command.name, "name")
+    if any(account.name == name for account in state.accounts.values()):
+        raise _name_taken("an account", name)
     account_id = AccountId(names.new("account"))
-    return Decision(
-        (e.AccountCreated(account_id=account_id, name=_name(command.name, "name")),), AccountMade(account_id)
-    )
+    return Decision((e.AccountCreated(account_id=account_id, name=name),), AccountMade(account_id))
 
 
 def create_pool(state: State, command: c.CreatePool, names: Names) -> Decision:
-    """A new pool in donation mode. Raises FIELD_INVALID, LIMIT_EXCEEDED, ACCOUNT_UNKNOWN."""
+    """A new pool in donation mode. Raises FIELD_INVALID, LIMIT_EXCEEDED, NAME_TAKEN, ACCOUNT_UNKNOWN."""
     _room(len(state.pools), POOLS_MAX, "pools")
+    name = _name(command.name, "name")
+    if any(pool.name == name for pool in state.pools.values()):
+        raise _name_taken("a pool", name)
     if command.account_id not in state.accounts:
         raise FallowError(Reason.ACCOUNT_UNKNOWN, f"there is no account {command.account_id}", field="account_id")
     pool_id = PoolId(names.new("pool"))
     event = e.PoolCreated(
         pool_id=pool_id,
         account_id=command.account_id,
-        name=_name(command.name, "name"),
+        name=name,
         mode=MODE_DONATION,
         policy=POLICY_UNVERIFIED,
     )
     return Decision((event,), PoolMade(pool_id))
+
+
+def _name_taken(what: str, name: str) -> FallowError:
+    return FallowError(Reason.NAME_TAKEN, f"there is {what} called {name!r} already", field="name")
 
 
 def issue_token(state: State, command: c.IssueToken, now_ms: int, names: Names) -> Decision:

@@ -67,6 +67,8 @@ RUNTIME_MS_MAX = 6 * HOUR_MS
 INSPECTION_RUNTIME_MS = 10 * MINUTE_MS
 TRANSFER_BYTES_PER_MS_MIN = 125
 """Slowest link we wait for: 1 Mbit/s."""
+UPLOAD_MS_MIN = 30 * SECOND_MS
+"""A committed worker has at least so long to upload its output, whatever its lease's deadline was."""
 TASK_BLOCKS_MAX = 256
 """Dataset blocks that one task's rows may come from."""
 DUE_PER_TICK_MAX = 4_096

@@ -63,16 +63,16 @@ def _first_pair(state: State, key: LaneKey, lane: Lane, now_ms: int) -> tuple[Ta
         task_ids = (task_id for not_before_ms, _, task_id in lane.waiting if not_before_ms <= now_ms)
     for task_id in task_ids:
         task = state.tasks[task_id]
-        worker_id = _pick(groups, task)
+        worker_id = _pick(state, groups, task)
         if worker_id is not None:
             return task, state.workers[worker_id]
     return None
 
 
-def _pick(groups: list[WorkerGroup], task: Task) -> PartyId | None:
+def _pick(state: State, groups: list[WorkerGroup], task: Task) -> PartyId | None:
     """The least loaded free worker, the least trusted group first.
 
-    A worker on which the task failed gets it again only when no other is connected.
+    A worker on which the task failed gets it again only when no other takes work.
     """
     best: tuple[int, PartyId] | None = None
     for group in groups:
@@ -83,7 +83,8 @@ def _pick(groups: list[WorkerGroup], task: Task) -> PartyId | None:
                 break
     if best is not None:
         return best[1]
-    if any(worker_id not in task.avoid for group in groups for worker_id in group.members):
+    others = (worker_id for group in groups for worker_id in group.members if worker_id not in task.avoid)
+    if any(state.workers[worker_id].window for worker_id in others):
         return None
     return next((group.free[0][1] for group in groups if group.free), None)
 

@@ -349,15 +349,8 @@ def _pieces(job: Job, start: int, end: int) -> list[tuple[int, int, int]]:
 
 
 def may_read_blob(state: State, account_id: AccountId, digest: Digest) -> bool:
-    """Whether the account may read a blob: its own, its bundles' files, its unarchived jobs' outputs."""
-    account = state.accounts.get(account_id)
-    if account is None:
-        return False
-    if digest in account.blobs or digest in account.outputs:
-        return True
-    return any(
-        file.digest == digest for bundle_digest in account.bundles for file in state.bundles[bundle_digest].files
-    )
+    """Whether the account may read a blob: its own (bundles' files are among them), its unarchived jobs' outputs."""
+    return readable_blob(state, account_id, digest) is not None
 
 
 def readable_blob(state: State, account_id: AccountId, digest: Digest) -> BlobReference | None:
@@ -369,8 +362,7 @@ def readable_blob(state: State, account_id: AccountId, digest: Digest) -> BlobRe
         return account.blobs[digest].blob
     if digest in account.outputs:
         return BlobReference(digest, account.outputs[digest][0])
-    files = (file for bundle_digest in account.bundles for file in state.bundles[bundle_digest].files)
-    return next((file for file in files if file.digest == digest), None)
+    return None
 
 
 def has_blobs(state: State, account_id: AccountId, digests: Sequence[Digest]) -> tuple[bool, ...]:
