@@ -508,7 +508,7 @@ async def main():
     print("acknowledged", store.last_sequence, flush=True)
     store._writer.execute(f"PRAGMA max_page_count = {store._writer.execute('PRAGMA page_count').fetchone()[0]}")
     for number in range(1000):
-        await engine.submit(c.CreateAccount("x" * 100))
+        await engine.submit(c.CreateAccount(f"{number:0100}"))
         print("acknowledged", store.last_sequence, flush=True)
 
 asyncio.run(main())
