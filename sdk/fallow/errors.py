@@ -44,6 +44,7 @@ class Reason(StrEnum):
     TOKEN_USED_UP = "TOKEN_USED_UP"
     TOKEN_SECRET_WRONG = "TOKEN_SECRET_WRONG"
     KEY_IN_USE = "KEY_IN_USE"
+    NAME_TAKEN = "NAME_TAKEN"
     GRANT_INVALID = "GRANT_INVALID"
     GRANT_EXPIRED = "GRANT_EXPIRED"
     # The state of things forbids it.

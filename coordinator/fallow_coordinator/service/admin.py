@@ -115,8 +115,11 @@ class AdminService:
             tier = Tier.VOLUNTEER
         if len(request.tags) > TAGS_MAX:
             raise FallowError(Reason.LIMIT_EXCEEDED, "too many tags", field="tags", limit=f"{TAGS_MAX} tags")
+        account_id = AccountId(request.account_id) if request.account_id else None
+        if account_id is None and role is Role.OPERATOR:
+            account_id = self._engine.state.operator_account_id
         return await self.issue_token(
-            account_id=AccountId(request.account_id) if request.account_id else None,
+            account_id=account_id,
             role=role,
             tier=tier,
             pool_id=PoolId(request.pool_id) if request.pool_id else None,

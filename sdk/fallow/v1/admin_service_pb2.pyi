@@ -36,7 +36,7 @@ class CreateTokenRequest(_message.Message):
     VALID_FOR_FIELD_NUMBER: _builtins.int
     TAGS_FIELD_NUMBER: _builtins.int
     account_id: _builtins.str
-    """Unset: the operator's own account."""
+    """Unset: a new account for each who joins; for operators, the operator's own."""
     role: _identity_pb2.Role.ValueType
     tier: _identity_pb2.Tier.ValueType
     """Workers only; unset: volunteer."""

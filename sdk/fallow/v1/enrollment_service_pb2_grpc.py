@@ -85,7 +85,7 @@ class EnrollmentServiceServicer(object):
         Statuses:
         INVALID_ARGUMENT     malformed request, or the proof does not match the key.
         NOT_FOUND            the key was never enrolled here: join again.
-        PERMISSION_DENIED    the key is revoked or quarantined, or idle too long.
+        UNAUTHENTICATED      the key is revoked: ask for a new join line.
         FAILED_PRECONDITION  the nonce is unknown or old: ask for another.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -54,7 +54,7 @@ class EnrollmentServiceStub:
     Statuses:
       INVALID_ARGUMENT     malformed request, or the proof does not match the key.
       NOT_FOUND            the key was never enrolled here: join again.
-      PERMISSION_DENIED    the key is revoked or quarantined, or idle too long.
+      UNAUTHENTICATED      the key is revoked: ask for a new join line.
       FAILED_PRECONDITION  the nonce is unknown or old: ask for another.
     """
 
@@ -84,7 +84,7 @@ class EnrollmentServiceAsyncStub(EnrollmentServiceStub):
     Statuses:
       INVALID_ARGUMENT     malformed request, or the proof does not match the key.
       NOT_FOUND            the key was never enrolled here: join again.
-      PERMISSION_DENIED    the key is revoked or quarantined, or idle too long.
+      UNAUTHENTICATED      the key is revoked: ask for a new join line.
       FAILED_PRECONDITION  the nonce is unknown or old: ask for another.
     """
 
@@ -129,7 +129,7 @@ class EnrollmentServiceServicer(metaclass=_abc_1.ABCMeta):
         Statuses:
           INVALID_ARGUMENT     malformed request, or the proof does not match the key.
           NOT_FOUND            the key was never enrolled here: join again.
-          PERMISSION_DENIED    the key is revoked or quarantined, or idle too long.
+          UNAUTHENTICATED      the key is revoked: ask for a new join line.
           FAILED_PRECONDITION  the nonce is unknown or old: ask for another.
         """
 
