@@ -134,7 +134,7 @@ class CoordinatorService(Service):
 def start_coordinator(
     state: Path, *arguments: str, operator_worker: bool = False, environment: dict[str, str] | None = None
 ) -> CoordinatorService:
-    """Starts a coordinator on `state` (on the ports of its last start, else on free ones) and waits until it is ready."""
+    """Starts a coordinator on `state` (on the ports of its last start, else on free ones); it is ready on return."""
     state.mkdir(parents=True, exist_ok=True)
     ready, log = state / f"ready-{time.monotonic_ns()}.json", state / "coordinator.log"
     ports = () if (state / "ports.json").exists() else ("--port", "0")

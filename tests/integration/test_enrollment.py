@@ -23,7 +23,7 @@ from fallow.enrollment import join, renew, renewal_signature_payload, token_key,
 from fallow.envelope import Domain, sign_payload
 from fallow.errors import FallowError, Reason
 from fallow.identity import PARTY_EXTENSION, PrivateKey, load_certificate
-from fallow.ids import Digest, digest_of
+from fallow.ids import Digest, TokenId, digest_of
 from fallow.join_line import JoinLine, parse_join_line
 from fallow.limits import PROTOCOL_VERSION, PROTOCOL_VERSION_MIN_SUPPORTED
 from fallow.roles import Role, Tier
@@ -114,8 +114,8 @@ async def test_wrong_secret_unknown_token_and_foreign_proof_are_told_the_same(
     guesses = (
         enroll_request(replace(line, token_secret=secrets.token_bytes(32)), request),
         enroll_request(
-            JoinLine(line.enrollment_endpoint, line.authority_fingerprint, "token-nobody", b"s" * 32), request
-        ),  # type: ignore[arg-type]
+            JoinLine(line.enrollment_endpoint, line.authority_fingerprint, TokenId("token-nobody"), b"s" * 32), request
+        ),
         enroll_request(line, request, certificate_request=other),
         enroll_request(line, request, token_proof=b"short"),
     )

@@ -241,7 +241,7 @@ def inline_request(bundle_digest: Digest, pool_id: str, *blocks: bytes) -> job_s
 def output_of(block: bytes) -> bytes:
     """What an honest worker computes: every value doubled."""
     decoded = INPUT_CODEC.decode(RowBlock.parse(block))
-    return OUTPUT_CODEC.encode({"y": decoded.columns["x"] * 2}, nonce=secrets.token_bytes(16))  # type: ignore[operator]
+    return OUTPUT_CODEC.encode({"y": np.asarray(decoded.columns["x"], np.float32) * 2}, nonce=secrets.token_bytes(16))
 
 
 def commitment(lease: Lease, output: bytes, *, inline: bool = True) -> Commitment:
@@ -283,7 +283,7 @@ def values_of(results: list[job_pb2.TaskResult], rows: int) -> np.ndarray[tuple[
         for span in result.spans:
             target = slice(span.job_position, span.job_position + span.rows)
             assert np.isnan(out[target]).all(), "each row comes once"
-            out[target] = decoded.columns["y"][span.block_row : span.block_row + span.rows]  # type: ignore[index]
+            out[target] = decoded.columns["y"][span.block_row : span.block_row + span.rows]
     return out
 
 
@@ -409,7 +409,7 @@ async def test_receipts_that_are_forged_or_anothers_are_denied(
 async def test_every_wrong_submission_names_its_field(client: Client, crew: Crew) -> None:
     good = inline_request(await client.bundle(), crew.pool_id, input_block(2))
     other_schema = pack(Digest(b"s" * 32), [b"x" * 16], [], secrets.token_bytes(16))
-    cases = {
+    cases: dict[str, tuple[dict[str, object], Reason, str]] = {
         "no data class": ({"data_class": 0}, Reason.DATA_CLASS_MISSING, "data_class"),
         "short key": ({"idempotency_key": b"short"}, Reason.FIELD_INVALID, "idempotency_key"),
         "long title": ({"title": "t" * 300}, Reason.LIMIT_EXCEEDED, "title"),
@@ -604,7 +604,8 @@ async def test_watcher_hears_the_end_of_its_party(
     job_id = await client.submit(inline_request(await client.bundle(), crew.pool_id, input_block(2)))
     call = client.jobs.WatchJob(job_service_pb2.WatchJobRequest(job_id=job_id))
     first = await call.read()
-    assert first.status.job_id == job_id  # type: ignore[union-attr]
+    assert isinstance(first, job_service_pb2.WatchJobResponse)
+    assert first.status.job_id == job_id
     await asyncio.to_thread(shared_coordinator.cli, "party", "revoke", client.credentials.party_id)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         async with asyncio.timeout(5):

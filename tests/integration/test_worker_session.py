@@ -78,7 +78,7 @@ async def test_stream_that_does_not_begin_with_hello_is_closed(member: Credentia
 async def test_hello_without_a_good_signature_is_refused(member: Credentials) -> None:
     for wrong in ({"sign": False}, {"tamper": True}, {"session": SessionId("session-of-before")}):
         async with raw_session(member) as session:
-            await session.send(hello(), **wrong)  # type: ignore[arg-type]
+            await session.send(hello(), **wrong)
             error = await session.ended()
             assert (error.reason, error.field) == (Reason.SIGNATURE_INVALID, "signature"), wrong
 
@@ -98,7 +98,7 @@ async def test_evidence_must_be_signed_for_this_session_and_place(member: Creden
     for wrong in ({"sign": False}, {"tamper": True}, {"session": SessionId("")}):
         async with raw_session(member) as session:
             await session.open()
-            await session.send(failed, **wrong)  # type: ignore[arg-type]
+            await session.send(failed, **wrong)
             assert (await session.ended()).reason is Reason.SIGNATURE_INVALID, wrong
 
 
