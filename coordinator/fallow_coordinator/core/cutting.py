@@ -58,9 +58,10 @@ def cut_size(layout: Layout, cost: Cost, *, start: int, batch_rows: int, leases:
     """How many rows, from `start` on, the next task takes: at least 1, at most what is left.
 
     About one in `leases` of what is left, where `leases` is how many the workers are ready to hold, between
-    `TASK_UNITS_MIN` and `TASK_UNITS_TARGET` (guided self-scheduling: Polychronopoulos and Kuck, 1987), in whole canonical batches but for the end; never so much that
-    the packed block could exceed `BLOCK_BYTES_MAX` even if the large rows of every block it touches were its own. At
-    least one in `JOB_TASKS_MAX` / 2 of the job unless a block ends before: no job has more than `JOB_TASKS_MAX` tasks.
+    `TASK_UNITS_MIN` and `TASK_UNITS_TARGET` (guided self-scheduling: Polychronopoulos and Kuck, 1987), in whole
+    canonical batches but for the end; never so much that the packed block could exceed `BLOCK_BYTES_MAX` even if the
+    large rows of every block it touches were its own. At least one in `JOB_TASKS_MAX` / 2 of the job unless a block
+    ends before: no job has more than `JOB_TASKS_MAX` tasks.
     """
     total = layout.row_starts[-1]
     assert 0 <= start < total and batch_rows > 0 and leases > 0, "there is something to cut"
