@@ -62,7 +62,9 @@ def test_no_layout_uses_more_cores_than_there_are(cores: int, memory: int, peak:
     assert layout.children <= max(CHILDREN_MAX, wanted)
 
 
-def test_small_models_get_a_child_for_each_core_and_large_ones_get_threads() -> None:
-    assert node_layout(cores=2, memory_bytes=8 * GIB, cap=memory_cap(100 * MIB)).children == 2
-    large = node_layout(cores=4, memory_bytes=16 * GIB, cap=memory_cap(4 * GIB))
-    assert (large.children, large.threads) == (1, 4)
+def test_children_share_the_cores_and_large_models_get_fewer_of_them() -> None:
+    small = memory_cap(100 * MIB)
+    assert node_layout(cores=2, memory_bytes=8 * GIB, cap=small) == Layout(children=1, threads=2)
+    assert node_layout(cores=16, memory_bytes=64 * GIB, cap=small) == Layout(children=4, threads=4)
+    assert node_layout(cores=64, memory_bytes=256 * GIB, cap=small) == Layout(children=8, threads=8)
+    assert node_layout(cores=8, memory_bytes=16 * GIB, cap=memory_cap(4 * GIB)) == Layout(children=1, threads=8)
