@@ -182,6 +182,7 @@ class OnnxProgram:
                     f"output bound to {value!r} has no row axis: shape {list(shape)} for {rows} rows",
                     field=f"outputs[{value}]",
                     limit=f"first dimension {rows}",
+                    hint="leave it out: name the outputs to keep (`outputs=`, `--outputs`)",
                 )
             outputs[value] = cast("Array", array)
         return outputs
