@@ -145,7 +145,7 @@ def follow(client: Client, job: Job, output: Path) -> Saved:
         for status in job.statuses():
             rows = status.progress
             said = status.reason or status.state.value
-            progress.update(bar, total=rows.rows_total, completed=rows.rows_done + rows.rows_failed, description=said)
+            progress.update(bar, total=rows.rows_total, completed=rows.rows_done, description=said)
     job.wait()
     output.parent.mkdir(parents=True, exist_ok=True)
     return job.save(output)
