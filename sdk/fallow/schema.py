@@ -149,11 +149,23 @@ def check_schema(schema: Schema) -> None:
     seen: set[str] = set()
     for index, column in enumerate(schema.columns):
         _check_column(column, f"columns[{index}]", seen)
-    fixed = schema.fixed_row_bytes
-    if fixed is not None and fixed > ROW_BYTES_MAX:
+    least = sum(_least_bytes(column) for column in schema.columns)
+    if least > ROW_BYTES_MAX:
         raise FallowError(
-            Reason.ROW_TOO_LARGE, f"a row would take {fixed} bytes", field="columns", limit=f"{ROW_BYTES_MAX} bytes"
+            Reason.ROW_TOO_LARGE,
+            f"a row would take {least} bytes or more",
+            field="columns",
+            limit=f"{ROW_BYTES_MAX} bytes",
         )
+
+
+def _least_bytes(column: Column) -> int:
+    """Bytes that a row cannot do without: the smallest value of a column that varies counts with one element."""
+    if isinstance(column, TensorColumn):
+        return column.row_bytes
+    if isinstance(column, RaggedColumn):
+        return TensorColumn(column.name, column.dtype, tuple(dim or 1 for dim in column.shape)).row_bytes
+    return 0
 
 
 def _check_column(column: Column, field: str, seen: set[str]) -> None:

@@ -6,13 +6,19 @@ from fallow.bundle import InspectionReport
 from fallow.errors import FallowError, Reason
 from fallow.ids import AccountId, Digest, TaskId
 from fallow.job import JobState
-from fallow.limits import BLOB_BYTES_MAX, BLOCK_ROWS_MAX, BUNDLE_FILES_MAX, SIZE_FEATURES_MAX
+from fallow.limits import BLOB_BYTES_MAX, BLOCK_ROWS_MAX, BUNDLE_FILES_MAX, ROW_BYTES_MAX, SIZE_FEATURES_MAX
 from fallow.session import TaskKind
 from fallow_coordinator.core import commands as c
 from fallow_coordinator.core import events as e
 from fallow_coordinator.core.answers import Decision
 from fallow_coordinator.core.draft import Draft, shortened
-from fallow_coordinator.core.limits import BLOBS_PER_ACCOUNT_MAX, BLOBS_PER_COMMAND_MAX, BUNDLES_PER_ACCOUNT_MAX
+from fallow_coordinator.core.limits import (
+    BLOBS_PER_ACCOUNT_MAX,
+    BLOBS_PER_COMMAND_MAX,
+    BUNDLES_PER_ACCOUNT_MAX,
+    COST_UNIT_MICROS_MAX,
+    INSPECTIONS_WAITING_PER_ACCOUNT_MAX,
+)
 from fallow_coordinator.core.names import Names
 from fallow_coordinator.core.state import Account, Bundle, Lease, State, Task
 
@@ -36,7 +42,9 @@ def record_blobs(state: State, command: c.RecordBlobs) -> Decision:
                 field=f"blobs[{index}].length_bytes",
                 limit=f"{BLOB_BYTES_MAX} bytes",
             )
-        if account.blobs.get(stored.blob.digest) != stored:
+        # A row block stays one, though its bytes come again as bytes: what is known never shrinks, nor flips for ever.
+        known = account.blobs.get(stored.blob.digest)
+        if known is None or (stored.rows and not known.rows):
             fresh[stored.blob.digest] = stored
     if len(account.blobs) + len(fresh) > BLOBS_PER_ACCOUNT_MAX:
         raise FallowError(
@@ -91,6 +99,7 @@ def register_bundle(state: State, command: c.RegisterBundle, names: Names) -> De
             )
         )
     if bundle is None or (bundle.report is None and bundle.inspection_task_id is None):
+        _check_inspections(state, account)
         events.append(
             e.TaskCreated(
                 task_id=TaskId(names.new("task")),
@@ -148,6 +157,8 @@ def fault_of_report(task: Task, report: InspectionReport) -> str:
         return "the report is about another bundle"
     if min(report.unit_micros_per_row, report.unit_micros_per_kib, report.memory_bytes_peak) < 0:
         return "the report's numbers are negative"
+    if max(report.unit_micros_per_row, report.unit_micros_per_kib) > COST_UNIT_MICROS_MAX:
+        return f"the report's costs are more than {COST_UNIT_MICROS_MAX} micro-units"
     if report.accepted and not 1 <= report.canonical_batch_rows <= BLOCK_ROWS_MAX:
         return f"the canonical batch has {report.canonical_batch_rows} rows"
     return ""
@@ -197,6 +208,18 @@ def account_of(state: State, account_id: AccountId) -> Account:
     raise FallowError(Reason.ACCOUNT_UNKNOWN, f"there is no account {account_id}", field="account_id")
 
 
+def _check_inspections(state: State, account: Account) -> None:
+    waiting = sum(state.bundles[digest].inspection_task_id is not None for digest in account.bundles)
+    if waiting >= INSPECTIONS_WAITING_PER_ACCOUNT_MAX:
+        raise FallowError(
+            Reason.OVERLOADED,
+            f"{waiting} bundles of the account wait for inspection",
+            field="bundle",
+            limit=f"{INSPECTIONS_WAITING_PER_ACCOUNT_MAX} bundles at a time",
+            hint="wait until some have been inspected",
+        )
+
+
 def _check_bundle(account: Account, command: c.RegisterBundle) -> None:
     if len(command.files) > BUNDLE_FILES_MAX:
         raise FallowError(
@@ -223,5 +246,10 @@ def _check_bundle(account: Account, command: c.RegisterBundle) -> None:
         )
     if not -1 <= command.bytes_feature_index < max(command.size_feature_count, 0):
         raise FallowError(Reason.BUNDLE_INVALID, "the bytes feature is not a size feature", field="bytes_feature_index")
-    if command.output_row_bytes < 0:
-        raise FallowError(Reason.BUNDLE_INVALID, "rows have no negative size", field="output_row_bytes")
+    if not 0 <= command.output_row_bytes <= ROW_BYTES_MAX:
+        raise FallowError(
+            Reason.BUNDLE_INVALID,
+            f"an output row of {command.output_row_bytes} bytes",
+            field="output_schema",
+            limit=f"0 to {ROW_BYTES_MAX} bytes",
+        )

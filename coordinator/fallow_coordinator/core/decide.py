@@ -110,9 +110,7 @@ IdentityCommand = (
 )
 
 
-def _decide_identity(
-    state: State, command: IdentityCommand, now_ms: int, entropy: bytes
-) -> Decision:
+def _decide_identity(state: State, command: IdentityCommand, now_ms: int, entropy: bytes) -> Decision:
     names = Names(entropy)
     match command:
         case c.StartJournal():

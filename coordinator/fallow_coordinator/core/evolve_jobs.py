@@ -102,6 +102,7 @@ def _submit(state: State, event: e.JobSubmitted, at_ms: int) -> None:
     )
     assert job.row_starts[-1] == job.rows, "the blocks hold the job's rows"
     account.jobs_unfinished += 1
+    account.blocks_unfinished += len(job.blocks)
     state.bundles[event.bundle_digest].jobs[job.job_id] = None
     lane_of(state, job.lane).jobs += 1
     _forget_old_keys(state, at_ms)
@@ -137,7 +138,9 @@ def _move(state: State, event: e.JobStateChanged, at_ms: int) -> None:
         assert event.state is not JobState.SUCCEEDED or len(job.done) == job.rows, "success means every row"
         job.finished_at_ms = at_ms
         state.finished[job.job_id] = state.sequence
-        state.accounts[job.account_id].jobs_unfinished -= 1
+        account = state.accounts[job.account_id]
+        account.jobs_unfinished -= 1
+        account.blocks_unfinished -= len(job.blocks)
         del state.bundles[job.bundle_digest].jobs[job.job_id]
         release_lane(state, job.lane)
 

@@ -168,12 +168,16 @@ def _check_lanes(state: State) -> None:
 
 def _check_counts(state: State) -> None:
     unfinished = Counter(job.account_id for job in state.jobs.values() if job.state not in JOB_STATES_FINAL)
+    blocks: Counter[str] = Counter()
+    for job in state.jobs.values():
+        blocks[job.account_id] += len(job.blocks) if job.state not in JOB_STATES_FINAL else 0
     keys = Counter(account_id for account_id, _ in state.idempotency)
     outputs: Counter[tuple[str, bytes]] = Counter()
     for job in state.jobs.values():
         outputs.update((job.account_id, result.output.digest) for result in job.results if result.output is not None)
     for account_id, account in state.accounts.items():
         _must(account.jobs_unfinished == unfinished[account_id] <= JOBS_UNFINISHED_PER_ACCOUNT_MAX, "jobs are counted")
+        _must(account.blocks_unfinished == blocks[account_id], "blocks of unfinished jobs are counted")
         _must(account.idempotency_keys == keys[account_id] <= IDEMPOTENCY_KEYS_PER_ACCOUNT_MAX, "keys are counted")
         for output, (_, count) in account.outputs.items():
             _must(outputs[account_id, output] == count, "outputs are counted")

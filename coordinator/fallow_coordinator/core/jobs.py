@@ -20,6 +20,7 @@ from fallow_coordinator.core.bundles import account_of, usable_bundle
 from fallow_coordinator.core.draft import Draft, shortened
 from fallow_coordinator.core.limits import (
     ARCHIVED_PER_COMMAND_MAX,
+    BLOCKS_UNFINISHED_PER_ACCOUNT_MAX,
     IDEMPOTENCY_KEY_BYTES_MAX,
     IDEMPOTENCY_KEY_BYTES_MIN,
     IDEMPOTENCY_KEYS_PER_ACCOUNT_MAX,
@@ -58,6 +59,14 @@ def submit_map_job(state: State, command: c.SubmitMapJob, now_ms: int, names: Na
             field="account_id",
             limit=f"{JOBS_UNFINISHED_PER_ACCOUNT_MAX} unfinished jobs",
             hint="wait for some to finish",
+        )
+    if account.blocks_unfinished + len(command.blocks) > BLOCKS_UNFINISHED_PER_ACCOUNT_MAX:
+        raise FallowError(
+            Reason.OVERLOADED,
+            f"the account's unfinished jobs have {account.blocks_unfinished} blocks",
+            field="blocks",
+            limit=f"{BLOCKS_UNFINISHED_PER_ACCOUNT_MAX} blocks in unfinished jobs",
+            hint="wait for some to finish, or pack more rows into a block",
         )
     pool_id = _pool_of(state, command)
     _check_options(command)

@@ -29,6 +29,14 @@ BLOBS_PER_ACCOUNT_MAX = 1_000_000
 BLOBS_PER_COMMAND_MAX = 1_000
 BUNDLES_PER_ACCOUNT_MAX = 10_000
 JOBS_UNFINISHED_PER_ACCOUNT_MAX = 1_000
+BLOCKS_UNFINISHED_PER_ACCOUNT_MAX = 100_000
+"""Dataset blocks of an account's unfinished jobs: they are held in memory, some 300 bytes each."""
+INSPECTIONS_WAITING_PER_ACCOUNT_MAX = 16
+"""Bundles of one account that wait for inspection: each may take a minute, and others wait behind them."""
+COST_UNIT_MICROS_MAX = 10**12
+"""Dearest row, and dearest KiB of a row, that a report may claim: 10⁶ seconds of a reference core."""
+TASK_UNIT_MICROS_MAX = 10**15
+"""A task's cost is counted up to here, whatever its rows say of their sizes; its time ends long before."""
 ARCHIVED_PER_COMMAND_MAX = 1_000
 
 IDEMPOTENCY_KEY_BYTES_MIN = 16

@@ -15,6 +15,7 @@ from fallow_coordinator.core.limits import (
     RUNTIME_FACTOR,
     RUNTIME_MS_MAX,
     RUNTIME_MS_MIN,
+    TASK_UNIT_MICROS_MAX,
     TRANSFER_BYTES_PER_MS_MIN,
     UNIT_MICROS,
 )
@@ -150,6 +151,6 @@ def _cut(state: State, job: Job, leases: int, names: Names) -> tuple[e.Event, ..
         bundle_digest=job.bundle_digest,
         pool_id=job.pool_id,
         spans=((job.next_row, end),),
-        unit_micros=unit_micros(layout, cost, job.next_row, end),
+        unit_micros=min(TASK_UNIT_MICROS_MAX, unit_micros(layout, cost, job.next_row, end)),
     )
     return (created, e.PackRequested(task_id=task_id, pack_number=1))

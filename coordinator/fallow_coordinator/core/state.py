@@ -48,6 +48,8 @@ class Account:
     """(length in bytes, results that refer to it) of each output block of its unarchived jobs."""
     bundles: dict[Digest, None] = field(default_factory=dict[Digest, None])
     jobs_unfinished: int = 0
+    blocks_unfinished: int = 0
+    """Dataset blocks of its unfinished jobs."""
     idempotency_keys: int = 0
 
 
