@@ -49,5 +49,11 @@ FAILED_ROWS_MAX_DEFAULT = 1_000
 
 TASK_ATTEMPTS_MAX = 5
 LEASES_PER_WORKER_MAX = 64
+IDENTIFIER_BYTES_MAX = 64
+"""Longest name of a lease that anybody may say."""
+NAMED_FACT_BYTES_MAX = 256
+"""Longest name of a software or an execution class."""
+CAPABILITY_BYTES_MAX = 16 * KIB
+"""A worker's whole capability: every change of it goes into the journal."""
 GRANTS_PER_REQUEST_MAX = 1_000
 TOKEN_USES_MAX = 10_000

@@ -11,7 +11,7 @@ import contextlib
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Final, Generic, TypeVar
 from urllib.parse import unquote
 
@@ -30,6 +30,10 @@ _log = logging.getLogger(__name__)
 UNARY_TIME_MAX_S: Final = 30.0
 """A unary call that takes longer ends with DEADLINE_EXCEEDED, whatever deadline its caller set."""
 CERTIFICATES_REMEMBERED_MAX: Final = 4096
+BYTES_OF_ONE_CALL: Final = 2048
+"""A longer request counts as several calls: decoding and checking it takes as long."""
+STREAM_OPENING_COST: Final = 20.0
+"""Opening a worker's stream writes to the journal."""
 
 RequestT = TypeVar("RequestT", bound=Message)
 ResponseT = TypeVar("ResponseT", bound=Message)
@@ -56,6 +60,8 @@ class Call(Generic[RequestT]):
     request: RequestT
     raw: bytes
     peer: Peer
+    charge: Callable[[float], None]
+    """Counts further work of this call against its peer, in calls. Raises OVERLOADED."""
 
 
 Answer = Callable[[Call[RequestT]], Awaitable[ResponseT]]
@@ -107,7 +113,7 @@ def both_streams(
     async def handle(_requests: object, context: Context) -> None:
         try:
             peer = peer_of(context)
-            limit.take(peer.key_fingerprint or peer.address)
+            limit.take(peer.key_fingerprint or peer.address, STREAM_OPENING_COST)
             await answer(context, peer)
         except Exception as error:
             await abort(context, error, method)
@@ -132,8 +138,9 @@ def method_name(descriptor: ServiceDescriptor, method: str) -> str:
 def admitted(raw: bytes, context: Context, request_type: type[RequestT], limit: RateLimit) -> Call[RequestT]:
     """The call behind `raw`, counted against its peer before it is parsed. Raises OVERLOADED or MALFORMED_MESSAGE."""
     peer = peer_of(context)
-    limit.take(peer.key_fingerprint or peer.address)
-    return Call(decoded(raw, request_type), raw, peer)
+    charge = partial(limit.take, peer.key_fingerprint or peer.address)
+    charge(1.0 + len(raw) / BYTES_OF_ONE_CALL)
+    return Call(decoded(raw, request_type), raw, peer, charge)
 
 
 def decoded(raw: bytes, request_type: type[RequestT]) -> RequestT:

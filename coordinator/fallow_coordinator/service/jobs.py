@@ -61,6 +61,8 @@ from fallow_coordinator.service.rate_limit import RateLimit
 IDEMPOTENCY_KEY_BYTES: Final = (16, 64)
 PAGE_SIZE_DEFAULT: Final = 100
 PAGE_SIZE_MAX: Final = 1_000
+GRANTS_OF_ONE_CALL: Final = 20
+"""So many signatures take about as long as a call of another kind."""
 RESULTS_PER_READ_MAX: Final = 64
 """Results looked up at a time for one watcher: with inline outputs at most 4 MiB are held for it."""
 STATUS_INTERVAL_S: Final = 0.2
@@ -150,6 +152,7 @@ class JobService:
         caller = await self._caller(call.peer)
         wanted = call.request.uploads
         check_count(len(wanted), GRANTS_PER_REQUEST_MAX, "uploads")
+        call.charge(len(wanted) / GRANTS_OF_ONE_CALL)
         asked = [
             (
                 reference_from_message(item.blob, f"uploads[{index}].blob"),
@@ -186,6 +189,7 @@ class JobService:
         """A grant to get for each digest, if all of them are the account's."""
         caller = await self._caller(call.peer)
         check_count(len(call.request.digests), GRANTS_PER_REQUEST_MAX, "digests")
+        call.charge(len(call.request.digests) / GRANTS_OF_ONE_CALL)
         digests = [digest_from(digest, f"digests[{index}]") for index, digest in enumerate(call.request.digests)]
         blobs = await self._reads.owned_blobs(caller.account_id, digests)
         holder, now_ms = Holder(caller.key_fingerprint, caller.account_id), self._now_ms()
@@ -355,6 +359,7 @@ def submission(call: Call[pb.SubmitMapJobRequest], caller: Caller) -> tuple[Subm
         raise FallowError(
             Reason.LIMIT_EXCEEDED, "the title is too long", field="title", limit=f"{TITLE_BYTES_MAX} bytes"
         )
+    inline_bytes = 0
     blocks: list[DatasetBlock] = []
     inline: list[StoredBlob] = []
     payloads: dict[Digest, bytes] = {}
@@ -363,17 +368,18 @@ def submission(call: Call[pb.SubmitMapJobRequest], caller: Caller) -> tuple[Subm
         blocks.append(block)
         if not block.inline:
             continue
+        # Counted before it is looked at, repeated blocks too: hashing thousands would hold up everybody.
+        inline_bytes += len(data)
+        if len(data) < inline_bytes > INLINE_PAYLOAD_BYTES_MAX:
+            raise FallowError(
+                Reason.LIMIT_EXCEEDED,
+                f"more than {INLINE_PAYLOAD_BYTES_MAX} bytes of inline blocks",
+                field="blocks",
+                limit=f"{INLINE_PAYLOAD_BYTES_MAX} bytes; upload larger datasets",
+            )
         _, stored = inspected_block(data, block.blob, f"blocks[{index}].inline_block")
         inline.append(stored)
         payloads[block.blob.digest] = data
-    inline_bytes = sum(len(data) for data in payloads.values())
-    if inline_bytes > INLINE_PAYLOAD_BYTES_MAX:
-        raise FallowError(
-            Reason.LIMIT_EXCEEDED,
-            f"{inline_bytes} bytes of inline blocks",
-            field="blocks",
-            limit=f"{INLINE_PAYLOAD_BYTES_MAX} bytes; upload larger datasets",
-        )
     command = SubmitMapJob(
         account_id=caller.account_id,
         party_id=caller.party_id,

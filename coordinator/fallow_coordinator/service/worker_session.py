@@ -14,7 +14,7 @@ import grpc
 from fallow.errors import FallowError, Reason
 from fallow.identity import PrivateKey
 from fallow.ids import Digest, LeaseId, SessionId
-from fallow.limits import SESSION_MESSAGE_BYTES_MAX
+from fallow.limits import KIB, SESSION_MESSAGE_BYTES_MAX
 from fallow.session import (
     SIGNED_COORDINATOR_MESSAGES,
     SIGNED_WORKER_MESSAGES,
@@ -34,6 +34,7 @@ from fallow_coordinator.service.errors import told
 from fallow_coordinator.service.lease_messages import LeaseMessages
 from fallow_coordinator.service.live_streams import LiveStream
 from fallow_coordinator.service.outbox import SessionEffect, session_ended
+from fallow_coordinator.service.rate_limit import Pace
 
 _log = logging.getLogger(__name__)
 
@@ -41,6 +42,12 @@ OUTBOUND_MAX: Final = 1024
 """Messages that wait for a worker that reads slowly; one more ends its session, and it reconciles when it is back."""
 INBOUND_MAX: Final = 64
 """Messages of one worker that wait for the disk; then its stream is read no further until one is done."""
+MESSAGES_PER_S: Final = 1_000
+MESSAGES_BURST: Final = 4_000
+BYTES_OF_ONE_MESSAGE: Final = 16 * KIB
+"""A longer message counts as several: a worker that sends faster than this is read later, not refused."""
+REFUSALS_LOGGED_MAX: Final = 20
+"""Refusals of one session that the log shows; a worker must not fill the disk with its mistakes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +96,7 @@ class WorkerSession:
         self._outbound: deque[Outgoing] = deque()
         self._outbound_ready = asyncio.Event()
         self._offered: set[Digest] = set()
+        self._refusals = 0
         self.last_heard = asyncio.get_running_loop().time()
         """When the last message came, on the loop's clock."""
 
@@ -166,6 +174,7 @@ class WorkerSession:
         Raises what ends the stream: MALFORMED_MESSAGE, SIGNATURE_INVALID, SEQUENCE_REPLAYED.
         """
         room = asyncio.Semaphore(INBOUND_MAX)
+        pace = Pace(per_s=MESSAGES_PER_S, burst=MESSAGES_BURST, clock=asyncio.get_running_loop().time)
         working: set[asyncio.Task[None]] = set()
 
         def done(task: asyncio.Task[None]) -> None:
@@ -177,6 +186,7 @@ class WorkerSession:
             if raw is None:
                 break
             self.last_heard = asyncio.get_running_loop().time()
+            await pace.keep(1.0 + len(raw) / BYTES_OF_ONE_MESSAGE)
             request = self._next(raw)
             await room.acquire()
             task = asyncio.create_task(self._handled(request, handle))
@@ -201,7 +211,9 @@ class WorkerSession:
             if error.reason in _ENDS_THE_SESSION:
                 self.stream.end(error)
                 return
-            _log.info(
+            self._refusals += 1
+            _log.log(
+                logging.INFO if self._refusals <= REFUSALS_LOGGED_MAX else logging.DEBUG,
                 "session.refused session=%s worker=%s lease=%s reason=%s message=%s",
                 self.session_id, self.caller.party_id, lease_id, error.reason.value, error.message,
             )  # fmt: skip

@@ -79,8 +79,10 @@ RESUME_TOKEN_BYTES: Final = 32
 SILENT_HEARTBEATS_MAX: Final = 3
 """Heartbeat intervals without any message after which a stream is half-open and closed."""
 GOODBYE_PATIENCE_S: Final = 2.0
-MESSAGES_PER_S: Final = 1_000
-MESSAGES_BURST: Final = 4_000
+CHANGES_PER_S: Final = 2.0
+CHANGES_BURST: Final = 128
+"""Changes of capability, and requests for grants, of one session: the first fill the journal, the second need
+signatures. As many at once as a worker may hold leases, twice."""
 
 _SERVICE = pb.DESCRIPTOR.services_by_name["WorkerService"]
 
@@ -233,12 +235,11 @@ class WorkerService:
 
     async def _run(self, session: WorkerSession) -> str:
         """Runs both directions until something ends the stream; says why. Raises what the worker is to be told."""
-        limit = RateLimit(
-            per_s=MESSAGES_PER_S, burst=MESSAGES_BURST, peers_max=1, clock=asyncio.get_running_loop().time
-        )
+        limit = RateLimit(per_s=CHANGES_PER_S, burst=CHANGES_BURST, peers_max=2, clock=asyncio.get_running_loop().time)
 
         async def handle(incoming: Incoming) -> None:
-            limit.take(session.session_id)
+            if isinstance(incoming.message, CapabilityChanged | GrantsWanted):
+                limit.take(type(incoming.message).__name__)
             await self._handle(session, incoming)
 
         reading = asyncio.create_task(session.read_all(handle))

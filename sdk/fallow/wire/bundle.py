@@ -21,6 +21,7 @@ from fallow.limits import (
     BUNDLE_STAGES_MAX,
     MANIFEST_BYTES_MAX,
     PROGRAM_BYTES_MAX,
+    REPORT_BYTES_MAX,
     TITLE_BYTES_MAX,
 )
 from fallow.v1 import bundle_pb2
@@ -122,7 +123,14 @@ def report_to_message(report: InspectionReport) -> bundle_pb2.InspectionReport:
 
 
 def report_from_message(message: bundle_pb2.InspectionReport) -> InspectionReport:
-    """The report a message describes. Raises FIELD_INVALID."""
+    """The report a message describes. Raises FIELD_INVALID or LIMIT_EXCEEDED."""
+    if message.ByteSize() > REPORT_BYTES_MAX:
+        raise FallowError(
+            Reason.LIMIT_EXCEEDED,
+            f"a report of {message.ByteSize()} bytes",
+            field="report",
+            limit=f"{REPORT_BYTES_MAX} bytes",
+        )
     return InspectionReport(
         bundle_digest=digest_from(message.bundle_digest, "report.bundle_digest"),
         accepted=message.accepted,

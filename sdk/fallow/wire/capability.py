@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fallow.errors import FallowError, Reason
 from fallow.ids import DeviceId
+from fallow.limits import CAPABILITY_BYTES_MAX
 from fallow.session import Capability, Device, TaskKind
 from fallow.v1 import capability_pb2
 from fallow.wire.enums import DEVICE_KINDS, DEVICE_LEVELS, SANDBOX_LEVELS
@@ -30,13 +31,20 @@ def capability_to_message(capability: Capability) -> capability_pb2.Capability:
 
 
 def capability_from_message(message: capability_pb2.Capability) -> Capability:
-    """The capability a message describes; task kinds of later versions are left out. Raises FIELD_INVALID."""
+    """The capability a message describes; unknown task kinds are left out. Raises FIELD_INVALID, LIMIT_EXCEEDED."""
     if len(message.devices) > DEVICES_MAX:
         raise FallowError(
             Reason.LIMIT_EXCEEDED,
             f"{len(message.devices)} devices",
             field="capability.devices",
             limit=f"{DEVICES_MAX} devices",
+        )
+    if message.ByteSize() > CAPABILITY_BYTES_MAX:
+        raise FallowError(
+            Reason.LIMIT_EXCEEDED,
+            f"a capability of {message.ByteSize()} bytes",
+            field="capability",
+            limit=f"{CAPABILITY_BYTES_MAX} bytes",
         )
     known = {kind.value: kind for kind in TaskKind}
     return Capability(

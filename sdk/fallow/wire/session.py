@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
+
 from google.protobuf.message import DecodeError
 
 from fallow.errors import FallowError, Reason
 from fallow.ids import Digest, LeaseId, PoolId, SessionId
 from fallow.limits import (
-    BLOCK_ROWS_MAX,
+    IDENTIFIER_BYTES_MAX,
     INLINE_PAYLOAD_BYTES_MAX,
     LEASES_PER_WORKER_MAX,
+    NAMED_FACT_BYTES_MAX,
     ROW_FAILURE_REASON_BYTES_MAX,
+    ROW_FAILURES_LISTED_PER_TASK_MAX,
 )
 from fallow.session import (
     BundleOffer,
@@ -100,7 +104,14 @@ def usage_to_message(usage: Usage) -> session_pb2.Usage:
 
 
 def usage_from_message(message: session_pb2.Usage) -> Usage:
-    """The usage a message describes."""
+    """The usage a message describes. Raises FIELD_INVALID for an energy that is no quantity."""
+    if not 0.0 <= message.energy_joules < math.inf:
+        raise FallowError(
+            Reason.FIELD_INVALID,
+            f"an energy of {message.energy_joules} joules",
+            field="usage.energy_joules",
+            limit="0 or more, and finite",
+        )
     return Usage(
         wall_microseconds=message.wall_microseconds,
         cpu_microseconds=message.cpu_microseconds,
@@ -191,8 +202,9 @@ def _worker_value(message: session_pb2.WorkerMessage) -> WorkerMessage:
         case "hello":
             return _hello_from_message(message.hello)
         case "heartbeat":
+            _check_lease_count(len(message.heartbeat.progress), "heartbeat.progress")
             progress = tuple(
-                LeaseProgress(LeaseId(p.lease_id), p.fence, p.rows_done) for p in message.heartbeat.progress
+                LeaseProgress(_lease_id(p.lease_id), p.fence, p.rows_done) for p in message.heartbeat.progress
             )
             return Heartbeat(progress)
         case "capability_changed":
@@ -203,19 +215,19 @@ def _worker_value(message: session_pb2.WorkerMessage) -> WorkerMessage:
             return _commitment_from_message(message.commitment)
         case "delivery":
             delivery = message.delivery
-            return Delivery(LeaseId(delivery.lease_id), delivery.fence, receipt_from_message(delivery.receipt))
+            return Delivery(_lease_id(delivery.lease_id), delivery.fence, receipt_from_message(delivery.receipt))
         case "inspection":
             found = message.inspection
             report, usage = report_from_message(found.report), usage_from_message(found.usage)
-            return Inspection(LeaseId(found.lease_id), found.fence, report, usage)
+            return Inspection(_lease_id(found.lease_id), found.fence, report, usage)
         case "task_failed":
             failed = message.task_failed
-            return TaskFailed(LeaseId(failed.lease_id), failed.fence, *_cause_and_reason(failed.cause, failed.reason))
+            return TaskFailed(_lease_id(failed.lease_id), failed.fence, *_cause_and_reason(failed.cause, failed.reason))
         case "lease_returned":
             back = message.lease_returned
-            return LeaseReturned(LeaseId(back.lease_id), back.fence, *_cause_and_reason(back.cause, back.reason))
+            return LeaseReturned(_lease_id(back.lease_id), back.fence, *_cause_and_reason(back.cause, back.reason))
         case "grants_wanted":
-            return GrantsWanted(LeaseId(message.grants_wanted.lease_id), message.grants_wanted.fence)
+            return GrantsWanted(_lease_id(message.grants_wanted.lease_id), message.grants_wanted.fence)
         case "draining":
             return Draining(_reason(message.draining.reason, "draining"))
         case _:
@@ -240,21 +252,15 @@ def _hello_to_message(hello: Hello) -> session_pb2.Hello:
 
 
 def _hello_from_message(message: session_pb2.Hello) -> Hello:
-    if len(message.held_leases) > LEASES_PER_WORKER_MAX:
-        raise FallowError(
-            Reason.LIMIT_EXCEEDED,
-            f"{len(message.held_leases)} held leases",
-            field="hello.held_leases",
-            limit=f"{LEASES_PER_WORKER_MAX} leases",
-        )
+    _check_lease_count(len(message.held_leases), "hello.held_leases")
     return Hello(
         protocol_version=message.protocol.version,
         protocol_min_supported=message.protocol.min_supported,
-        software=message.protocol.software,
+        software=_named(message.protocol.software, "hello.protocol.software"),
         resume_token=message.resume_token,
         capability=capability_from_message(message.capability),
         window=message.window,
-        held_leases=tuple(HeldLease(LeaseId(h.lease_id), h.fence, h.committed) for h in message.held_leases),
+        held_leases=tuple(HeldLease(_lease_id(h.lease_id), h.fence, h.committed) for h in message.held_leases),
     )
 
 
@@ -274,15 +280,18 @@ def _commitment_to_message(commitment: Commitment) -> session_pb2.Commitment:
 
 
 def _commitment_from_message(message: session_pb2.Commitment) -> Commitment:
-    if len(message.failures) > BLOCK_ROWS_MAX or len(message.inline_output) > INLINE_PAYLOAD_BYTES_MAX:
+    if (
+        len(message.failures) > ROW_FAILURES_LISTED_PER_TASK_MAX
+        or len(message.inline_output) > INLINE_PAYLOAD_BYTES_MAX
+    ):
         raise FallowError(
             Reason.LIMIT_EXCEEDED,
             "too many failures or too long an inline output",
             field="commitment",
-            limit=f"{BLOCK_ROWS_MAX} failures, {INLINE_PAYLOAD_BYTES_MAX} bytes inline",
+            limit=f"{ROW_FAILURES_LISTED_PER_TASK_MAX} failures, {INLINE_PAYLOAD_BYTES_MAX} bytes inline",
         )
     return Commitment(
-        lease_id=LeaseId(message.lease_id),
+        lease_id=_lease_id(message.lease_id),
         fence=message.fence,
         output_root=digest_from(message.output_root, "commitment.output_root"),
         rows=message.rows,
@@ -291,7 +300,7 @@ def _commitment_from_message(message: session_pb2.Commitment) -> Commitment:
             failure_from_message(failure, f"commitment.failures[{i}]") for i, failure in enumerate(message.failures)
         ),
         usage=usage_from_message(message.usage),
-        execution_class=message.execution_class,
+        execution_class=_named(message.execution_class, "commitment.execution_class"),
         inline_output=message.inline_output,
         partial=message.partial,
     )
@@ -458,6 +467,36 @@ def _reason(text: str, field: str) -> str:
             f"a reason of {len(text.encode())} bytes",
             field=field,
             limit=f"{ROW_FAILURE_REASON_BYTES_MAX} bytes",
+        )
+    return text
+
+
+def _lease_id(text: str) -> LeaseId:
+    """A lease's name as a worker may say it: what comes back in refusals and stands in logs is short and printable."""
+    if len(text.encode()) > IDENTIFIER_BYTES_MAX or not text.isprintable():
+        raise FallowError(
+            Reason.FIELD_INVALID,
+            "this is no lease's name",
+            field="lease_id",
+            limit=f"{IDENTIFIER_BYTES_MAX} bytes, printable",
+        )
+    return LeaseId(text)
+
+
+def _check_lease_count(count: int, field: str) -> None:
+    if count > LEASES_PER_WORKER_MAX:
+        raise FallowError(
+            Reason.LIMIT_EXCEEDED, f"{count} leases", field=field, limit=f"{LEASES_PER_WORKER_MAX} leases"
+        )
+
+
+def _named(text: str, field: str) -> str:
+    if len(text.encode()) > NAMED_FACT_BYTES_MAX:
+        raise FallowError(
+            Reason.LIMIT_EXCEEDED,
+            f"a text of {len(text.encode())} bytes",
+            field=field,
+            limit=f"{NAMED_FACT_BYTES_MAX} bytes",
         )
     return text
 
