@@ -28,6 +28,7 @@ from fallow_coordinator.packing import BlobPacker
 from fallow_coordinator.service.admin import AdminService
 from fallow_coordinator.service.auth import Doorkeeper, caller_by_key
 from fallow_coordinator.service.authority import Authority
+from fallow_coordinator.service.descriptors import raise_limit
 from fallow_coordinator.service.enrollment import CERTIFICATE_VALID_FOR_MS, Endpoints, EnrollmentService
 from fallow_coordinator.service.grants import Grants
 from fallow_coordinator.service.job_reads import JobReads
@@ -37,6 +38,10 @@ from fallow_coordinator.service.live_streams import LiveStreams
 from fallow_coordinator.service.outbox import Outbox
 from fallow_coordinator.service.rate_limit import RateLimit
 from fallow_coordinator.service.server import (
+    CONTROL_CONNECTIONS_SHARE,
+    CONTROL_IDLE_MS_MAX,
+    ENROLLMENT_CONNECTIONS_SHARE,
+    ENROLLMENT_IDLE_MS_MAX,
     ENROLLMENT_MESSAGE_BYTES_MAX,
     RpcServer,
     assert_fast_protobuf,
@@ -64,7 +69,7 @@ ENROLLMENT_CALLS_PER_S: Final = 20.0
 ENROLLMENT_CALLS_BURST: Final = 1_000
 """A whole lab behind one address may join at once."""
 CALLS_PER_S: Final = 500.0
-CALLS_BURST: Final = 2_000
+CALLS_BURST: Final = 4_000
 RATE_PEERS_MAX: Final = 20_000
 
 
@@ -176,12 +181,16 @@ class Coordinator:
             handlers=(self._workers.handlers(calls), jobs.handlers(calls), self.admin.handlers(calls)),
             service_names=("fallow.v1.WorkerService", "fallow.v1.JobService", "fallow.v1.AdminService"),
             message_bytes_max=CONTROL_MESSAGE_BYTES_MAX,
+            idle_ms_max=CONTROL_IDLE_MS_MAX,
+            connections_share=CONTROL_CONNECTIONS_SHARE,
             reflect=True,
         )
         self._enrollment_server = RpcServer(
             handlers=(enrollment.handlers(joins),),
             service_names=("fallow.v1.EnrollmentService",),
             message_bytes_max=ENROLLMENT_MESSAGE_BYTES_MAX,
+            idle_ms_max=ENROLLMENT_IDLE_MS_MAX,
+            connections_share=ENROLLMENT_CONNECTIONS_SHARE,
             reflect=True,
         )
 
@@ -343,6 +352,7 @@ class Coordinator:
 @contextlib.asynccontextmanager
 async def running(options: StartOptions) -> AsyncGenerator[Started, None]:
     """A coordinator while the block runs; the folder is locked. Raises FallowError with what to do."""
+    raise_limit()
     folder = StateFolder(options.state)
     folder.prepare()
     with folder.locked():

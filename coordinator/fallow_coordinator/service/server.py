@@ -12,12 +12,21 @@ from grpc_reflection.v1alpha import reflection
 
 from fallow.identity import PrivateKey
 from fallow.limits import CONTROL_MESSAGE_BYTES_MAX, KIB
+from fallow_coordinator.service.descriptors import connections_max
+from fallow_coordinator.service.side_calls import SideCallLimit
 
 ENROLLMENT_MESSAGE_BYTES_MAX: Final = 64 * KIB
 METADATA_BYTES_MAX: Final = 16 * KIB
 STREAMS_PER_CONNECTION_MAX: Final = 128
 CALLS_MAX: Final = 12_000
 """Calls and streams at once, of all connections; the transport refuses more."""
+CONTROL_CONNECTIONS_SHARE: Final = 0.9
+ENROLLMENT_CONNECTIONS_SHARE: Final = 0.1
+"""Of the process's descriptors: strangers at the open door never take those of parties."""
+HANDSHAKE_TIMEOUT_MS: Final = 10_000
+"""Who has not proved a key by then is cut off: connections of strangers cost a descriptor each."""
+ENROLLMENT_IDLE_MS_MAX: Final = 30_000
+CONTROL_IDLE_MS_MAX: Final = 300_000
 KEEPALIVE_INTERVAL_MS: Final = 30_000
 KEEPALIVE_TIMEOUT_MS: Final = 10_000
 PING_INTERVAL_MS_MIN: Final = 10_000
@@ -40,11 +49,18 @@ class RpcServer:
         handlers: Sequence[grpc.GenericRpcHandler],
         service_names: Sequence[str],
         message_bytes_max: int,
+        idle_ms_max: int,
+        connections_share: float,
         reflect: bool,
     ) -> None:
-        """`service_names` are those of `handlers`, for health and reflection."""
+        """`service_names` are those of `handlers`, for health and reflection. Connections without calls end after
+        `idle_ms_max`; it holds at most `connections_share` of the process's descriptors."""
         self._names = service_names
-        self.server = grpc.aio.server(options=_options(message_bytes_max), maximum_concurrent_rpcs=CALLS_MAX)
+        self.server = grpc.aio.server(
+            interceptors=(SideCallLimit(),),
+            options=_options(message_bytes_max, idle_ms_max, connections_max(connections_share)),
+            maximum_concurrent_rpcs=CALLS_MAX,
+        )
         self.server.add_generic_rpc_handlers(tuple(handlers))
         # The stubs do not know the asyncio half of the health package.
         self._health = cast("Any", health).aio.HealthServicer()
@@ -83,8 +99,11 @@ def mutual_tls(key: PrivateKey, certificate_pem: bytes, authority_pem: bytes) ->
     )
 
 
-def _options(message_bytes_max: int) -> list[tuple[str, int]]:
+def _options(message_bytes_max: int, idle_ms_max: int, connections: int) -> list[tuple[str, int]]:
     return [
+        ("grpc.max_allowed_incoming_connections", connections),
+        ("grpc.server_handshake_timeout_ms", HANDSHAKE_TIMEOUT_MS),
+        ("grpc.max_connection_idle_ms", idle_ms_max),
         ("grpc.so_reuseport", 0),
         ("grpc.max_receive_message_length", message_bytes_max),
         ("grpc.max_send_message_length", message_bytes_max),
@@ -99,7 +118,11 @@ def _options(message_bytes_max: int) -> list[tuple[str, int]]:
 
 
 __all__ = [
+    "CONTROL_CONNECTIONS_SHARE",
+    "CONTROL_IDLE_MS_MAX",
     "CONTROL_MESSAGE_BYTES_MAX",
+    "ENROLLMENT_CONNECTIONS_SHARE",
+    "ENROLLMENT_IDLE_MS_MAX",
     "ENROLLMENT_MESSAGE_BYTES_MAX",
     "RpcServer",
     "assert_fast_protobuf",
