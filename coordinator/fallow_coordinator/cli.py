@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import logging
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Sequence
@@ -20,6 +19,7 @@ from google.protobuf.message import Message
 from fallow.errors import FallowError
 from fallow.identity import write_private
 from fallow.places import coordinator_folder
+from fallow.shown_text import log_to_stderr, shown
 from fallow.v1 import admin_service_pb2 as pb
 from fallow.v1 import admin_service_pb2_grpc, identity_pb2
 from fallow.wire.moments import duration_to_message, moment_from_message
@@ -53,7 +53,7 @@ def main() -> None:
     try:
         commands(prog_name="fallow-coordinator")
     except (FallowError, StorageFailed) as error:
-        click.echo(f"fallow-coordinator: {error}", err=True)
+        click.echo(shown(f"fallow-coordinator: {error}"), err=True)
         raise SystemExit(EXIT_FAILED) from None
     except OSError as error:
         click.echo(f"fallow-coordinator: {error.strerror or error}: {error.filename or ''}", err=True)
@@ -126,7 +126,7 @@ def start(
     """Starts a coordinator; the first start makes its keys and journal. Ctrl-C stops it and everything it started."""
     from fallow_coordinator.coordinator import StartOptions
 
-    logging.basicConfig(level=log_level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    log_to_stderr(log_level, "%(asctime)s %(levelname)s %(name)s %(message)s")
     options = StartOptions(
         state=state.expanduser().absolute(),
         listen=listen,
@@ -414,7 +414,7 @@ def _tell(message: Message, as_json: bool, words: str) -> None:
             )
         )
     else:
-        click.echo(words)
+        click.echo(shown(words))
 
 
 def _table(heads: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:

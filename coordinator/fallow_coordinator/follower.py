@@ -15,6 +15,7 @@ import signal
 import sys
 from pathlib import Path
 
+from fallow.shown_text import log_to_stderr
 from fallow_coordinator.config import EXIT_STORAGE_FAILED, FollowerSettings
 from fallow_coordinator.ports import StorageFailed
 from fallow_coordinator.store.journal_reader import JOURNAL_FILE, JournalReader, StoredRecord, decode_records
@@ -118,7 +119,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="fallow_coordinator.follower", description=__doc__)
     parser.add_argument("--state", type=Path, required=True, help="the folder of the journal")
     options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    log_to_stderr(logging.INFO, "%(asctime)s %(levelname)s %(name)s %(message)s")
     settings = FollowerSettings()
     waker = _Waker()
     try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import logging
 import os
 import platform
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 from fallow.errors import FallowError, Reason
 from fallow.limits import GIB, LEASES_PER_WORKER_MAX
 from fallow.session import SANDBOX_ORDER, SandboxLevel, TaskKind
+from fallow.shown_text import log_to_stderr, shown
 
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
@@ -24,9 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # gRPC writes every failed handshake to stderr; the link tells them in words.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     options = _parser().parse_args(arguments)
-    logging.basicConfig(
-        stream=sys.stderr, level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s"
-    )
+    log_to_stderr(options.log_level.upper(), "%(asctime)s %(levelname)s %(name)s %(message)s")
     try:
         raise SystemExit(options.command(options))
     except FallowError as error:
@@ -41,7 +39,7 @@ def _tell_error(error: FallowError, *, as_json: bool) -> int:
 
         detail = {"reason": error.reason.value, "message": error.message, "field": error.field}
         print_json({"error": {**detail, "limit": error.limit, "hint": error.hint}})
-    sys.stderr.write(f"fallow-worker: {error}\n")
+    sys.stderr.write(shown(f"fallow-worker: {error}\n"))
     return EXIT_FAILED
 
 
@@ -142,7 +140,7 @@ def _status(options: argparse.Namespace) -> int:
         lines += [f"so far       {status.get('counts', {})}"]
         error = status.get("last_error")
         lines += [f"last error   {error['message']}"] if isinstance(error, dict) else []
-    sys.stdout.write("\n".join(lines) + "\n")
+    sys.stdout.write(shown("\n".join(lines) + "\n"))
     return 0
 
 

@@ -36,15 +36,21 @@ from grpc_reflection.v1alpha import reflection
 from fallow.errors import FallowError
 from fallow.identity import PrivateKey
 from fallow.limits import MIB
+from fallow.shown_text import log_to_stderr
 from fallow.wire.chunks import BLOB_SERVICE, CHUNK_MESSAGE_BYTES_MAX
 from fallow_coordinator.blobs.config import BlobLimits
 from fallow_coordinator.blobs.service import BlobService
 from fallow_coordinator.blobs.storage import FolderStorage
+from fallow_coordinator.service.descriptors import connections_max
+from fallow_coordinator.service.server import HANDSHAKE_TIMEOUT_MS
+from fallow_coordinator.service.side_calls import SideCallLimit
 
 _log = logging.getLogger(__name__)
 
 _STOP_GRACE_S: Final = 3.0
 _STREAMS_PER_CONNECTION_MAX: Final = 64
+_CONNECTIONS_SHARE: Final = 0.5
+"""Of the process's descriptors; the other half is for files."""
 _METADATA_BYTES_MAX: Final = 16 * 1024
 _M_TRIM_THRESHOLD: Final = -1
 _M_MMAP_THRESHOLD: Final = -3
@@ -53,7 +59,7 @@ _M_MMAP_THRESHOLD: Final = -3
 def main(arguments: list[str] | None = None) -> int:
     """Serves until told to stop; the exit status."""
     options = _options().parse_args(arguments)
-    logging.basicConfig(level=options.log_level, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    log_to_stderr(options.log_level, "%(asctime)s %(levelname)s %(name)s %(message)s")
     _keep_chunk_memory()
     try:
         asyncio.run(_serve(options))
@@ -87,7 +93,9 @@ async def _serve(options: argparse.Namespace) -> None:
         coordinator_public_key=(state / "coordinator-public.der").read_bytes(),
         limits=limits,
     )
-    server = grpc.aio.server(options=_server_options(), maximum_concurrent_rpcs=limits.calls_max)
+    server = grpc.aio.server(
+        interceptors=(SideCallLimit(),), options=_server_options(), maximum_concurrent_rpcs=limits.calls_max
+    )
     server.add_generic_rpc_handlers((service.handlers(),))
     # The stubs do not know the asyncio half of the health package.
     healthy = cast("Any", health).aio.HealthServicer()
@@ -120,6 +128,8 @@ def _server_options() -> list[tuple[str, int]]:
         ("grpc.max_metadata_size", _METADATA_BYTES_MAX),
         ("grpc.max_concurrent_streams", _STREAMS_PER_CONNECTION_MAX),
         ("grpc.so_reuseport", 0),
+        ("grpc.max_allowed_incoming_connections", connections_max(_CONNECTIONS_SHARE)),
+        ("grpc.server_handshake_timeout_ms", HANDSHAKE_TIMEOUT_MS),
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 10_000),
         ("grpc.keepalive_permit_without_calls", 1),

@@ -18,6 +18,7 @@ from fallow.cli.submitting import map_command
 from fallow.enrollment import join
 from fallow.join_line import parse_join_line
 from fallow.places import login_folder
+from fallow.shown_text import log_to_stderr
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
@@ -27,7 +28,7 @@ def fallow() -> None:
 
     Exit codes: 0 done, 1 failed, 2 used wrongly, 130 interrupted (a submitted job goes on).
     """
-    logging.basicConfig(level=logging.WARNING, format="fallow: %(message)s")
+    log_to_stderr(logging.WARNING, "fallow: %(message)s")
 
 
 @fallow.command("login")
