@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 import types
 import typing
@@ -51,7 +52,21 @@ def decode_to_child(body: bytes) -> protocol.ToChild:
 
 def decode_from_child(body: bytes) -> protocol.FromChild:
     """A child's message from the bytes of a frame. Raises FrameError."""
-    return cast("protocol.FromChild", from_json(body, protocol.FromChild))
+    message = cast("protocol.FromChild", from_json(body, protocol.FromChild))
+    _check_natural(message)
+    return message
+
+
+def _check_natural(value: object) -> None:
+    """A child counts from 0: what it says goes on into messages that hold no other numbers. Raises FrameError."""
+    if isinstance(value, int) and value < 0:
+        raise FrameError(f"a child counts {value}")
+    if isinstance(value, tuple):
+        for item in cast("tuple[object, ...]", value):
+            _check_natural(item)
+    elif is_dataclass(value):
+        for field in fields(value):
+            _check_natural(getattr(value, field.name))
 
 
 class FrameReader:
@@ -85,6 +100,11 @@ def from_json(body: bytes | str, hint: Any) -> Any:
         return _value(json.loads(body), hint, "message")
     except (ValueError, RecursionError) as error:
         raise FrameError(f"a frame is no JSON of the contract: {error}") from None
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether UTF-8 can hold `text`: JSON can also spell halves of surrogate pairs, which no other message takes."""
+    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _plain(value: object) -> Any:
@@ -121,10 +141,10 @@ def _value(plain: Any, hint: Any, path: str) -> Any:  # noqa: C901, PLR0912 - on
         if isinstance(plain, int) and not isinstance(plain, bool) and abs(plain) <= _INTEGER_MAX:
             return plain
     elif hint is float:
-        if isinstance(plain, int | float) and not isinstance(plain, bool):
+        if isinstance(plain, int | float) and not isinstance(plain, bool) and math.isfinite(plain):
             return float(plain)
     elif hint is str:
-        if isinstance(plain, str):
+        if isinstance(plain, str) and _is_unicode(plain):
             return plain
     elif hint is bytes:
         if isinstance(plain, str):

@@ -213,7 +213,7 @@ class _Inspection:
             self._sources = [rows] if sampled is None else [rows, cycled]
             return
         if sampled is None:
-            raise _RefusedError(f"the program fails on every row made from its schema: {failure}; add sample rows")
+            raise _RefusedError(f"the program fails on every row made from its schema: {failure}")
 
         try:
             chain.run_batch(cycled(chain.batch_rows, 0, 1.0))
@@ -369,7 +369,7 @@ class _Inspection:
     def _refusal(self, refusals: Sequence[str]) -> InspectionReport:
         return self._report(
             accepted=False,
-            refusals=tuple(refusals),
+            refusals=tuple(clipped_reason(refusal) for refusal in refusals),
             batch=0,
             slot_dependent=False,
             neighbour_dependent=False,

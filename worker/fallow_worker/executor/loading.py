@@ -33,6 +33,10 @@ from fallow_worker.ports import LoadedBundle, Work
 LOAD_SECONDS_MAX: Final = 120.0
 INSPECTION_SHARE: Final = 0.8
 """Part of an inspection's time after which measuring stops, so that the report comes in time."""
+INSPECTION_PATIENCE_S: Final = 90.0
+"""How long a child may take for a whole inspection, beside a second for every `_INSPECTED_BYTES_PER_S` of its files: a
+program that runs without end must not keep honest ones waiting."""
+_INSPECTED_BYTES_PER_S: Final = 8 * MIB
 _COPY_BYTES: Final = 8 * MIB
 
 
@@ -73,7 +77,8 @@ async def inspect_bundle(
         sample=sample,
         seconds_max=min(INSPECTION_SECONDS_MAX, seconds_max * INSPECTION_SHARE),
     )
-    return await child.inspect(message, progress, timeout_s=seconds_max)
+    patience_s = INSPECTION_PATIENCE_S + sum(file.length_bytes for file in manifest.files) / _INSPECTED_BYTES_PER_S
+    return await child.inspect(message, progress, timeout_s=min(seconds_max, patience_s))
 
 
 async def _place_files(child: EngineChild, bundle: LoadedBundle, manifest: BundleManifest) -> tuple[FilePlacement, ...]:

@@ -18,10 +18,10 @@ from typing import Any, Final
 from fallow.bundle import InspectionReport
 from fallow.errors import FallowError
 from fallow.ids import digest_of
-from fallow.limits import LEASES_PER_WORKER_MAX
+from fallow.limits import LEASES_PER_WORKER_MAX, REPORT_BYTES_MAX
 from fallow.row_block import RowBlock
 from fallow.session import Cause, TaskKind
-from fallow.wire.bundle import decode_manifest
+from fallow.wire.bundle import decode_manifest, report_to_message
 from fallow.wire.schema import encode_schema
 from fallow_worker.engine.protocol import (
     READY_SECONDS_MAX,
@@ -474,9 +474,18 @@ class Supervisor:
         if report.bundle_digest != lease.work.bundle.bundle_digest:
             self._fail(lease, Cause.PROGRAM, "the inspection answered for another bundle")
             return
+        try:
+            size = report_to_message(report).ByteSize()
+        except ValueError:
+            self._fail(lease, Cause.PROGRAM, "the inspection's report has numbers out of range")
+            return
+        if size > REPORT_BYTES_MAX:
+            self._fail(lease, Cause.PROGRAM, f"the inspection's report has more than {REPORT_BYTES_MAX} bytes")
+            return
+        usage = join_usage([answer.usage], wall_microseconds=answer.usage.wall_microseconds)
         self._end(lease)
         if not lease.outcome.done():
-            lease.outcome.set_result(Outcome(b"", (), answer.usage, report.execution_class, report))
+            lease.outcome.set_result(Outcome(b"", (), usage, report.execution_class, report))
 
     def _spawn(self, options: SpawnOptions, cap: MemoryCap) -> EngineChild:
         return EngineChild(options, cap)
