@@ -22,9 +22,10 @@ from fake_coordinator import FakeCoordinator
 from fallow.client import AsyncClient, Bundle, FolderSource, JobState, Reason, connect, connect_async
 from fallow.client import submission as submission_module
 from fallow.client.loop_thread import LoopThread
+from fallow.client.results import ResultDecoder
 from fallow.errors import FallowError
 from fallow.ids import digest_of
-from fallow.job import RowSpan, TaskResult
+from fallow.job import JobRowFailure, RowSpan, TaskResult
 from fallow.rows import DecodedRows, RowCodec
 from fallow.session import Cause
 from fallow.wire.schema import encode_schema
@@ -245,6 +246,21 @@ async def test_failed_rows_are_told_and_saved_beside(
     assert (again.rows, again.failed_path) == (7, None)
     assert not saved.failed_path.exists(), "an older side file is gone"
     assert list(tmp_path.glob(".*partial")) == []
+
+
+def test_a_row_whose_reason_is_not_listed_borrows_none(model: Path) -> None:
+    bundle = Bundle.from_onnx(model)
+    schema = encode_schema(bundle.manifest.output_schema)
+    codec = RowCodec(bundle.manifest.output_schema, digest_of(schema))
+    block = codec.encode({"y": np.zeros((1, 2), np.float32)}, nonce=bytes(16), positions=np.array([1]), row_count=3)
+    listed = (JobRowFailure(10, Cause.ROW, "index 99"),)
+    result = TaskResult(1, (RowSpan(10, 0, 3),), None, listed, "worker-1", 0, None)
+    rows = ResultDecoder(schema).decode(result, block)
+    assert rows.positions.tolist() == [11]
+    assert rows.failures[10].reason == "index 99"
+    assert rows.failures[12].reason == "its own reason is not listed; row 10 of its task: index 99"
+    given_up = ResultDecoder(schema).decode(result, None)
+    assert {failure.reason for failure in given_up.failures.values()} == {"index 99"}
 
 
 async def test_tables_and_batches_hold_all_rows(

@@ -103,14 +103,14 @@ class ResultDecoder:
     def decode(self, result: TaskResult, block: bytes | None) -> ResultRows:
         """The rows of a result; `block` is its output, None when nobody computed it.
 
-        Rows of no bytes failed; those that the result does not list by themselves failed as the last listed one did.
+        Rows of no bytes failed; a result lists the reasons of the first ones only, and the others' say so.
         Raises SCHEMA_MISMATCH or ROW_BLOCK_MALFORMED when the block is not what was agreed.
         """
         failures = {f.job_position: RowFailure(f.cause, f.reason) for f in result.failures}
         if block is None:
             for span in result.spans:
                 for position in range(span.job_position, span.job_position + span.rows):
-                    failures.setdefault(position, _unlisted(result.failures))
+                    failures.setdefault(position, _shared(result.failures))
             nothing = np.zeros(0, dtype=np.int64)
             return ResultRows(result, nothing, nothing, self._no_columns(), failures)
         parsed = RowBlock.parse(block)
@@ -162,6 +162,16 @@ def check_output(result: TaskResult, block: bytes) -> None:
 
 
 def _unlisted(failures: Sequence[JobRowFailure]) -> RowFailure:
+    """For a row beyond those whose reasons a result lists."""
+    last = _shared(failures)
+    if not failures:
+        return last
+    place = failures[-1].job_position
+    return RowFailure(last.cause, f"its own reason is not listed; row {place} of its task: {last.reason}")
+
+
+def _shared(failures: Sequence[JobRowFailure]) -> RowFailure:
+    """For the rows of a task that was given up as a whole."""
     if failures:
         return RowFailure(failures[-1].cause, failures[-1].reason)
     return RowFailure(Cause.PROGRAM, "the row has no value and no reason was given")
