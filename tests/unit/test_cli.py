@@ -16,10 +16,14 @@ from click.testing import CliRunner, Result
 from onnx import TensorProto, helper
 
 from fake_coordinator import FakeCoordinator
+from fallow.cli.progress import job_bar
 from fallow.cli.root import fallow
 from fallow.client.loop_thread import LoopThread
-from fallow.job import JobState
+from fallow.ids import AccountId, Digest, JobId, PoolId
+from fallow.job import JobProgress, JobState, JobStatus
+from fallow.roles import DataClass
 from fallow.rows import DecodedRows
+from fallow.schema import SchemaBytes
 
 
 def negated(rows: DecodedRows) -> dict[str, Any]:
@@ -203,3 +207,74 @@ def test_nobody_logged_in_is_told_what_to_do(
     done = invoke("job", "list")
     assert done.exit_code == 1
     assert "fallow login LINE" in done.stderr
+
+
+def test_what_keeps_a_job_waiting_is_told_without_a_terminal_too(
+    coordinator: FakeCoordinator, capsys: pytest.CaptureFixture[str]
+) -> None:
+    waiting = _status(JobState.QUEUED, "no worker is connected [yet]")
+    with job_bar(shown=True) as bar:
+        for status in (waiting, waiting, _status(JobState.RUNNING, "")):
+            bar.status(status)
+    assert capsys.readouterr().err == "waiting for workers: no worker is connected [yet]\n"
+    with job_bar(shown=False) as bar:
+        bar.status(waiting)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_failed_rows_are_counted_once_in_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    progress = JobProgress(rows_total=10, rows_done=6, rows_failed=4)
+    with job_bar(shown=True) as bar:
+        bar.status(_status(JobState.RUNNING, "", progress))
+        assert bar._progress is not None
+        assert bar._progress.tasks[0].completed == 6
+
+
+def test_a_reason_is_no_markup_and_steers_no_terminal(
+    coordinator: FakeCoordinator, model: Path, rows: Path, tmp_path: Path
+) -> None:
+    words = ("job", "submit", model, rows, "--data", "internal", "--input", "x=a,b", "--title", "\x1b[31mred\x07")
+    assert invoke(*words).exit_code == 0
+    shown = invoke("job", "list").stdout
+    assert "\x1b" not in shown
+    assert "\\x1b[31mred\\x07" in shown
+    assert json.loads(invoke("job", "show", "job-1", "--json").stdout)["title"] == "\x1b[31mred\x07"
+
+
+def test_a_result_never_replaces_its_own_input(coordinator: FakeCoordinator, model: Path, rows: Path) -> None:
+    before = rows.read_bytes()
+    done = invoke("map", model, rows, "-o", rows, "--data", "public", "--input", "x=a,b")
+    assert (done.exit_code, "would replace its own input" in done.stderr) == (1, True)
+    assert rows.read_bytes() == before
+
+
+def test_a_model_with_open_dimensions_can_be_inspected(tmp_path: Path) -> None:
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", "width"]) for name in ("x", "y")]
+    graph = helper.make_graph([helper.make_node("Neg", ["x"], ["y"])], "graph", values[:1], values[1:])
+    path = tmp_path / "open.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)]), path)
+    assert "--dim width=N" in invoke("bundle", "inspect", path).stderr
+    assert "takes     x: float32[3]" in invoke("bundle", "inspect", path, "--dim", "width=3").stdout
+
+
+def _status(state: JobState, reason: str, progress: JobProgress | None = None) -> JobStatus:
+    return JobStatus(
+        job_id=JobId("job-1"),
+        account_id=AccountId("account-1"),
+        pool_id=PoolId("pool-1"),
+        state=state,
+        reason=reason,
+        reason_code="",
+        bundle_digest=Digest(bytes(32)),
+        title="",
+        data_class=DataClass.PUBLIC,
+        policy="unverified",
+        price_microcredits=0,
+        submitted_at_ms=0,
+        finished_at_ms=0,
+        output_schema=SchemaBytes(b""),
+        kept=None,
+        results=0,
+        progress=progress or JobProgress(),
+    )

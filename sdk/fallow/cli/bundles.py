@@ -66,15 +66,16 @@ def create_command(model: str, folder: Path | None, as_json: bool, **given: Any)
 
 @bundle_group.command("inspect")
 @click.argument("model")
+@model_options
 @click.option("--register", is_flag=True, help="Have the operator inspect it, and wait for the report.")
 @login_option
 @json_option
-def inspect_command(model: str, register: bool, login: Path | None, as_json: bool) -> None:
+def inspect_command(model: str, register: bool, login: Path | None, as_json: bool, **given: Any) -> None:
     """Show what a bundle folder or MODEL takes, does and gives; with --register, what inspection finds."""
     output = Output(as_json=as_json)
 
     async def work() -> None:
-        bundle = bundle_of(model, outputs=None, shapes=(), dims=(), precision="fp32", about={})
+        bundle = _plain_bundle(model, {}, given)
         facts, text = _facts(bundle), _description(bundle)
         if register:
             async with await connect_async(login) as client:

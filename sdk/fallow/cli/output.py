@@ -13,6 +13,7 @@ from typing import Any, Final, NoReturn, cast
 import click
 
 from fallow.errors import FallowError
+from fallow.shown_text import shown
 
 EXIT_FAILED: Final = 1
 EXIT_USAGE: Final = 2
@@ -28,12 +29,12 @@ class Output:
 
     def result(self, facts: Mapping[str, Any], text: str) -> None:
         """A result: `facts` as one JSON object, or `text`."""
-        click.echo(json.dumps(plain(facts), ensure_ascii=False) if self.as_json else text)
+        click.echo(json.dumps(plain(facts), ensure_ascii=False) if self.as_json else shown(text))
 
     def note(self, text: str) -> None:
         """Something beside the result, for people."""
         if not self.as_json:
-            click.echo(text, err=True)
+            click.echo(shown(text), err=True)
 
     def failed(self, error: FallowError) -> NoReturn:
         """Tells an error and ends the command with exit code 1."""
@@ -47,10 +48,10 @@ class Output:
             }
             click.echo(json.dumps({"error": facts}, ensure_ascii=False), err=True)
         else:
-            click.echo(f"fallow: {error.message}", err=True)
+            click.echo(shown(f"fallow: {error.message}"), err=True)
             for name, value in (("field", error.field), ("allowed", error.limit), ("hint", error.hint)):
                 if value and value not in error.message:
-                    click.echo(f"  {name}: {value}", err=True)
+                    click.echo(shown(f"  {name}: {value}"), err=True)
         sys.exit(EXIT_FAILED)
 
 

@@ -1,4 +1,4 @@
-"""Progress of a job on a terminal; silence elsewhere."""
+"""Progress of a job on a terminal; elsewhere only what keeps it waiting."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+import click
+
 from fallow.job import JobState, JobStatus
+from fallow.shown_text import shown
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -25,11 +28,13 @@ _WORDS = {
 
 
 class JobBar:
-    """A progress bar that is told statuses."""
+    """A progress bar that is told statuses; without a terminal, lines that say why a job waits; or nothing."""
 
-    def __init__(self, progress: Progress | None, task: TaskID | None) -> None:
+    def __init__(self, progress: Progress | None, task: TaskID | None, *, tells_waiting: bool = False) -> None:
         self._progress = progress
         self._task = task
+        self._tells_waiting = tells_waiting
+        self._told = ""
 
     def uploaded(self, rows: int) -> None:
         """Tells how many rows are at the coordinator."""
@@ -38,26 +43,31 @@ class JobBar:
 
     def status(self, status: JobStatus) -> None:
         """Tells a job's status."""
+        words = _WORDS[status.state]
+        waits = bool(status.reason) and status.state in {JobState.PENDING, JobState.QUEUED, JobState.PAUSED}
+        if waits:
+            words = f"{words}: {status.reason}"
+        if self._tells_waiting and waits and words != self._told:
+            self._told = words
+            click.echo(shown(words), err=True)
         if self._progress is None or self._task is None:
             return
-        words = _WORDS[status.state]
-        if status.reason and status.state in {JobState.PENDING, JobState.QUEUED, JobState.PAUSED}:
-            words = f"{words}: {status.reason}"
-        done = status.progress.rows_done + status.progress.rows_failed
-        self._progress.update(self._task, description=words, completed=done, total=status.progress.rows_total or None)
+        rows = status.progress
+        self._progress.update(self._task, description=words, completed=rows.rows_done, total=rows.rows_total or None)
 
 
 @contextmanager
 def job_bar(*, shown: bool) -> Generator[JobBar, None, None]:
-    """A bar on stderr when `shown` and stderr is a terminal."""
+    """A bar on stderr when `shown` and stderr is a terminal; elsewhere only what keeps a job waiting is told."""
     if not shown or not sys.stderr.isatty():
-        yield JobBar(None, None)
+        yield JobBar(None, None, tells_waiting=shown)
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (
-        TextColumn("{task.description}"),
+        # Reasons hold brackets that are no markup.
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("rows"),

@@ -165,6 +165,8 @@ async def _submit(submission: Submission, data: str, output: Output) -> None:
 
 async def _map(submission: Submission, data: str, path: Path, output: Output) -> None:
     check_result_path(path)
+    if path.exists() and Path(submission.rows).exists() and path.samefile(submission.rows):
+        raise FallowError(Reason.FIELD_INVALID, f"the result would replace its own input {path}", field="output")
     began = time.monotonic()
     bundle = submission.bundle()
     async with await connect_async(submission.login) as client:
