@@ -160,7 +160,7 @@ def test_sample_rows_stand_in_where_synthetic_ones_fail() -> None:
     files = {PROGRAM_FILE: model}
     refused = inspected(manifest, files).report
     assert not refused.accepted
-    assert "add sample rows" in refused.refusals[0]
+    assert "on every row made from its schema" in refused.refusals[0]
     sample = encoded(manifest, {"x": np.array([1000, 1001, 1003], np.int64)})
     accepted = inspected(manifest, files, sample=sample).report
     assert accepted.accepted, accepted.refusals
