@@ -10,7 +10,7 @@ from fallow.limits import GIB, MIB
 from fallow.roles import Tier
 from fallow_worker.engine.protocol import DATA_BYTES_DEFAULT, data_limit_class
 from fallow_worker.executor.choice import ExecutorKind, ExecutorSetting, chosen_executor
-from fallow_worker.executor.layout import CHILDREN_MAX, SHARED_BYTES_MAX, memory_cap, node_layout
+from fallow_worker.executor.layout import CHILDREN_MAX, SHARED_BYTES_MAX, Layout, memory_cap, node_layout
 
 SETTINGS = st.sampled_from(ExecutorSetting)
 TIERS = st.sampled_from(Tier)
