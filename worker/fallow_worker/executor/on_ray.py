@@ -105,7 +105,12 @@ class RayExecutor:
     async def run(self, work: Work, progress: Callable[[int], None]) -> Outcome:
         """Runs one lease. Raises WorkFailed; cancelling stops the work."""
         driver = await self._driver_up()
-        outcome = await driver.run(work, progress)
+        try:
+            outcome = await driver.run(work, progress)
+        except WorkFailed as failed:
+            if failed.cause is not Cause.PLATFORM:  # Ray did its part
+                self._failures = 0
+            raise
         self._failures = 0
         return outcome
 
