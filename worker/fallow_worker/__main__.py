@@ -149,10 +149,10 @@ def _status(options: argparse.Namespace) -> int:
 
 
 def _probe(options: argparse.Namespace) -> int:
-    from fallow_worker.probe_report import report_of, report_text
+    from fallow_worker.probe_report import report_in_time, report_text
     from fallow_worker.start import print_json
 
-    report = report_of()
+    report = report_in_time()
     if options.json:
         print_json(report)
     else:

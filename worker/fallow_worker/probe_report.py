@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import textwrap
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Final
 
-from fallow.errors import FallowError
+from fallow.errors import FallowError, Reason
 from fallow.limits import GIB, MIB
 from fallow.session import Device, DeviceKind, DeviceLevel, SandboxLevel
 from fallow_worker.executor.capability import as_offered
@@ -16,6 +17,8 @@ from fallow_worker.status import device_facts
 
 _COLUMNS: Final = ("device", "what", "present", "usable", "measured")
 _WIDTH: Final = 100
+REPORT_SECONDS_MAX: Final = 180.0
+"""Beyond the deadlines of all probes together."""
 
 
 def report_of(machine: Machine = HERE, *, lock_down: bool = True) -> dict[str, Any]:
@@ -36,6 +39,28 @@ def report_of(machine: Machine = HERE, *, lock_down: bool = True) -> dict[str, A
         "on_battery": found.on_battery,
         "took_ms": found.took_ms,
     }
+
+
+def report_in_time() -> dict[str, Any]:
+    """`report_of` this machine. Raises EXECUTOR_UNAVAILABLE when a driver holds even the reading of files."""
+    found: Future[dict[str, Any]] = Future()
+
+    def look() -> None:
+        try:
+            found.set_result(report_of())
+        except BaseException as mistake:  # whoever waits hears of it
+            found.set_exception(mistake)
+
+    # A daemon thread: what a driver holds for ever does not hold up the end of the command.
+    threading.Thread(target=look, name="probe", daemon=True).start()
+    try:
+        return found.result(REPORT_SECONDS_MAX)
+    except TimeoutError:
+        raise FallowError(
+            Reason.EXECUTOR_UNAVAILABLE,
+            f"the probes did not end within {REPORT_SECONDS_MAX:g} s: a driver holds them",
+            hint="look for errors of drivers in the kernel's log (dmesg)",
+        ) from None
 
 
 def _sandbox() -> tuple[SandboxLevel, str]:

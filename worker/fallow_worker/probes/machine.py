@@ -154,14 +154,14 @@ class LocalMachine:
             except OSError as error:
                 return Ran(-1, "", f"{command[0]}: {error.strerror}")
             try:
-                process.wait(deadline_s)
+                status = process.wait(deadline_s)
             except subprocess.TimeoutExpired:
                 return Ran(-1, "", f"no answer within {deadline_s:g} s")
             finally:
                 if process.returncode is None:
                     _end(process)
-            failure = _head(errors).strip() or f"ended with {process.returncode}" if process.returncode else ""
-            return Ran(process.returncode, _head(output), failure[-FAILURE_BYTES_MAX:])
+            failure = _head(errors).strip() or f"ended with {status}" if status else ""
+            return Ran(status, _head(output), failure[-FAILURE_BYTES_MAX:])
 
     def ask(self, child: str, question: Mapping[str, Any], *, deadline_s: float) -> Answer:
         """Runs the child with this interpreter and this process's import paths, and nothing else of it."""
@@ -187,7 +187,7 @@ HERE: Final = LocalMachine()
 def _crash(ran: Ran) -> str:
     if ran.status < -1:
         with contextlib.suppress(ValueError):
-            return f"the runtime crashed with {signal.Signals(-ran.status).name}"
+            return f"a crash with {signal.Signals(-ran.status).name}"
     return ran.failure.rpartition("\n")[2] or f"ended with {ran.status}"
 
 

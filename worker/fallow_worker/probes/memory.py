@@ -15,7 +15,9 @@ def memory_bytes_total(machine: Machine = HERE) -> int:
     """Memory of this machine, or of its control group when that is less; 0 when nobody tells."""
     total = _memory_info(machine, "MemTotal") or _configured_bytes(machine)
     limits = [limit.limit_bytes for limit in memory_limits(machine)]
-    return min([*limits, *([total] if total else [])], default=0)
+    if total:
+        limits.append(total)
+    return min(limits, default=0)
 
 
 def memory_bytes_free(machine: Machine = HERE) -> int:

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Final
 
 from fallow.session import Device, DeviceKind, DeviceLevel
@@ -64,14 +65,15 @@ def survey(machine: Machine = HERE) -> Survey:
         present = present_devices(machine, closely=True)
         runtime = asked_runtime.result()
         present = (*present, *_listed_beside(present, runtime, machine))[:DEVICES_MAX]
-        judged = threads.map(lambda pair: _judged(machine, runtime, *pair), _numbered(present))
+        judged = threads.map(partial(_judged, machine, runtime), _numbered(present))
         devices = tuple(judged)
     took_ms = int((time.monotonic() - started) * 1000)
     return Survey(devices, runtime, on_battery(machine), memory_bytes_free(machine), took_ms)
 
 
-def _judged(machine: Machine, runtime: Runtime, device: Device, ordinal: int) -> Device:
+def _judged(machine: Machine, runtime: Runtime, numbered: tuple[Device, int]) -> Device:
     """The device with its level: tried where a provider for it is installed."""
+    device, ordinal = numbered
     if device.kind is DeviceKind.CPU:
         return _judged_cpu(machine, runtime, device)
     if device.obstacle or len(runtime.builds) > 1:
