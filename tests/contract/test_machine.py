@@ -13,6 +13,7 @@ import pytest
 from fallow.session import DeviceLevel
 from fallow_worker.probes.machine import FILE_BYTES_MAX, HERE, LocalMachine, Machine
 from fallow_worker.probes.nvidia import nvidia_gpus
+from fallow_worker.probes.pci import pci_devices
 from fallow_worker.probes.runtimes import installed_runtime, trial_error
 from fallow_worker.probes.survey import survey
 from recorded_machine import RecordedMachine
@@ -155,7 +156,8 @@ def test_a_broken_driver_stalls_nothing_and_is_told(
     monkeypatch.syspath_prepend(str(tmp_path))
     cuda = RecordedMachine.named("nvidia_cuda")
     started = time.monotonic()
-    gpus = nvidia_gpus(_WithRealChildren(files=cuda.files, links=cuda.links))
+    machine = _WithRealChildren(files=cuda.files, links=cuda.links)
+    gpus = nvidia_gpus(machine, pci_devices(machine))
     assert time.monotonic() - started < 10
     assert len(gpus) == 2
     for gpu, obstacle in zip(gpus, obstacles, strict=True):

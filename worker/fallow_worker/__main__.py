@@ -102,7 +102,7 @@ def _start(options: argparse.Namespace) -> int:
         weakest_sandbox=accepted,
         idle_release_ms=int(options.idle_release * 1000),
         drain_run_grace_ms=None if options.drain_grace is None else int(options.drain_grace * 1000),
-        region=options.region,
+        region=options.region or "",
         cache_bytes_max=int(options.cache_gib * GIB),
         life_fd=options.life_fd,
     )
@@ -203,7 +203,7 @@ def _parser() -> argparse.ArgumentParser:
         "--drain-grace", type=_seconds, default=None, metavar="S", help="how long runs may go on when told to stop"
     )
     start.add_argument(
-        "--region", type=_region, default="", metavar="NAME", help="where this machine stands, if you like"
+        "--region", type=_region, default=None, metavar="NAME", help="where this machine stands, if you like"
     )
     start.add_argument("--cache-gib", type=_positive, default=20.0, metavar="GIB", help="disk for bundles; default: 20")
     start.add_argument("--life-fd", type=int, default=None, metavar="FD", help=argparse.SUPPRESS)

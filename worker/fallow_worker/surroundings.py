@@ -18,7 +18,7 @@ from fallow_worker.executor.capability import as_offered
 from fallow_worker.probes.machine import HERE, Machine
 from fallow_worker.probes.memory import memory_bytes_free
 from fallow_worker.probes.power import on_battery
-from fallow_worker.probes.survey import Survey, present_devices, survey
+from fallow_worker.probes.survey import Survey, present_accelerators, survey
 
 _log = logging.getLogger(__name__)
 _Found = TypeVar("_Found")
@@ -109,9 +109,9 @@ class Surroundings:
             yield capability
 
     def _glance(self) -> _Glance:
-        devices = present_devices(self._machine) if self._owns_devices else ()
+        devices = present_accelerators(self._machine) if self._owns_devices else ()
         return _Glance(
-            frozenset(device.device_id for device in devices if device.kind is not DeviceKind.CPU),
+            frozenset(device.device_id for device in devices),
             on_battery(self._machine),
             memory_bytes_free(self._machine),
         )

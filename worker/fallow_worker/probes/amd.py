@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from fallow.session import Device, DeviceKind, DeviceLevel
 from fallow_worker.probes.machine import Machine
-from fallow_worker.probes.pci import AMD_GRAPHICS, PciDevice, pci_devices
+from fallow_worker.probes.pci import AMD_GRAPHICS, PciDevice
 
 
-def amd_gpus(machine: Machine) -> tuple[Device, ...]:
+def amd_gpus(machine: Machine, bus: Sequence[PciDevice]) -> tuple[Device, ...]:
     """Every AMD GPU that the bus shows."""
     if machine.system != "Linux":
         return ()
-    return tuple(
-        _gpu(machine, found) for found in pci_devices(machine) if found.vendor == AMD_GRAPHICS and found.is_display
-    )
+    return tuple(_gpu(machine, found) for found in bus if found.vendor == AMD_GRAPHICS and found.is_display)
 
 
 def _gpu(machine: Machine, found: PciDevice) -> Device:

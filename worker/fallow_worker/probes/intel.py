@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from fallow.session import Device, DeviceKind, DeviceLevel
 from fallow_worker.probes.machine import Machine
-from fallow_worker.probes.pci import INTEL, PciDevice, pci_devices
+from fallow_worker.probes.pci import INTEL, PciDevice
 
 _DRIVERS = frozenset({"i915", "xe"})
 
 
-def intel_gpus(machine: Machine) -> tuple[Device, ...]:
+def intel_gpus(machine: Machine, bus: Sequence[PciDevice]) -> tuple[Device, ...]:
     """Every Intel GPU that the bus shows; most share the machine's memory and tell no size."""
     if machine.system != "Linux":
         return ()
-    return tuple(_gpu(machine, found) for found in pci_devices(machine) if found.vendor == INTEL and found.is_display)
+    return tuple(_gpu(machine, found) for found in bus if found.vendor == INTEL and found.is_display)
 
 
 def _gpu(machine: Machine, found: PciDevice) -> Device:

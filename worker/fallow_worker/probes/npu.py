@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 from fallow.session import Device, DeviceKind, DeviceLevel
 from fallow_worker.probes.machine import Machine
-from fallow_worker.probes.pci import AMD, INTEL, PciDevice, pci_devices
+from fallow_worker.probes.pci import AMD, INTEL, PciDevice
 
 _CLASS: Final = "/sys/class/accel"
 _PROCESSING_ACCELERATOR: Final = 0x1200
@@ -16,13 +17,13 @@ _DRIVERS: Final = {"intel_vpu": "Intel", "amdxdna": "AMD"}
 _VENDORS: Final = {INTEL: ("Intel", "intel_vpu"), AMD: ("AMD", "amdxdna")}
 
 
-def npus(machine: Machine) -> tuple[Device, ...]:
+def npus(machine: Machine, bus: Sequence[PciDevice]) -> tuple[Device, ...]:
     """Every NPU with a driver, then those on the bus that have none. Other accelerators of the class are left out."""
     if machine.system != "Linux":
         return ()
     found = [device for name in machine.names(_CLASS) if (device := _driven(machine, name)) is not None]
     known = {device.device_id for device in found}
-    found += [_idle(bus) for bus in pci_devices(machine) if _is_npu(bus) and f"npu-{bus.address}" not in known]
+    found += [_idle(seen) for seen in bus if _is_npu(seen) and f"npu-{seen.address}" not in known]
     return tuple(found)
 
 

@@ -13,7 +13,7 @@ from typing import Any, Final
 from fallow.limits import MIB
 from fallow.session import Device, DeviceKind, DeviceLevel
 from fallow_worker.probes.machine import Machine
-from fallow_worker.probes.pci import NVIDIA, PciDevice, pci_devices
+from fallow_worker.probes.pci import NVIDIA, PciDevice
 
 NVML_SECONDS_MAX: Final = 5.0
 _SMI: Final = (
@@ -28,11 +28,11 @@ _MISMATCH: Final = (
 _NOT_LOADED: Final = "broken: the driver is installed and not loaded: `sudo modprobe nvidia`, or install it anew"
 
 
-def nvidia_gpus(machine: Machine, *, closely: bool = True) -> tuple[Device, ...]:
+def nvidia_gpus(machine: Machine, bus: Sequence[PciDevice], *, closely: bool = True) -> tuple[Device, ...]:
     """Every NVIDIA GPU. `closely` asks the driver for names, memory and health; without, only the bus is read."""
     if machine.system not in {"Linux", "Windows"}:
         return ()
-    bus = [found for found in pci_devices(machine) if found.vendor == NVIDIA and found.is_display]
+    bus = [found for found in bus if found.vendor == NVIDIA and found.is_display]
     # Below WSL2 the GPU is no PCI device: only the driver's library shows it.
     through_windows = "dxg" in machine.names("/dev") and "libcuda.so.1" in machine.names("/usr/lib/wsl/lib")
     if not closely or not (bus or through_windows):

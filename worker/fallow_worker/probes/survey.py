@@ -20,6 +20,7 @@ from fallow_worker.probes.machine import HERE, Machine
 from fallow_worker.probes.memory import memory_bytes_free
 from fallow_worker.probes.npu import npus
 from fallow_worker.probes.nvidia import nvidia_gpus
+from fallow_worker.probes.pci import pci_devices
 from fallow_worker.probes.power import on_battery
 from fallow_worker.probes.remedies import obstacle_of
 from fallow_worker.probes.runtimes import Runtime, installed_runtime, trial_choices, trial_error
@@ -46,15 +47,19 @@ def present_devices(machine: Machine = HERE, *, closely: bool = False) -> tuple[
 
     Reads files only, unless `closely`: then drivers are asked too, in children.
     """
-    found = (
-        *cpu_devices(machine),
-        *nvidia_gpus(machine, closely=closely),
-        *amd_gpus(machine),
-        *intel_gpus(machine),
+    return (*cpu_devices(machine), *present_accelerators(machine, closely=closely))[:DEVICES_MAX]
+
+
+def present_accelerators(machine: Machine = HERE, *, closely: bool = False) -> tuple[Device, ...]:
+    """The GPUs and NPUs among `present_devices`."""
+    bus = pci_devices(machine) if machine.system == "Linux" else ()
+    return (
+        *nvidia_gpus(machine, bus, closely=closely),
+        *amd_gpus(machine, bus),
+        *intel_gpus(machine, bus),
         *apple_devices(machine, closely=closely),
-        *npus(machine),
+        *npus(machine, bus),
     )
-    return found[:DEVICES_MAX]
 
 
 def survey(machine: Machine = HERE) -> Survey:
