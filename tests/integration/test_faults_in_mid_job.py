@@ -75,8 +75,10 @@ def test_every_thread_of_every_engine_child_is_locked_in_and_rays_are_below_ray(
 def test_an_engine_child_that_is_killed_costs_its_shard_alone(made: Rig) -> None:
     work = made.work(ROWS, seed=1)
     work.begun()
-    made.kill(ENGINE_CHILD, made.workers["plain"])
+    plain = made.workers["plain"]
+    made.kill(ENGINE_CHILD, plain)
     work.check()
+    assert "engine.shard_again" in plain.tail(10**6), "it was at work when it was killed"
 
 
 def test_inline_outputs_survive_a_killed_engine_child_below_ray(made: Rig) -> None:
@@ -95,6 +97,7 @@ def test_work_below_a_killed_ray_is_redone_and_ray_comes_back(made: Rig, word: s
     victims = made.kill(word, ray)
     made.restarted(word, victims, ray)
     work.check()
+    assert "ray.lost" in ray.tail(10**6) or word == ACTOR
 
 
 @pytest.mark.parametrize("word", [BLOBS, FOLLOWER])
