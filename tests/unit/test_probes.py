@@ -53,6 +53,7 @@ def test_the_report_is_a_line_for_each_device_and_its_way_out(name: str) -> None
     for device in report["devices"]:
         assert device["device_id"] in text
         assert bool(device["note"]) == (not device["offered"]), "what gets no work says why"
+    assert ("not used yet" in text) == (len(report["devices"]) > 1), "nobody downloads a runtime for nothing"
     assert text.count("    ! ") == sum(bool(device["note"]) for device in report["devices"])
 
 

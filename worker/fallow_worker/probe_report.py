@@ -116,6 +116,8 @@ def report_text(report: dict[str, Any]) -> str:
         f"memory free  {_size(report['memory_bytes_free'])}",
         f"power        {power}",
     ]
+    if any(device["kind"] != DeviceKind.CPU.value and not device["offered"] for device in report["devices"]):
+        lines += ["", "This version gives work to the CPU alone: accelerators are found and tried, not used yet."]
     return "\n".join(lines) + "\n"
 
 
