@@ -22,6 +22,8 @@ from fallow.schema import BytesColumn, Schema
 from fallow.session import (
     BlobReference,
     BundleOffer,
+    Capability,
+    CapabilityChanged,
     Cause,
     Commitment,
     Delivery,
@@ -42,7 +44,7 @@ from fallow.wire.bundle import encode_manifest
 from fallow_worker import link
 from fallow_worker.bundle_cache import BundleCache
 from fallow_worker.core.world import Terms
-from fallow_worker.daemon import Daemon
+from fallow_worker.daemon import Daemon, Looks
 from fallow_worker.executor import WorkFailed
 from fallow_worker.link import Greeting, ResumeToken, open_session
 from fallow_worker.renewal import Renewal
@@ -89,6 +91,7 @@ class Bench:
         *,
         renewal: Renewal | None = None,
         idle_release_ms: int = 300_000,
+        looks: Looks | None = None,
     ) -> Daemon:
         token = ResumeToken(self.folder / "resume_token")
         terms = Terms(self.executor.slots, frozenset({TaskKind.MAP}), idle_release_ms=idle_release_ms)
@@ -101,6 +104,7 @@ class Bench:
             blobs_of=lambda _credentials: self.blobs,
             dial=lambda papers, greeting: open_session(papers, greeting, token),
             renewal=renewal or Renewal(),
+            looks=looks,
         )
         self._running = asyncio.create_task(self.daemon.run())
         return self.daemon
@@ -463,3 +467,27 @@ async def test_a_session_that_does_not_welcome_in_time_is_given_up(
         with pytest.raises(FallowError) as caught:
             await open_session(credentials, greeting, ResumeToken(bench.folder / "none"))
     assert caught.value.reason is Reason.COORDINATOR_UNREACHABLE
+
+
+async def test_a_change_of_what_the_worker_can_do_is_told_in_the_session_and_said_in_the_next(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fallow_worker.core.limits.CAPABILITY_SAID_EVERY_MS", 20)
+    unplugged = asyncio.Event()
+
+    async def looks(capability: Capability) -> AsyncIterator[Capability]:
+        yield capability
+        await unplugged.wait()
+        yield replace(capability, on_battery=True)
+
+    daemon = await bench.starts(looks=looks)
+    first = await bench.coordinator.session()
+    assert not first.hello.capability.on_battery
+    unplugged.set()
+    told = await first.hears(CapabilityChanged)
+    assert told.capability == replace(first.hello.capability, on_battery=True)
+    assert told.window == first.hello.window
+    first.end()
+    second = await bench.coordinator.session()
+    assert second.hello.capability == told.capability
+    await eventually(lambda: daemon.counts.sessions == 2)

@@ -174,3 +174,23 @@ async def test_the_daemon_imports_nothing_heavy() -> None:
     )
     output, errors = await process.communicate()
     assert output.decode().strip() == "[]", errors.decode()
+
+
+async def test_the_probe_shows_levels_to_people_and_facts_to_programs() -> None:
+    code, output, errors = await run("probe")
+    assert code == 0, errors
+    assert output.splitlines()[0].split() == ["device", "what", "present", "usable", "measured"]
+    assert output.splitlines()[1].startswith("cpu-0 ")
+    code, output, _ = await run("probe", "--json")
+    assert code == 0
+    report = json.loads(output)
+    cpu = report["devices"][0]
+    assert (cpu["level"], cpu["providers"], cpu["offered"]) == ("usable", ["CPUExecutionProvider"], True)
+    assert report["sandbox_level"] == "full"
+
+
+@pytest.mark.parametrize("region", ["", "x" * 65, "two\nlines"])
+async def test_an_odd_region_is_refused(region: str, tmp_path: Path) -> None:
+    code, _, errors = await run("start", "--state", str(tmp_path), "--region", region)
+    assert code == 2
+    assert "--region" in errors

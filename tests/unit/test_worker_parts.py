@@ -41,9 +41,6 @@ from fallow_worker.executor import WorkFailed
 from fallow_worker.link import After, ResumeToken, after
 from fallow_worker.output import clipped, commitment, told
 from fallow_worker.ports import Outcome
-from fallow_worker.probes import present_devices
-from fallow_worker.probes.cpu import instruction_set
-from fallow_worker.probes.memory import memory_bytes_free, memory_bytes_total
 from fallow_worker.renewal import Renewal, renewal_due_ms
 from fallow_worker.start import terms_of
 from fallow_worker.state_folder import StateFolder
@@ -268,33 +265,3 @@ def test_operators_workers_stop_fast_unless_told_otherwise(tmp_path: Path) -> No
     config = WorkerConfig(tmp_path)
     assert drain_run_grace_ms(config, Tier.OPERATOR) < drain_run_grace_ms(config, Tier.VOLUNTEER)
     assert drain_run_grace_ms(replace(config, drain_run_grace_ms=5), Tier.OPERATOR) == 5
-
-
-# ------------------------------------------------------------------------------------------------- probes
-
-
-def test_this_machine_has_a_cpu_and_memory() -> None:
-    (cpu,) = present_devices()
-    assert cpu.kind is DeviceKind.CPU
-    assert cpu.cores >= 1
-    assert cpu.model
-    assert 0 < memory_bytes_free() <= memory_bytes_total() == cpu.memory_bytes
-
-
-@pytest.mark.parametrize(
-    ("machine", "flags", "name"),
-    [
-        ("x86_64", "sse2", "x86-64-v1"),
-        ("x86_64", "cx16 lahf_lm popcnt pni sse4_1 sse4_2 ssse3", "x86-64-v2"),
-        (
-            "x86_64",
-            "cx16 lahf_lm popcnt pni sse4_1 sse4_2 ssse3 avx avx2 bmi1 bmi2 f16c fma abm movbe xsave avx_vnni",
-            "x86-64-v3+avx_vnni",
-        ),
-        ("x86_64", "avx avx2 avx512f", "x86-64-v1"),
-        ("aarch64", "fp asimd bf16 i8mm", "aarch64+i8mm+bf16"),
-        ("riscv64", "", "riscv64"),
-    ],
-)
-def test_instruction_sets_are_named_by_level(machine: str, flags: str, name: str) -> None:
-    assert instruction_set(machine, flags) == name

@@ -15,6 +15,7 @@ from fallow.limits import GIB, LEASES_PER_WORKER_MAX
 from fallow.session import SANDBOX_ORDER, SandboxLevel, TaskKind
 from fallow.shown_text import log_to_stderr, shown
 
+REGION_LENGTH_MAX = 64
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
 
@@ -99,6 +100,7 @@ def _start(options: argparse.Namespace) -> int:
         weakest_sandbox=accepted,
         idle_release_ms=int(options.idle_release * 1000),
         drain_run_grace_ms=None if options.drain_grace is None else int(options.drain_grace * 1000),
+        region=options.region or "",
         cache_bytes_max=int(options.cache_gib * GIB),
         life_fd=options.life_fd,
     )
@@ -145,39 +147,14 @@ def _status(options: argparse.Namespace) -> int:
 
 
 def _probe(options: argparse.Namespace) -> int:
-    from dataclasses import replace
+    from fallow_worker.probe_report import report_in_time, report_text
+    from fallow_worker.start import print_json
 
-    from fallow.session import Capability
-    from fallow_worker.config import WorkerConfig
-    from fallow_worker.executor.choice import ExecutorSetting
-    from fallow_worker.probes import present_devices
-    from fallow_worker.probes.memory import memory_bytes_free
-    from fallow_worker.start import capability_of, executor_for, print_json
-    from fallow_worker.status import capability_facts
-
-    async def usable() -> Capability:
-        executor, _ = executor_for(WorkerConfig(_state(options), ExecutorSetting.PROCESS), None)
-        try:
-            return await capability_of(executor, WorkerConfig(_state(options)))
-        finally:
-            await executor.stop()
-
-    present = Capability(devices=present_devices(), memory_bytes_free=memory_bytes_free(), executor="process")
-    try:
-        found, obstacle = asyncio.run(usable()), ""
-    except FallowError as error:
-        found, obstacle = replace(present, task_kinds=frozenset()), str(error)
-    facts = {"present": capability_facts(present)["devices"], "usable": capability_facts(found), "obstacle": obstacle}
+    report = report_in_time()
     if options.json:
-        print_json(facts)
-        return 0
-    for device in found.devices:
-        sys.stdout.write(
-            f"{device.device_id}: {device.model}, {device.cores} cores, {device.memory_bytes / GIB:.1f} GiB, "
-            f"{device.level.value}, sandbox {found.sandbox_level.value}\n"
-        )
-    if obstacle:
-        sys.stdout.write(f"not usable: {obstacle}\n")
+        print_json(report)
+    else:
+        sys.stdout.write(report_text(report))
     return 0
 
 
@@ -222,6 +199,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     start.add_argument(
         "--drain-grace", type=_seconds, default=None, metavar="S", help="how long runs may go on when told to stop"
+    )
+    start.add_argument(
+        "--region", type=_region, default=None, metavar="NAME", help="where this machine stands, if you like"
     )
     start.add_argument("--cache-gib", type=_positive, default=20.0, metavar="GIB", help="disk for bundles; default: 20")
     start.add_argument("--life-fd", type=int, default=None, metavar="FD", help=argparse.SUPPRESS)
@@ -268,6 +248,12 @@ def _seconds(text: str) -> float:
     if not 0 <= value <= 86_400:
         raise argparse.ArgumentTypeError("between 0 and 86400 seconds")
     return value
+
+
+def _region(text: str) -> str:
+    if not 1 <= len(text) <= REGION_LENGTH_MAX or not text.isprintable():
+        raise argparse.ArgumentTypeError(f"1 to {REGION_LENGTH_MAX} printable characters, such as de or us-east")
+    return text
 
 
 def _positive(text: str) -> float:

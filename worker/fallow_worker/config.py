@@ -35,6 +35,8 @@ class WorkerConfig:
     idle_release_ms: int = IDLE_RELEASE_MS_DEFAULT
     drain_run_grace_ms: int | None = None
     """How long runs may go on when the worker is to stop; None: by tier."""
+    region: str = ""
+    """Where the machine stands, by the owner's word; empty: not told."""
     cache_bytes_max: int = CACHE_BYTES_MAX_DEFAULT
     life_fd: int | None = None
     """A descriptor that closes when whoever started this worker ends."""

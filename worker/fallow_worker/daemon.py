@@ -6,7 +6,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from dataclasses import dataclass, replace
 from typing import Final, Protocol, assert_never
 
@@ -44,6 +44,7 @@ from fallow_worker.core.actions import (
     Upload,
 )
 from fallow_worker.core.happenings import (
+    CapabilitySeen,
     DrainAsked,
     Fetched,
     FetchFailed,
@@ -92,6 +93,8 @@ class OpenSession(Protocol):
     async def abandon(self) -> None: ...
 
 
+Looks = Callable[[Capability], AsyncIterator[Capability]]
+"""What the worker can do, again and again; begins with what it could do."""
 Dial = Callable[[Credentials, Greeting], Awaitable[tuple[OpenSession, Welcome]]]
 """Opens a session. Raises FallowError."""
 
@@ -125,12 +128,16 @@ class Daemon:
         dial: Dial,
         renewal: Renewal,
         changed: Callable[[], None] = lambda: None,
+        looks: Looks | None = None,
     ) -> None:
-        """`dial` opens sessions, `blobs_of` reaches the blob service, `changed` hears that the world has changed."""
+        """`dial` opens sessions, `blobs_of` reaches the blob service, `changed` hears that the world has changed.
+
+        `looks` gives what the worker can do each time somebody has looked, starting from `capability`.
+        """
         self.counts = Counts()
         self.last_error: FallowError | None = None
         """How the last session, or the last try to open one, ended."""
-        self._capability = capability
+        self._looks = looks
         self._credentials = credentials
         self._executor = executor
         self._transfers = transfers
@@ -139,7 +146,7 @@ class Daemon:
         self._renewal = renewal
         self._changed = changed
         self._loop = asyncio.get_running_loop()
-        self._world = World(terms=terms, session=Offline(0, 0), busy_at_ms=self._now_ms())
+        self._world = World(terms, Offline(0, 0), capability, busy_at_ms=self._now_ms())
         self._awake = asyncio.Event()
         self._ended_by: FallowError | None = None
         self._over = False
@@ -166,6 +173,8 @@ class Daemon:
     async def run(self) -> FallowError | None:
         """Works until told to stop; the error when the coordinator will not have this worker."""
         self._start(self._keep_certificate(), "certificate")
+        if self._looks is not None:
+            self._start(self._keep_looking(self._looks(self._world.capability)), "looks")
         try:
             while not self._over:
                 self._act()
@@ -222,7 +231,7 @@ class Daemon:
         match action:
             case Connect():
                 window = window_wanted(self._world, self._now_ms())
-                greeting = Greeting(self._capability, window, self._world.held_leases())
+                greeting = Greeting(self._world.capability, window, self._world.held_leases())
                 self._start(self._converse(greeting), "session")
             case Say(message=message):
                 self._say(message)
@@ -375,6 +384,11 @@ class Daemon:
             case _:
                 assert_never(verdict)
         self._happened(SessionEnded(ENTROPY.random(), not_before_ms))
+
+    async def _keep_looking(self, looks: AsyncIterator[Capability]) -> None:
+        """Runs for ever: tells the plan what every look has found; the plan decides what is worth saying."""
+        async for capability in looks:
+            self._happened(CapabilitySeen(capability))
 
     # ------------------------------------------------------------------------------------------- certificates
 

@@ -27,10 +27,11 @@ from fallow_worker.executor.choice import Choice, ExecutorKind, chosen_executor
 from fallow_worker.heap import keep_small
 from fallow_worker.link import ResumeToken, open_session
 from fallow_worker.ports import Executor
-from fallow_worker.probes import present_devices
+from fallow_worker.probes.cpu import cpu_devices
 from fallow_worker.renewal import Renewal
 from fallow_worker.state_folder import StateFolder
 from fallow_worker.status import StatusReport, capability_facts
+from fallow_worker.surroundings import Surroundings
 from fallow_worker.transfers import ChannelBlobs, Transfers
 
 _log = logging.getLogger(__name__)
@@ -71,7 +72,8 @@ def executor_for(config: WorkerConfig, tier: Tier | None) -> tuple[Executor, Cho
 
     choice = chosen_executor(
         config.executor,
-        devices=sum(not device.obstacle for device in present_devices()),
+        # What engine children drive: one processor, however many accelerators stand beside it.
+        devices=len(cpu_devices()),
         ray_address=config.ray_address,
         tier=tier or Tier.VOLUNTEER,
     )
@@ -131,7 +133,8 @@ async def _work_alone(
 ) -> int:
     executor, choice = executor_for(config, credentials.tier)
     try:
-        capability = await capability_of(executor, config)
+        surroundings = Surroundings(region=config.region, owns_devices=not config.ray_address)
+        capability = await surroundings.now(await capability_of(executor, config))
     except BaseException:
         await executor.stop()
         raise
@@ -152,7 +155,7 @@ async def _work_alone(
         "capability": capability_facts(capability),
     }
     report = StatusReport(folder, facts)
-    daemon = _daemon(config, folder, credentials, executor, capability, terms, report)
+    daemon = _daemon(config, folder, credentials, executor, capability, terms, report, surroundings)
     report.attach(daemon)
     told(facts)
     with _stopping(daemon, drain_run_grace_ms(config, credentials.tier), config.life_fd):
@@ -171,6 +174,7 @@ def _daemon(
     capability: Capability,
     terms: Terms,
     report: StatusReport,
+    surroundings: Surroundings,
 ) -> Daemon:
     token = ResumeToken(folder.resume_token)
 
@@ -184,6 +188,7 @@ def _daemon(
         dial=lambda papers, greeting: open_session(papers, greeting, token),
         renewal=Renewal(),
         changed=report.changed,
+        looks=surroundings.watch,
     )
 
 

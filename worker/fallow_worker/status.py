@@ -9,7 +9,7 @@ from collections import Counter
 from dataclasses import asdict
 from typing import Final
 
-from fallow.session import Capability
+from fallow.session import Capability, Device
 from fallow_worker.core.world import Connecting, Offline, Online, World
 from fallow_worker.daemon import Daemon
 from fallow_worker.state_folder import StateFolder
@@ -61,25 +61,29 @@ def capability_facts(capability: Capability) -> dict[str, object]:
         "sandbox_level": capability.sandbox_level.value,
         "memory_bytes_free": capability.memory_bytes_free,
         "operating_system": capability.operating_system,
+        "region": capability.region,
+        "on_battery": capability.on_battery,
         "task_kinds": sorted(kind.value for kind in capability.task_kinds),
-        "devices": [
-            {
-                "device_id": device.device_id,
-                "kind": device.kind.value,
-                "level": device.level.value,
-                "vendor": device.vendor,
-                "model": device.model,
-                "cores": device.cores,
-                "memory_bytes": device.memory_bytes,
-                "architecture": device.architecture,
-                "providers": list(device.providers),
-                "driver_version": device.driver_version,
-                "obstacle": device.obstacle,
-                "execution_class": device.execution_class,
-                "slots": device.slots,
-            }
-            for device in capability.devices
-        ],
+        "devices": [device_facts(device) for device in capability.devices],
+    }
+
+
+def device_facts(device: Device) -> dict[str, object]:
+    """A device for JSON."""
+    return {
+        "device_id": device.device_id,
+        "kind": device.kind.value,
+        "level": device.level.value,
+        "vendor": device.vendor,
+        "model": device.model,
+        "cores": device.cores,
+        "memory_bytes": device.memory_bytes,
+        "architecture": device.architecture,
+        "providers": list(device.providers),
+        "driver_version": device.driver_version,
+        "obstacle": device.obstacle,
+        "execution_class": device.execution_class,
+        "slots": device.slots,
     }
 
 
@@ -88,6 +92,7 @@ def _told(daemon: Daemon) -> dict[str, object]:
     error = daemon.last_error
     return {
         "session": _session_word(world),
+        "capability": capability_facts(world.capability),
         "draining": world.drain.reason if world.drain else "",
         "trouble": world.trouble.failures if world.trouble else 0,
         "leases": dict(Counter(type(held.phase).__name__.lower() for held in world.leases.values())),

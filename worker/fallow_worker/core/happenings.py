@@ -7,6 +7,7 @@ from enum import StrEnum
 
 from fallow.ids import LeaseId, SessionId
 from fallow.session import (
+    Capability,
     Cause,
     Commitment,
     GrantsRenewed,
@@ -109,6 +110,13 @@ class UploadFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class CapabilitySeen:
+    """A look at this machine: what the worker can do now."""
+
+    capability: Capability
+
+
+@dataclass(frozen=True, slots=True)
 class DrainAsked:
     """The owner wants the machine back: runs may go on for `run_grace_ms`, words with others a little longer."""
 
@@ -132,6 +140,7 @@ Happening = (
     | RunFailed
     | Uploaded
     | UploadFailed
+    | CapabilitySeen
     | DrainAsked
     | TimePassed
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from fallow.limits import LEASES_PER_WORKER_MAX, MIB
+from fallow.limits import GIB, LEASES_PER_WORKER_MAX, MIB
 
 FETCHES_AT_ONCE_MAX: Final = 4
 UPLOADS_AT_ONCE_MAX: Final = 4
@@ -41,6 +41,14 @@ AHEAD_PER_SLOT_MAX: Final = 16
 WINDOW_SAID_EVERY_MS: Final = 1_000
 """A larger window is said at most so often; a smaller one at once."""
 WINDOW_MAX: Final = LEASES_PER_WORKER_MAX
+
+CAPABILITY_SAID_EVERY_MS: Final = 10_000
+"""A change of what the worker can do (a device, the battery) is told at most so often, however often it flips."""
+MEMORY_SAID_EVERY_MS: Final = 60_000
+"""The same when free memory alone has changed."""
+MEMORY_STEP_BYTES: Final = GIB
+MEMORY_STEP_PART: Final = 8
+"""Free memory is told anew when it has moved by a step of this size, or by this part of what was told."""
 
 OFFERS_KEPT_MAX: Final = 64
 DRAIN_RUN_GRACE_MS: Final = 30_000

@@ -24,7 +24,9 @@ from fallow.session import (
     UploadOffer,
 )
 from fallow_worker.core import limits
+from fallow_worker.core.advertising import advertised
 from fallow_worker.core.happenings import (
+    CapabilitySeen,
     DrainAsked,
     Fetched,
     FetchFailed,
@@ -94,6 +96,8 @@ def observe(world: World, happening: Happening, now_ms: int) -> World:
             after = _uploaded(world, happening)
         case UploadFailed():
             after = _upload_failed(world, happening, now_ms)
+        case CapabilitySeen(capability=capability):
+            after = replace(world, capability=advertised(world.capability, capability))
         case DrainAsked():
             after = _drain_asked(world, happening, now_ms)
         case TimePassed():
@@ -109,6 +113,7 @@ def observe(world: World, happening: Happening, now_ms: int) -> World:
 def _session_opened(world: World, happening: SessionOpened, now_ms: int) -> World:
     attempts = world.session.attempts
     window_said = world.session.window_said if isinstance(world.session, Connecting) else 0
+    said = world.session.capability_said if isinstance(world.session, Connecting) else world.capability
     session = Online(
         session_id=happening.session_id,
         opened_at_ms=now_ms,
@@ -117,6 +122,8 @@ def _session_opened(world: World, happening: SessionOpened, now_ms: int) -> Worl
         attempts=attempts,
         window_said=window_said,
         window_due_ms=now_ms + limits.WINDOW_SAID_EVERY_MS,
+        capability_said=said,
+        capability_said_at_ms=now_ms,
     )
     world = replace(world, session=session)
     for held in tuple(world.leases.values()):

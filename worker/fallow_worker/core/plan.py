@@ -34,6 +34,7 @@ from fallow_worker.core.actions import (
     SayHeartbeat,
     Upload,
 )
+from fallow_worker.core.advertising import change_due_ms
 from fallow_worker.core.world import (
     AwaitingGrants,
     Cancelling,
@@ -107,10 +108,17 @@ def _session_actions(world: World, now_ms: int) -> Iterator[Action]:
                 yield SayHeartbeat()
             if world.drain is not None and not session.draining_said:
                 yield Say(Draining(world.drain.reason))
+            elif world.drain is None and _capability_is_due(world, session, now_ms):
+                yield Say(CapabilityChanged(world.capability, window_wanted(world, now_ms)))
             elif world.drain is None and _window_is_due(world, session, now_ms):
                 yield Say(CapabilityChanged(None, window_wanted(world, now_ms)))
         case _:
             assert_never(world.session)
+
+
+def _capability_is_due(world: World, session: Online, now_ms: int) -> bool:
+    due_ms = change_due_ms(session.capability_said, world.capability, session.capability_said_at_ms)
+    return due_ms is not None and now_ms >= due_ms
 
 
 def _window_is_due(world: World, session: Online, now_ms: int) -> bool:
@@ -216,7 +224,7 @@ def begun(world: World, action: Action, now_ms: int) -> World:
     """The world once an action of its plan is under way."""
     match action:
         case Connect():
-            return replace(world, session=Connecting(world.session.attempts, window_wanted(world, now_ms)))
+            return replace(world, session=_connecting(world, now_ms))
         case Say():
             return _said(world, action, now_ms)
         case SayHeartbeat():
@@ -247,6 +255,10 @@ def begun(world: World, action: Action, now_ms: int) -> World:
             assert_never(action)
 
 
+def _connecting(world: World, now_ms: int) -> Connecting:
+    return Connecting(world.session.attempts, window_wanted(world, now_ms), world.capability)
+
+
 def _said(world: World, action: Say, now_ms: int) -> World:
     session = world.session
     assert isinstance(session, Online), "words need an open session"
@@ -258,9 +270,12 @@ def _said(world: World, action: Say, now_ms: int) -> World:
             assert isinstance(phase, AwaitingGrants), "grants are wanted once"
             asked = replace(phase, said_in=session.session_id, said_at_ms=now_ms)
             return _with_phase(world, lease_id, asked)
-        case CapabilityChanged(window=window):
+        case CapabilityChanged(capability=capability, window=window):
             due_ms = now_ms + limits.WINDOW_SAID_EVERY_MS
-            return replace(world, session=replace(session, window_said=window, window_due_ms=due_ms))
+            session = replace(session, window_said=window, window_due_ms=due_ms)
+            if capability is not None:
+                session = replace(session, capability_said=capability, capability_said_at_ms=now_ms)
+            return replace(world, session=session)
         case Draining():
             return replace(world, session=replace(session, draining_said=True, window_said=0))
         case message:
@@ -307,6 +322,9 @@ def _moments(world: World, now_ms: int) -> Iterator[int]:
             yield session.heartbeat_due_ms
             if window_wanted(world, now_ms) != session.window_said:
                 yield session.window_due_ms
+            change_ms = change_due_ms(session.capability_said, world.capability, session.capability_said_at_ms)
+            if change_ms is not None and world.drain is None:
+                yield change_ms
         case Connecting():
             pass
     if world.trouble is not None:

@@ -10,6 +10,7 @@ from fallow.bundle import Precision
 from fallow.ids import Digest, LeaseId, SessionId
 from fallow.session import (
     BundleOffer,
+    Capability,
     Commitment,
     Delivery,
     HeldLease,
@@ -34,10 +35,11 @@ class Offline:
 
 @dataclass(frozen=True, slots=True)
 class Connecting:
-    """A session is being opened; its Hello says `window_said`."""
+    """A session is being opened; its Hello says `window_said` and `capability_said`."""
 
     attempts: int
     window_said: int
+    capability_said: Capability = field(default_factory=Capability)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,8 @@ class Online:
     window_due_ms: int
     """The window may be said anew from this moment on."""
     draining_said: bool = False
+    capability_said: Capability = field(default_factory=Capability)
+    capability_said_at_ms: int = 0
 
 
 SessionState = Offline | Connecting | Online
@@ -253,6 +257,8 @@ class World:
 
     terms: Terms
     session: SessionState
+    capability: Capability = field(default_factory=Capability)
+    """What the worker can do, as it is advertised: free memory in coarse steps."""
     leases: Mapping[LeaseId, Held] = field(default_factory=_no_leases)
     """Every lease that is neither settled, nor dropped, nor given back; in order of arrival."""
     offers: Mapping[Digest, BundleOffer] = field(default_factory=_no_offers)

@@ -5,15 +5,18 @@ from __future__ import annotations
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Final
 
 from fallow.session import SANDBOX_ORDER, Capability, Device, DeviceKind, DeviceLevel, SandboxLevel, TaskKind
+from fallow_worker.core.providers import Provider
 from fallow_worker.engine.protocol import Ready
 from fallow_worker.executor.choice import ExecutorKind
 from fallow_worker.executor.supervisor import Supervisor
-from fallow_worker.probes import present_devices
+from fallow_worker.probes.cpu import cpu_devices
 from fallow_worker.probes.memory import memory_bytes_free
 
-CPU_PROVIDER = "CPUExecutionProvider"
+ENGINE_PROVIDERS: Final = frozenset({Provider.CPU.value})
+"""Providers that engine children drive. A device of others is told of, and gets no work."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +37,7 @@ class NodeFacts:
 
 def node_facts(supervisor: Supervisor, ready: Ready) -> NodeFacts:
     """The facts of the node that we are on."""
-    cpu = next((device for device in present_devices() if device.kind is DeviceKind.CPU), None)
+    cpu = next(iter(cpu_devices()), None)
     return NodeFacts(
         cores=supervisor.cores,
         memory_bytes=supervisor.memory_bytes,
@@ -66,6 +69,17 @@ def capability_of(nodes: Sequence[NodeFacts], executor: ExecutorKind) -> Capabil
     )
 
 
+def as_offered(device: Device) -> Device:
+    """An accelerator as it is advertised: one that works, and that engine children do not drive yet, is present only.
+
+    The coordinator counts slots of usable devices: a slot that is not driven would be work for the processor.
+    """
+    if device.level is DeviceLevel.PRESENT or ENGINE_PROVIDERS & set(device.providers):
+        return device
+    obstacle = f"works with {', '.join(device.providers)}; engine children of this version drive the CPU only"
+    return replace(device, level=DeviceLevel.PRESENT, obstacle=obstacle)
+
+
 def _cpu(facts: NodeFacts) -> Device:
     return Device(
         device_id="cpu",
@@ -74,7 +88,7 @@ def _cpu(facts: NodeFacts) -> Device:
         vendor=facts.vendor,
         model=facts.model,
         memory_bytes=facts.memory_bytes,
-        providers=(CPU_PROVIDER,),
+        providers=(Provider.CPU.value,),
         driver_version=facts.runtime,
         cores=facts.cores,
         architecture=facts.architecture,

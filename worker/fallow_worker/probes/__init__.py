@@ -1,23 +1,8 @@
-"""What this machine has: one module for each kind of device, each a function without heavy imports.
+"""What this machine has, in three levels: *present*, *usable*, *measured*.
 
-A probe reports what the operating system shows (*present*) and, when something is in the way of using it, the obstacle
-in words. Whether a runtime really works on a device (*usable*) is for the executor to find out, in a child; how fast it
-is (*measured*) for a challenge.
+One module for each kind of device, each a function over a `Machine` (files, links, commands and children with a
+deadline), so that recordings of machines that are not here drive the same code. Present is what the operating system
+shows; usable is a device on which a one-operator model really ran, in a child, with the fallback to the CPU forbidden;
+measured is for a challenge to find out. `survey` does the first two; `present_devices` is the cheap look that a daemon
+repeats.
 """
-
-from __future__ import annotations
-
-from collections.abc import Callable, Sequence
-
-from fallow.session import Device
-
-Probe = Callable[[], Sequence[Device]]
-"""Finds devices of one kind. Must not raise, stall or import a runtime: a broken driver is an obstacle, no error."""
-
-
-def present_devices() -> tuple[Device, ...]:
-    """Every device that the operating system shows, CPUs first."""
-    from fallow_worker.probes.cpu import cpu_devices
-
-    probes: tuple[Probe, ...] = (cpu_devices,)
-    return tuple(device for probe in probes for device in probe())

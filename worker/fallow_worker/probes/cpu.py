@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
-import platform
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Final
 
 from fallow.session import Device, DeviceKind, DeviceLevel
-from fallow_worker.probes.control_groups import control_group_limit
-from fallow_worker.probes.memory import memory_bytes_total
-
-_CPU_INFO: Final = Path("/proc/cpuinfo")
+from fallow_worker.probes.control_groups import cores_quota
+from fallow_worker.probes.machine import HERE, Machine
+from fallow_worker.probes.memory import COMMAND_SECONDS_MAX, memory_bytes_total
 
 # The x86-64 psABI levels (https://gitlab.com/x86-psABIs/x86-64-ABI), by the names the Linux kernel gives the features.
 _LEVELS: Final[tuple[tuple[str, frozenset[str]], ...]] = (
@@ -24,33 +20,48 @@ _LEVELS: Final[tuple[tuple[str, frozenset[str]], ...]] = (
 _EXTRAS: Final = ("avx512_vnni", "avx_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16", "avx512_fp16")
 """Beyond the levels: features that change which kernels a runtime picks, and so the bits of its results."""
 _ARM_FEATURES: Final = ("asimddp", "i8mm", "bf16", "sve", "sve2", "fphp")
+_APPLE_FEATURES: Final = {
+    "hw.optional.arm.FEAT_DotProd": "asimddp",
+    "hw.optional.arm.FEAT_I8MM": "i8mm",
+    "hw.optional.arm.FEAT_BF16": "bf16",
+    "hw.optional.arm.FEAT_FP16": "fphp",
+}
+"""Apple's names for what Linux calls otherwise."""
 
 
-def cpu_devices() -> tuple[Device, ...]:
+def cpu_devices(machine: Machine = HERE) -> tuple[Device, ...]:
     """This machine's CPU as one device with one slot: the threads of a slot are the executor's to choose."""
-    facts = cpu_facts()
+    facts = cpu_facts(machine)
     return (
         Device(
             device_id="cpu-0",
             kind=DeviceKind.CPU,
             level=DeviceLevel.PRESENT,
             vendor=facts.get("vendor_id", ""),
-            model=facts.get("model name") or platform.processor() or platform.machine(),
-            memory_bytes=memory_bytes_total(),
-            cores=cores_usable(),
-            architecture=instruction_set(platform.machine(), facts.get("flags") or facts.get("Features", "")),
+            model=facts.get("model name") or machine.architecture,
+            memory_bytes=memory_bytes_total(machine),
+            cores=cores_usable(machine),
+            architecture=instruction_set(machine.architecture, facts.get("flags") or facts.get("Features", "")),
         ),
     )
 
 
-def cpu_facts() -> Mapping[str, str]:
-    """The first processor's entry of /proc/cpuinfo; empty where there is none."""
-    try:
-        text = _CPU_INFO.read_text(errors="replace")
-    except OSError:
-        return {}
-    pairs = (line.partition(":") for line in text.partition("\n\n")[0].splitlines())
+def cpu_facts(machine: Machine = HERE) -> Mapping[str, str]:
+    """The first processor's entry of /proc/cpuinfo, or the same names from Apple's sysctl; empty where there is
+    neither."""
+    if machine.system == "Darwin":
+        return _apple_facts(machine)
+    pairs = (line.partition(":") for line in (machine.read("/proc/cpuinfo") or "").partition("\n\n")[0].splitlines())
     return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def _apple_facts(machine: Machine) -> Mapping[str, str]:
+    brand = machine.run(("sysctl", "-n", "machdep.cpu.brand_string"), deadline_s=COMMAND_SECONDS_MAX).output.strip()
+    listed = machine.run(("sysctl", "hw.optional.arm"), deadline_s=COMMAND_SECONDS_MAX).output
+    pairs = (line.partition(": ") for line in listed.splitlines())
+    flags = [_APPLE_FEATURES[name] for name, _, value in pairs if name in _APPLE_FEATURES and value.strip() == "1"]
+    facts = {"model name": brand, "Features": " ".join(flags)}
+    return facts | {"vendor_id": "Apple"} if brand.startswith("Apple") else facts
 
 
 def instruction_set(machine: str, flags: str) -> str:
@@ -68,16 +79,8 @@ def instruction_set(machine: str, flags: str) -> str:
     return machine
 
 
-def cores_usable() -> int:
+def cores_usable(machine: Machine = HERE) -> int:
     """Cores that this process may use: affinity and control group quota count, not what the host shows. At least 1."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = control_group_limit("cpu.max", _quota_cores)
+    allowed = machine.cores_allowed()
+    quota = cores_quota(machine)
     return max(1, min(allowed, math.floor(quota))) if quota is not None else allowed
-
-
-def _quota_cores(text: str) -> float | None:
-    """Cores of a `cpu.max` file: `max 100000` is no limit, `150000 100000` one and a half."""
-    quota, _, period = text.partition(" ")
-    if quota == "max" or not period.strip().isdigit():
-        return None
-    return int(quota) / int(period)

@@ -3,50 +3,45 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Final
 
-from fallow_worker.probes.control_groups import control_group_limit, control_group_value
+from fallow_worker.probes.control_groups import memory_limits
+from fallow_worker.probes.machine import HERE, Machine
 
-_MEMORY_INFO: Final = Path("/proc/meminfo")
-
-
-def memory_bytes_total() -> int:
-    """Memory of this machine, or of its control group when that is less."""
-    total = _memory_info("MemTotal") or _configured_bytes()
-    limit = control_group_limit("memory.max", _bytes)
-    return min(total, int(limit)) if limit is not None and total else total or int(limit or 0)
+COMMAND_SECONDS_MAX: Final = 2.0
 
 
-def memory_bytes_free() -> int:
+def memory_bytes_total(machine: Machine = HERE) -> int:
+    """Memory of this machine, or of its control group when that is less; 0 when nobody tells."""
+    total = _memory_info(machine, "MemTotal") or _configured_bytes(machine)
+    limits = [limit.limit_bytes for limit in memory_limits(machine)]
+    if total:
+        limits.append(total)
+    return min(limits, default=0)
+
+
+def memory_bytes_free(machine: Machine = HERE) -> int:
     """Memory that a new process may still take without swapping anyone out."""
-    free = _memory_info("MemAvailable") or memory_bytes_total()
-    limit = control_group_limit("memory.max", _bytes)
-    used = control_group_value("memory.current", _bytes)
-    if limit is None or used is None:
-        return free
-    return max(0, min(free, int(limit - used)))
+    free = _memory_info(machine, "MemAvailable") or memory_bytes_total(machine)
+    return max(0, min([free, *(limit.limit_bytes - limit.used_bytes for limit in memory_limits(machine))]))
 
 
-def _memory_info(name: str) -> int:
+def _memory_info(machine: Machine, name: str) -> int:
     """A line of /proc/meminfo in bytes; 0 where there is none."""
-    try:
-        text = _MEMORY_INFO.read_text()
-    except OSError:
-        return 0
-    for line in text.splitlines():
+    for line in (machine.read("/proc/meminfo") or "").splitlines():
         key, _, value = line.partition(":")
-        if key == name:
-            return int(value.split()[0]) * 1024
+        if key == name and (words := value.split()) and words[0].isdigit():
+            return int(words[0]) * 1024
     return 0
 
 
-def _configured_bytes() -> int:
+def _configured_bytes(machine: Machine) -> int:
+    if machine.system == "Darwin":
+        text = machine.run(("sysctl", "-n", "hw.memsize"), deadline_s=COMMAND_SECONDS_MAX).output.strip()
+        return int(text) if text.isdigit() else 0
+    if machine is not HERE:
+        return 0
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError, AttributeError):
         return 0
-
-
-def _bytes(text: str) -> float | None:
-    return float(text) if text.isdigit() else None
