@@ -71,6 +71,9 @@ def _options() -> argparse.ArgumentParser:
     parser.add_argument("--folder", type=Path, help="where blobs lie (default: STATE/blobs)")
     parser.add_argument("--free-bytes-floor", type=int, default=defaults.free_bytes_floor, help="kept free on the disk")
     parser.add_argument("--uploads-max", type=int, default=defaults.uploads_max, help="uploads at once")
+    parser.add_argument(
+        "--grace-ms", type=int, default=defaults.grace_ms, help="younger blobs, and receipts, are not deleted"
+    )
     parser.add_argument("--life-pipe", type=int, metavar="FD", help="ends when this pipe's other end is closed")
     parser.add_argument("--log-level", default="INFO")
     return parser
@@ -78,7 +81,12 @@ def _options() -> argparse.ArgumentParser:
 
 async def _serve(options: argparse.Namespace) -> None:
     state: Path = options.state
-    limits = replace(BlobLimits(), free_bytes_floor=options.free_bytes_floor, uploads_max=options.uploads_max)
+    limits = replace(
+        BlobLimits(),
+        free_bytes_floor=options.free_bytes_floor,
+        uploads_max=options.uploads_max,
+        grace_ms=options.grace_ms,
+    )
     storage = FolderStorage(options.folder or state / "blobs")
     service = BlobService(
         storage=storage,

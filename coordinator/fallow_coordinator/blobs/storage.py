@@ -8,6 +8,8 @@ import errno
 import os
 import secrets
 import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -16,11 +18,20 @@ from obstore.exceptions import BaseError
 from obstore.store import LocalStore, MemoryStore
 
 from fallow.errors import FallowError, Reason
-from fallow.ids import Digest
+from fallow.ids import DIGEST_BYTES, Digest
 
 Buffer = bytes | bytearray | memoryview
 
 _NOTE_BYTES_MAX: Final = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class StoredObject:
+    """A blob as a listing shows it."""
+
+    digest: Digest
+    length_bytes: int
+    stored_at_ms: int
 
 
 class BlobStorage(Protocol):
@@ -56,6 +67,14 @@ class BlobStorage(Protocol):
 
     async def note(self, digest: Digest, name: str) -> bytes | None:
         """A note, None when there is none."""
+        ...
+
+    async def has_notes(self, digest: Digest) -> bool:
+        """Whether any note is beside the place of a blob."""
+        ...
+
+    async def shelf(self, number: int) -> Sequence[StoredObject]:
+        """All blobs whose digests begin with this byte, rising by digest."""
         ...
 
     def free_bytes(self) -> int | None:
@@ -96,6 +115,24 @@ class _ObjectStorage:
             with contextlib.suppress(FileNotFoundError):
                 await obstore.delete_async(self._store, entry["path"])
         return True
+
+    async def has_notes(self, digest: Digest) -> bool:
+        notes = await obstore.list_with_delimiter_async(  # pyright: ignore[reportUnknownMemberType]
+            self._store, f"{_notes_key(digest)}/"
+        )
+        return bool(notes["objects"])
+
+    async def shelf(self, number: int) -> Sequence[StoredObject]:
+        found: list[StoredObject] = []
+        prefix = f"blobs/{number:02x}/"
+        async for page in obstore.list(self._store, prefix):
+            for entry in page:
+                digest = _digest_of_key(entry["path"])
+                if digest is not None:
+                    stored_at_ms = int(entry["last_modified"].timestamp() * 1_000)
+                    found.append(StoredObject(digest, entry["size"], stored_at_ms))
+        found.sort(key=lambda one: one.digest)
+        return found
 
     async def put_note(self, digest: Digest, name: str, data: bytes) -> None:
         assert len(data) <= _NOTE_BYTES_MAX, "a note is small"
@@ -180,6 +217,16 @@ def blob_key(digest: Digest) -> str:
     """Where a blob lies: 256 shelves, so that no folder grows without bound."""
     text = digest.hex()
     return f"blobs/{text[:2]}/{text[2:]}"
+
+
+def _digest_of_key(key: str) -> Digest | None:
+    """The digest of a blob's key; None for anything else that lies there."""
+    _, _, tail = key.partition("/")
+    try:
+        digest = bytes.fromhex(tail.replace("/", "", 1))
+    except ValueError:
+        return None
+    return Digest(digest) if len(digest) == DIGEST_BYTES else None
 
 
 def _notes_key(digest: Digest) -> str:
