@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import hashlib
 import os
 import secrets
 import shutil
@@ -15,7 +16,7 @@ from typing import Final, Protocol
 
 import obstore
 from obstore.exceptions import BaseError
-from obstore.store import LocalStore, MemoryStore
+from obstore.store import LocalStore, MemoryStore, S3Store
 
 from fallow.errors import FallowError, Reason
 from fallow.ids import DIGEST_BYTES, Digest
@@ -23,6 +24,7 @@ from fallow.ids import DIGEST_BYTES, Digest
 Buffer = bytes | bytearray | memoryview
 
 _NOTE_BYTES_MAX: Final = 4096
+_VERIFY_BYTES: Final = 4 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +87,7 @@ class BlobStorage(Protocol):
 class _ObjectStorage:
     """What every implementation over an object store shares."""
 
-    def __init__(self, store: LocalStore | MemoryStore) -> None:
+    def __init__(self, store: LocalStore | MemoryStore | S3Store) -> None:
         self._store = store
 
     async def read(self, digest: Digest, *, offset: int, length: int) -> memoryview:
@@ -211,6 +213,37 @@ class MemoryStorage(_ObjectStorage):
 
     def free_bytes(self) -> int | None:
         return self._free_bytes
+
+
+class S3Storage(_ObjectStorage):
+    """Blobs in an S3 bucket, or in what speaks its language. Objects appear whole or not at all."""
+
+    def __init__(self, store: S3Store) -> None:
+        """`store` names bucket, region, endpoint and credentials."""
+        super().__init__(store)
+        self._bucket = store
+
+    async def put_file(self, digest: Digest, path: Path) -> None:
+        with translated():
+            await obstore.put_async(self._bucket, blob_key(digest), path)
+        await asyncio.to_thread(path.unlink)
+
+    async def put_bytes(self, digest: Digest, data: Buffer) -> None:
+        with translated():
+            await obstore.put_async(self._bucket, blob_key(digest), bytes(data))
+
+    async def verified(self, digest: Digest, length_bytes: int) -> bool:
+        """Whether the object that lies there is the blob: read in full, in bounded memory. For uploads by URL."""
+        if await self.size(digest) != length_bytes:
+            return False
+        found = hashlib.sha256()
+        result = await obstore.get_async(self._bucket, blob_key(digest))
+        async for piece in result.stream(min_chunk_size=_VERIFY_BYTES):
+            found.update(piece)
+        return found.digest() == digest
+
+    def free_bytes(self) -> int | None:
+        return None
 
 
 def blob_key(digest: Digest) -> str:
