@@ -31,8 +31,8 @@ REGION = "us-east-1"
 @contextlib.contextmanager
 def s3_server() -> Iterator[str]:
     """The server's endpoint while the block runs."""
-    from moto.server import DomainDispatcherApplication, create_backend_app  # type: ignore[import-not-found]
-    from werkzeug.serving import make_server  # type: ignore[import-not-found]
+    from moto.server import DomainDispatcherApplication, create_backend_app
+    from werkzeug.serving import make_server
 
     server = make_server("127.0.0.1", 0, Gate(DomainDispatcherApplication(create_backend_app)), threaded=True)
     thread = threading.Thread(target=server.serve_forever, name="s3-server")
@@ -77,9 +77,9 @@ class Gate:
 
     @staticmethod
     def _signature(environment: dict[str, Any], query: dict[str, str]) -> str:
-        from botocore.auth import S3SigV4QueryAuth  # type: ignore[import-not-found]
-        from botocore.awsrequest import AWSRequest  # type: ignore[import-not-found]
-        from botocore.credentials import Credentials  # type: ignore[import-not-found]
+        from botocore.auth import S3SigV4QueryAuth
+        from botocore.awsrequest import AWSRequest
+        from botocore.credentials import Credentials
 
         auth = S3SigV4QueryAuth(Credentials(ACCESS_KEY_ID, SECRET_ACCESS_KEY), "s3", REGION)
         headers: dict[str, str] = {}

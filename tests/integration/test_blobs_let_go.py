@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 
 import grpc
@@ -28,11 +28,11 @@ GRACE_S = 2
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[CoordinatorService]:
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CoordinatorService]:
     """A coordinator in a hurry to let go."""
     options = ("--collect-every", "1s", "--blob-grace", f"{GRACE_S}s", "--upload-grace", "4s")
     with coordinator(tmp_path_factory.mktemp("hasty"), *options) as running:
-        yield running  # type: ignore[misc]
+        yield running
 
 
 @pytest.fixture
@@ -52,9 +52,9 @@ def file_of(service: CoordinatorService, digest: Digest) -> Path:
     return service.state / "blobs" / "blobs" / digest.hex()[:2] / digest.hex()[2:]
 
 
-async def refusal(call: grpc.aio.UnaryUnaryCall[object, object] | object) -> FallowError:
+async def refusal(call: Awaitable[object]) -> FallowError:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await call  # type: ignore[misc]
+        await call
     return error_from_rpc(caught.value)
 
 

@@ -8,7 +8,8 @@ It reads what the coordinator has put into the state folder:
 - `STATE/coordinator-public.der`: the key that signs grants (DER SubjectPublicKeyInfo); the peer that shows it in TLS is
   the coordinator, which alone may pack.
 
-Blobs lie under `STATE/blobs/` too, in `blobs/`, `notes/` and `uploads/`, unless `--folder` says otherwise.
+Blobs lie under `STATE/blobs/` too, in `blobs/`, `notes/` and `uploads/`, unless `--folder` says otherwise, or in the bucket that
+`--s3-bucket` names; then only `uploads/` is used here.
 
 When it serves it prints one line, `ready HOST:PORT`. It ends cleanly on SIGTERM, on SIGINT, and when the other end of
 `--life-pipe FD` is closed, which the kernel does when its parent dies.
@@ -32,6 +33,7 @@ from typing import Any, Final, cast
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
+from obstore.store import S3Store
 
 from fallow.errors import FallowError
 from fallow.identity import PrivateKey
@@ -39,7 +41,7 @@ from fallow.limits import MIB
 from fallow.wire.chunks import BLOB_SERVICE, CHUNK_MESSAGE_BYTES_MAX
 from fallow_coordinator.blobs.config import BlobLimits
 from fallow_coordinator.blobs.service import BlobService
-from fallow_coordinator.blobs.storage import FolderStorage
+from fallow_coordinator.blobs.storage import BlobStorage, FolderStorage, S3Storage
 
 _log = logging.getLogger(__name__)
 
@@ -74,6 +76,9 @@ def _options() -> argparse.ArgumentParser:
     parser.add_argument(
         "--grace-ms", type=int, default=defaults.grace_ms, help="younger blobs, and receipts, are not deleted"
     )
+    parser.add_argument("--s3-bucket", default="", help="keep blobs in this bucket; keys come from AWS_* variables")
+    parser.add_argument("--s3-endpoint", default="", help="of a store that is not Amazon's")
+    parser.add_argument("--s3-region", default="us-east-1")
     parser.add_argument("--life-pipe", type=int, metavar="FD", help="ends when this pipe's other end is closed")
     parser.add_argument("--log-level", default="INFO")
     return parser
@@ -87,10 +92,10 @@ async def _serve(options: argparse.Namespace) -> None:
         uploads_max=options.uploads_max,
         grace_ms=options.grace_ms,
     )
-    storage = FolderStorage(options.folder or state / "blobs")
+    storage, uploads = _storage(options)
     service = BlobService(
         storage=storage,
-        uploads_folder=storage.uploads,
+        uploads_folder=uploads,
         key=PrivateKey.load(state / "blobs" / "key.pem"),
         coordinator_public_key=(state / "coordinator-public.der").read_bytes(),
         limits=limits,
@@ -112,13 +117,29 @@ async def _serve(options: argparse.Namespace) -> None:
     sweeper = asyncio.create_task(_sweep(service, limits.sweep_interval_ms / 1000))
     sys.stdout.write(f"ready {host}:{port}\n")
     sys.stdout.flush()
-    _log.info("blobs.serving address=%s:%d folder=%s", host, port, storage.folder)
+    _log.info("blobs.serving address=%s:%d uploads=%s bucket=%s", host, port, uploads, options.s3_bucket or "-")
     await stopped.wait()
     _log.info("blobs.stopping")
     sweeper.cancel()
     await healthy.enter_graceful_shutdown()
     await server.stop(_STOP_GRACE_S)
     await asyncio.to_thread(service.close)
+
+
+def _storage(options: argparse.Namespace) -> tuple[BlobStorage, Path]:
+    """Where blobs lie, and the folder in which uploads grow."""
+    local = FolderStorage(options.folder or options.state / "blobs")
+    if not options.s3_bucket:
+        return local, local.uploads
+    endpoint: str | None = options.s3_endpoint or None
+    store = S3Store(
+        options.s3_bucket,
+        endpoint=endpoint,
+        region=options.s3_region,
+        virtual_hosted_style_request=endpoint is None,
+        client_options={"allow_http": endpoint is not None and endpoint.startswith("http://")},
+    )
+    return S3Storage(store, uploads=local.uploads), local.uploads
 
 
 def _server_options() -> list[tuple[str, int]]:

@@ -1,7 +1,8 @@
 """URLs by which a client reads or writes one object of an S3 bucket itself, for a while, and nothing else.
 
-AWS Signature Version 4, query parameters ("Authenticating Requests: Using Query Parameters", Amazon S3 API Reference). An
-upload's digest and length are among the signed headers, so the URL is good for those bytes alone: the store refuses others.
+AWS Signature Version 4, query parameters ("Authenticating Requests: Using Query Parameters", Amazon S3 API Reference).
+An upload's digest and length are among the signed headers, so the URL is good for those bytes alone: the store refuses
+others.
 """
 
 from __future__ import annotations

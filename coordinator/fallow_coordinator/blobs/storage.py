@@ -218,10 +218,11 @@ class MemoryStorage(_ObjectStorage):
 class S3Storage(_ObjectStorage):
     """Blobs in an S3 bucket, or in what speaks its language. Objects appear whole or not at all."""
 
-    def __init__(self, store: S3Store) -> None:
-        """`store` names bucket, region, endpoint and credentials."""
+    def __init__(self, store: S3Store, *, uploads: Path | None = None) -> None:
+        """`store` names bucket, region, endpoint and credentials; `uploads` is where unfinished uploads grow."""
         super().__init__(store)
         self._bucket = store
+        self._uploads = uploads
 
     async def put_file(self, digest: Digest, path: Path) -> None:
         with translated():
@@ -243,7 +244,8 @@ class S3Storage(_ObjectStorage):
         return found.digest() == digest
 
     def free_bytes(self) -> int | None:
-        return None
+        # A bucket has no end, but what comes grows on this machine's disk first.
+        return shutil.disk_usage(self._uploads).free if self._uploads is not None else None
 
 
 def blob_key(digest: Digest) -> str:
