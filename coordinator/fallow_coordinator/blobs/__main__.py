@@ -8,8 +8,8 @@ It reads what the coordinator has put into the state folder:
 - `STATE/coordinator-public.der`: the key that signs grants (DER SubjectPublicKeyInfo); the peer that shows it in TLS is
   the coordinator, which alone may pack.
 
-Blobs lie under `STATE/blobs/` too, in `blobs/`, `notes/` and `uploads/`, unless `--folder` says otherwise, or in the bucket that
-`--s3-bucket` names; then only `uploads/` is used here.
+Blobs lie under `STATE/blobs/` too, in `blobs/`, `notes/` and `uploads/`, unless `--folder` says otherwise, or in the
+bucket that `--s3-bucket` names; then only `uploads/` is used here.
 
 When it serves it prints one line, `ready HOST:PORT`. It ends cleanly on SIGTERM, on SIGINT, and when the other end of
 `--life-pipe FD` is closed, which the kernel does when its parent dies.
@@ -131,13 +131,12 @@ def _storage(options: argparse.Namespace) -> tuple[BlobStorage, Path]:
     local = FolderStorage(options.folder or options.state / "blobs")
     if not options.s3_bucket:
         return local, local.uploads
-    endpoint: str | None = options.s3_endpoint or None
     store = S3Store(
         options.s3_bucket,
-        endpoint=endpoint,
+        config={"endpoint": options.s3_endpoint} if options.s3_endpoint else None,
         region=options.s3_region,
-        virtual_hosted_style_request=endpoint is None,
-        client_options={"allow_http": endpoint is not None and endpoint.startswith("http://")},
+        virtual_hosted_style_request=not options.s3_endpoint,
+        client_options={"allow_http": options.s3_endpoint.startswith("http://")},
     )
     return S3Storage(store, uploads=local.uploads), local.uploads
 

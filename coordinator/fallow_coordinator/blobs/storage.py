@@ -127,7 +127,7 @@ class _ObjectStorage:
     async def shelf(self, number: int) -> Sequence[StoredObject]:
         found: list[StoredObject] = []
         prefix = f"blobs/{number:02x}/"
-        async for page in obstore.list(self._store, prefix):
+        async for page in obstore.list(self._store, prefix):  # pyright: ignore[reportUnknownMemberType]
             for entry in page:
                 digest = _digest_of_key(entry["path"])
                 if digest is not None:
