@@ -260,7 +260,7 @@ class World:
 
     # ----------------------------------------------------------------------------------------- bundles and jobs
 
-    async def inspected_bundle(self, inspector: WorldWorker, unit_micros_per_row: int = 100_000) -> Digest:
+    async def inspected_bundle(self, inspector: WorldWorker, unit_micros_per_row: int = 500_000) -> Digest:
         """A bundle with one file, registered and accepted."""
         manifest = b"manifest %d" % self.bundle_number
         model = BlobReference(digest_of(b"a model"), 7)

@@ -21,7 +21,9 @@ WARM_UP_JOBS = 30
 def options(parser: argparse.ArgumentParser) -> None:
     """What can be changed."""
     parser.add_argument("--jobs", type=int, default=300, help="one-row jobs, one after the other")
-    parser.add_argument("--executor", choices=("ray", "process"), default="ray")
+    parser.add_argument(
+        "--executor", choices=("auto", "ray", "process"), default="auto", help="auto: as a worker chooses"
+    )
 
 
 async def measure(chosen: argparse.Namespace) -> Report:

@@ -67,21 +67,21 @@ def to_arrow(values: ColumnValues, column: Column) -> pa.Array:
     return made
 
 
-def from_arrow(array: pa.Array | pa.ChunkedArray, column: Column, name: str) -> ColumnValues:
-    """The values that an Arrow array holds for `column`; `name` is what the user calls it.
+def from_arrow(array: pa.Array | pa.ChunkedArray, column: Column, name: str, *, first_row: int = 0) -> ColumnValues:
+    """The values that an Arrow array holds for `column`; `name` is what the user calls it, `first_row` the first row.
 
     Tensors come as (nested, fixed or variable) lists of equal lengths, or as one flat list of the right length a row.
     Raises SCHEMA_MISMATCH naming the column and the row for nulls, and for types that hold no such values.
     """
     flat = _plain(array)
     if flat.null_count:
-        row = int(pc.index(pc.is_null(flat), True).as_py())
+        row = first_row + _first(pc.is_null(flat))
         raise _mismatch(name, f"is null in row {row}", column, hint="drop or fill such rows first", row=row)
     match column:
         case TensorColumn():
-            return _tensor(flat, column, name)
+            return _tensor(flat, column, name, first_row)
         case RaggedColumn():
-            return _ragged(flat, column, name)
+            return _ragged(flat, column, name, first_row)
         case BytesColumn():
             if not _is_text(flat.type) and not _is_bytes(flat.type):
                 raise _mismatch(name, f"is {flat.type}", column)
@@ -93,7 +93,12 @@ def from_arrow(array: pa.Array | pa.ChunkedArray, column: Column, name: str) -> 
 
 
 def stacked(
-    arrays: Sequence[pa.Array | pa.ChunkedArray], column: Column, names: Sequence[str], *, allow_cast: bool
+    arrays: Sequence[pa.Array | pa.ChunkedArray],
+    column: Column,
+    names: Sequence[str],
+    *,
+    allow_cast: bool,
+    first_row: int = 0,
 ) -> Array:
     """Several columns of numbers side by side as one tensor column (rows, columns).
 
@@ -109,7 +114,7 @@ def stacked(
     single = TensorColumn(column.name, column.dtype, ())
     parts: list[Array] = []
     for array, name in zip(arrays, names, strict=True):
-        part = cast(Array, from_arrow(array, single, name))
+        part = cast(Array, from_arrow(array, single, name, first_row=first_row))
         if part.ndim != 1:
             raise _mismatch(name, f"has row shape {list(part.shape[1:])}", single)
         parts.append(converted(part, column.dtype, field=name, allow_cast=allow_cast))
@@ -133,14 +138,21 @@ def _plain(array: pa.Array | pa.ChunkedArray) -> pa.Array:
     return array
 
 
-def _tensor(array: pa.Array, column: TensorColumn, name: str) -> Array:
+def _tensor(array: pa.Array, column: TensorColumn, name: str, first_row: int) -> Array:
     shape = [len(array)]
     inner = array
     while _is_list(inner.type):
-        shape.append(_common_length(inner, column, name))
+        # So far all lists are of one length, which tells the row of each entry.
+        lists_per_row = len(inner) // max(len(array), 1)
+        length = _common_length(inner)
+        if length is None:
+            raise _lengths_differ(inner, column, name, first_row=first_row, lists_per_row=lists_per_row)
+        shape.append(length)
         inner = inner.flatten()
         if inner.null_count:
-            raise _mismatch(name, "has nulls inside its lists", column, hint="drop or fill such rows first")
+            row = first_row + _first(pc.is_null(inner)) // (lists_per_row * length)
+            what = f"has a null inside its list in row {row}"
+            raise _mismatch(name, what, column, hint="drop or fill such rows first", row=row)
     if not (pa.types.is_integer(inner.type) or pa.types.is_floating(inner.type) or pa.types.is_boolean(inner.type)):
         raise _mismatch(name, f"is {array.type}", column)
     values = cast(Array, inner.to_numpy(zero_copy_only=False))
@@ -150,18 +162,36 @@ def _tensor(array: pa.Array, column: TensorColumn, name: str) -> Array:
     return values.reshape(shape)
 
 
-def _common_length(array: pa.Array, column: Column, name: str) -> int:
+def _common_length(array: pa.Array) -> int | None:
+    """The length of every list; None when they differ."""
     if pa.types.is_fixed_size_list(array.type):
         return int(array.type.list_size)
     if not len(array):
         return 0
     bounds = pc.min_max(pc.list_value_length(array)).as_py()
-    if bounds["min"] != bounds["max"]:
-        raise _mismatch(name, f"has lists of {bounds['min']} to {bounds['max']} elements", column)
-    return int(bounds["max"])
+    return int(bounds["max"]) if bounds["min"] == bounds["max"] else None
 
 
-def _ragged(array: pa.Array, column: RaggedColumn, name: str) -> list[Array]:
+def _lengths_differ(
+    array: pa.Array, column: TensorColumn, name: str, *, first_row: int, lists_per_row: int
+) -> FallowError:
+    """The error that names the first row with a list of another length than the schema's, else than the first."""
+    lengths = pc.list_value_length(array)
+    fitting = {*column.shape, int(np.prod(column.shape))}
+    usual = int(lengths[0].as_py())
+    odd = pc.invert(pc.is_in(lengths, pa.array(sorted(fitting), lengths.type)))
+    if not pc.any(odd).as_py():
+        odd = pc.not_equal(lengths, usual)
+    place = _first(odd)
+    row = first_row + place // lists_per_row
+    return _mismatch(name, f"has a list of {lengths[place].as_py()} elements in row {row}", column, row=row)
+
+
+def _first(flags: pa.Array) -> int:
+    return int(pc.index(flags, True).as_py())
+
+
+def _ragged(array: pa.Array, column: RaggedColumn, name: str, first_row: int) -> list[Array]:
     if not _is_list(array.type):
         raise _mismatch(name, f"is {array.type}", column)
     inner = array.type
@@ -178,7 +208,8 @@ def _ragged(array: pa.Array, column: RaggedColumn, name: str) -> list[Array]:
         try:
             made = np.asarray(nested, dtype=dtype)
         except (ValueError, TypeError):
-            raise _mismatch(name, f"row {row} is no array of one shape", column, row=row) from None
+            told = f"row {first_row + row} is no array of one shape"
+            raise _mismatch(name, told, column, row=first_row + row) from None
         if made.size == 0 and made.ndim < len(column.shape):
             made = np.zeros([0 if dim is None else dim for dim in column.shape], dtype=numpy_dtype(column.dtype))
         values.append(made)

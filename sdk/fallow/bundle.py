@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Final
 
 from fallow.ids import Digest
 from fallow.schema import Schema
+
+RESERVED_PREFIX: Final = "fallow."
+"""Begins the names of columns that a result adds by itself; no output is called so."""
 
 
 class Precision(StrEnum):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from fallow.bundle import (
+    RESERVED_PREFIX,
     Binding,
     BundleManifest,
     BytesCodec,
@@ -37,7 +38,7 @@ def bundle_from_onnx(
 ) -> Bundle:
     """See `Bundle.from_onnx`."""
     signature = _read(path)
-    kept = _chosen_outputs(signature, outputs)
+    kept = _chosen_outputs(signature, [outputs] if isinstance(outputs, str) else outputs)
     unknown = set(shapes) - {value.name for value in (*signature.inputs, *kept)}
     if unknown:
         raise _invalid(f"there is no input or output {sorted(unknown)[0]!r}", "shapes", _names(signature))
@@ -46,6 +47,7 @@ def bundle_from_onnx(
     if not inputs:
         raise _invalid(f"{path} takes no input", "inputs", "at least one input with the row axis first")
     results = [reader.column(value, "output") for value in kept]
+    _check_output_names(results, inputs)
     unused = set(dims) - reader.symbols
     if unused:
         named = ", ".join(sorted(reader.symbols)) or "none"
@@ -216,8 +218,21 @@ class _ColumnReader:
             f"the model leaves the row shape of {where} open: {told}",
             value.name,
             "a shape without open dimensions",
-            f'say it: shapes={{"{value.name}": (…,)}} or dims={{"name": size}} (`--shape`, `--dim`)',
+            _how_to_say(value),
         )
+
+
+def _how_to_say(value: OnnxValue) -> str:
+    """How a user says the sizes that a model leaves open, in Python and on the command line."""
+    rest = value.shape[1:] if value.shape else (None,)
+    sizes = ",".join(str(dim) if isinstance(dim, int) else "N" for dim in rest)
+    shape = f'shapes={{"{value.name}": ({sizes},)}} (`--shape {value.name}={sizes}`)'
+    symbols = list(dict.fromkeys(dim for dim in rest if isinstance(dim, str)))
+    if not symbols or None in rest:
+        return f"say it: {shape}"
+    dims = ", ".join(f'"{symbol}": N' for symbol in symbols)
+    options = " ".join(f"--dim {symbol}=N" for symbol in symbols)
+    return f"say it: dims={{{dims}}} (`{options}`), or {shape}"
 
 
 def _read(path: Path) -> OnnxSignature:
@@ -240,6 +255,22 @@ def _chosen_outputs(signature: OnnxSignature, outputs: Sequence[str]) -> list[On
         if name not in by_name:
             raise _invalid(f"the model has no output {name!r}", "outputs", ", ".join(by_name))
     return [by_name[name] for name in outputs]
+
+
+def _check_output_names(results: Sequence[TensorColumn], inputs: Sequence[TensorColumn]) -> None:
+    """Raises BUNDLE_INVALID for names that would mean two things in the chain or in a result."""
+    hint = "rename it in the model, or leave it out: name the outputs to keep (`outputs=`, `--outputs`)"
+    given = {column.name for column in inputs}
+    for column in results:
+        if column.name in given:
+            raise _invalid(f"output {column.name!r} has the name of an input", column.name, "a name of its own", hint)
+        if column.name.startswith(RESERVED_PREFIX):
+            raise _invalid(
+                f"output {column.name!r} begins with {RESERVED_PREFIX!r}, as the columns do that results add",
+                column.name,
+                "another name",
+                hint,
+            )
 
 
 def _check_codec(codec: BytesCodec) -> None:

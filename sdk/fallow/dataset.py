@@ -108,7 +108,9 @@ class DatasetReader:
                 kept.add(batch.kept)
             for start, end in self._cuts(batch, first_row):
                 columns = {name: values[start:end] for name, values in batch.columns.items()}
-                yield self._codec.encode(columns, nonce=_ZERO_NONCE, cast=self._request.cast)
+                yield self._codec.encode(
+                    columns, nonce=_ZERO_NONCE, cast=self._request.cast, first_row=first_row + start
+                )
             first_row += batch.row_count
 
     def _coalesced(self, blocks: Iterator[bytes]) -> Iterator[Block]:

@@ -119,6 +119,7 @@ class JobProgress:
 
     rows_total: int = 0
     rows_done: int = 0
+    """Rows with a result, failed ones among them."""
     rows_failed: int = 0
     rows_leased: int = 0
     tasks_settled: int = 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,20 +34,23 @@ def described(column: Column) -> str:
             return "UTF-8 text"
 
 
-def checked_values(column: Column, values: ColumnValues, *, allow_cast: bool) -> ColumnValues:
+def checked_values(column: Column, values: ColumnValues, *, allow_cast: bool, first_row: int = 0) -> ColumnValues:
     """`values` in the exact types that are encoded: arrays of the column's dtype, `bytes`, `str`.
 
-    Raises SCHEMA_MISMATCH naming column and row, what it is and what is wanted.
+    Raises SCHEMA_MISMATCH naming column and row (the first is called `first_row`), what it is and what is wanted.
     """
     match column:
         case TensorColumn():
             return _checked_tensor(column, values, allow_cast=allow_cast)
         case RaggedColumn():
-            return [_checked_ragged(column, value, row, allow_cast=allow_cast) for row, value in enumerate(values)]
+            return [
+                _checked_ragged(column, value, row, allow_cast=allow_cast)
+                for row, value in enumerate(values, first_row)
+            ]
         case BytesColumn():
-            return [_checked_bytes(column, value, row) for row, value in enumerate(values)]
+            return [_checked_bytes(column, value, row) for row, value in enumerate(values, first_row)]
         case StringColumn():
-            return [_checked_string(column, value, row) for row, value in enumerate(values)]
+            return [_checked_string(column, value, row) for row, value in enumerate(values, first_row)]
 
 
 def converted(values: Array, dtype: DType, *, field: str, allow_cast: bool) -> Array:
@@ -95,7 +98,7 @@ def _fits(values: Array, wanted: np.dtype[Any]) -> bool:
 
 
 def _checked_tensor(column: TensorColumn, values: ColumnValues, *, allow_cast: bool) -> Array:
-    array = _as_array(values, column.name)
+    array = number_array(values, column.name)
     if array.ndim == 0 or array.shape[1:] != column.shape:
         wanted = ["rows", *map(str, column.shape)]
         raise FallowError(
@@ -108,7 +111,7 @@ def _checked_tensor(column: TensorColumn, values: ColumnValues, *, allow_cast: b
 
 
 def _checked_ragged(column: RaggedColumn, value: object, row: int, *, allow_cast: bool) -> Array:
-    array = _as_array(value, f"{column.name}[{row}]")
+    array = number_array(value, f"{column.name}[{row}]")
     fits = array.ndim == len(column.shape) and all(
         dim is None or size == dim for dim, size in zip(column.shape, array.shape, strict=True)
     )
@@ -151,7 +154,16 @@ def _wrong_value(column: Column, value: object, row: int) -> FallowError:
     )
 
 
-def _as_array(values: object, field: str) -> Array:
+def number_array(values: object, field: str) -> Array:
+    """`values` as an array of numbers or bools. Raises SCHEMA_MISMATCH for anything else, and for masked values."""
+    if isinstance(values, np.ma.MaskedArray) and np.ma.is_masked(cast(Any, values)):
+        raise FallowError(
+            Reason.SCHEMA_MISMATCH,
+            f"column {field!r} has masked values",
+            field=field,
+            limit="a value in every place",
+            hint="fill them (`filled`) or drop such rows first",
+        )
     try:
         array = np.asarray(values)
     except ValueError:

@@ -65,14 +65,18 @@ class RowCodec:
         cast: bool = False,
         positions: NDArray[np.int64] | None = None,
         row_count: int | None = None,
+        first_row: int = 0,
     ) -> bytes:
         """The row block of `columns`; other entries of the mapping are left alone.
 
         With `positions` (rising) and `row_count` the values belong to those rows and all others get no bytes, which in
-        outputs means that they failed. `cast` allows conversions that may round or must be checked for range.
+        outputs means that they failed. `cast` allows conversions that may round or must be checked for range. Errors
+        call the first row `first_row`.
         Raises SCHEMA_MISMATCH naming the column, and what `row_block.pack` raises.
         """
-        checked = [self._checked(column, columns, allow_cast=cast) for column in self.schema.columns]
+        checked = [
+            self._checked(column, columns, allow_cast=cast, first_row=first_row) for column in self.schema.columns
+        ]
         counts = {len(values) for values in checked}
         if len(counts) != 1:
             told = ", ".join(
@@ -116,7 +120,9 @@ class RowCodec:
             return self._decode_fixed(layout)
         return self._decode_varying(layout, block)
 
-    def _checked(self, column: Column, columns: Mapping[str, ColumnValues], *, allow_cast: bool) -> ColumnValues:
+    def _checked(
+        self, column: Column, columns: Mapping[str, ColumnValues], *, allow_cast: bool, first_row: int
+    ) -> ColumnValues:
         if column.name not in columns:
             have = ", ".join(sorted(columns)) or "none"
             raise FallowError(
@@ -125,7 +131,7 @@ class RowCodec:
                 field=column.name,
                 limit=described(column),
             )
-        return checked_values(column, columns[column.name], allow_cast=allow_cast)
+        return checked_values(column, columns[column.name], allow_cast=allow_cast, first_row=first_row)
 
     def _body(self, values: Sequence[ColumnValues], count: int) -> tuple[NDArray[np.int64], bytes]:
         """(length of each row, all rows' bytes)."""

@@ -94,8 +94,8 @@ class RawSession:
         await self.send_request(pb.SessionRequest(sequence=self.sequence, payload=payload, signature=signature))
 
     async def send_request(self, request: pb.SessionRequest) -> None:
-        """Sends an envelope as it is."""
-        with contextlib.suppress(asyncio.InvalidStateError):
+        """Sends an envelope as it is; a stream that has ended already says why at the next `receive`."""
+        with contextlib.suppress(asyncio.InvalidStateError, grpc.aio.AioRpcError):
             await self._call.write(request)
 
     async def receive(self) -> CoordinatorMessage:

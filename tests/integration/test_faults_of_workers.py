@@ -92,6 +92,7 @@ def check(job: Job, rows: NDArray[np.float32]) -> None:
     assert np.array_equal(got, expected(rows))
 
 
+@pytest.mark.slow
 def test_rows_of_a_killed_worker_are_redone_by_another(
     service: CoordinatorService, bundle: Bundle, tmp_path: Path
 ) -> None:
@@ -112,6 +113,7 @@ def test_rows_of_a_killed_worker_are_redone_by_another(
         assert not left, "engine children end with their daemon"
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_a_frozen_worker_loses_its_leases_and_comes_back_clean(
     service: CoordinatorService, bundle: Bundle, tmp_path: Path
@@ -162,6 +164,7 @@ def test_a_worker_told_to_stop_delivers_what_runs_and_loses_nothing(
         check(job, rows)
 
 
+@pytest.mark.slow
 def test_a_killed_coordinator_comes_back_and_the_job_goes_on(bundle: Bundle, tmp_path: Path) -> None:
     folder = tmp_path / "w1"
     with contextlib.ExitStack() as stack:
@@ -184,6 +187,7 @@ def test_a_killed_coordinator_comes_back_and_the_job_goes_on(bundle: Bundle, tmp
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_a_killed_blob_service_is_waited_for(service: CoordinatorService, bundle: Bundle, tmp_path: Path) -> None:
     folder = tmp_path / "w1"
     with (
@@ -198,6 +202,7 @@ def test_a_killed_blob_service_is_waited_for(service: CoordinatorService, bundle
         check(job, rows)
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_a_killed_engine_child_costs_a_retry_and_no_more(
     service: CoordinatorService, bundle: Bundle, tmp_path: Path

@@ -231,3 +231,19 @@ async def test_oversize_message_ends_the_stream_and_nothing_else(member: Credent
         with pytest.raises((grpc.aio.AioRpcError, FallowError, asyncio.InvalidStateError)):
             await session.send_request(pb.SessionRequest(sequence=1, payload=b"\0" * (2 * 1024 * 1024)))
             raise await session.ended()
+
+
+async def test_worker_that_hangs_up_while_it_joins_is_never_locked_out(member: Credentials) -> None:
+    for _ in range(20):
+        async with raw_session(member) as session:
+            await session.send(hello())
+    deadline = asyncio.get_running_loop().time() + SOON_S
+    while True:
+        async with raw_session(member) as session:
+            await session.send(hello())
+            try:
+                await session.receive()
+                return
+            except FallowError as error:
+                assert error.reason is Reason.KEY_IN_USE
+        assert asyncio.get_running_loop().time() < deadline

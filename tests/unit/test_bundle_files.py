@@ -92,6 +92,8 @@ def test_a_fixed_batch_is_taken_as_the_row_axis(tmp_path: Path) -> None:
         ([("x", F, None)], [("y", F, ["n"])], "row shape of input 'x' open"),
         ([("x", F, ["n"])], [("y", F, ["n", "m"])], "row shape of output 'y' open: [m]"),
         ([], [("y", F, ["n"])], "takes no input"),
+        ([("x", F, ["n"])], [("x", F, ["n"])], "output 'x' has the name of an input"),
+        ([("x", F, ["n"])], [("fallow.row", F, ["n"])], "output 'fallow.row' begins with 'fallow.'"),
     ],
 )
 def test_a_signature_that_is_no_row_function_is_refused(
@@ -112,9 +114,19 @@ def test_open_dimensions_can_be_said(tmp_path: Path) -> None:
     assert "cannot have row shape [7, 4]" in str(refused(path, shapes={"x": (7, 4), "z": (2,)}))
 
 
+def test_an_open_dimension_comes_with_the_words_that_close_it(tmp_path: Path) -> None:
+    named = save_model(tmp_path / "named.onnx", [("x", F, ["n", "width", 3])], [("y", F, ["n"])])
+    hint = refused(named).hint
+    assert all(words in hint for words in ('dims={"width": N}', "--dim width=N", "--shape x=N,3"))
+    assert Bundle.from_onnx(named, dims={"width": 2}).manifest.input_schema.fixed_row_bytes == 24
+    unnamed = save_model(tmp_path / "unnamed.onnx", [("x", F, ["n", None])], [("y", F, ["n"])])
+    assert refused(unnamed).hint == 'say it: shapes={"x": (N,)} (`--shape x=N`)'
+
+
 def test_outputs_can_be_chosen(tmp_path: Path) -> None:
     path = save_model(tmp_path / "m.onnx", [("x", F, ["n"])], [("y", F, ["n"]), ("loss", F, [])])
     assert [c.name for c in Bundle.from_onnx(path, outputs=["y"]).manifest.output_schema.columns] == ["y"]
+    assert Bundle.from_onnx(path, outputs="y").digest == Bundle.from_onnx(path, outputs=["y"]).digest
     assert "no output 'q'" in str(refused(path, outputs=["q"]))
 
 

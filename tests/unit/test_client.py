@@ -431,6 +431,8 @@ async def test_a_model_that_changed_after_bundling_is_refused(client: AsyncClien
         ({"inputs": {"x": "q"}}, Reason.SCHEMA_MISMATCH, "q"),
         ({"title": "x" * 201}, Reason.LIMIT_EXCEEDED, "title"),
         ({"idempotency_key": b"short"}, Reason.FIELD_INVALID, "idempotency_key"),
+        ({"failed_rows_max": -1}, Reason.FIELD_INVALID, "failed_rows_max"),
+        ({"failed_rows_max": 10**12}, Reason.FIELD_INVALID, "failed_rows_max"),
     ],
 )
 async def test_what_is_wrong_is_told_before_anything_travels(
@@ -441,6 +443,78 @@ async def test_what_is_wrong_is_told_before_anything_travels(
         await client.map(Bundle.from_onnx(model), rows_of(1), **({"data": "public"} | changes))
     assert (error.value.reason, error.value.field) == (reason, field)
     assert not coordinator.seen
+
+
+async def test_one_kept_column_may_be_named_alone(client: AsyncClient, model: Path) -> None:
+    job = await client.map(Bundle.from_onnx(model), rows_of(2), data="public", keep="name")
+    assert (await job.table()).column("name").to_pylist() == ["row 0", "row 1"]
+
+
+async def test_kept_times_finer_than_python_knows_come_back(client: AsyncClient, model: Path, tmp_path: Path) -> None:
+    column = pa.FixedSizeListArray.from_arrays(pa.array([1.0, 2.0], pa.float32()), 2)
+    at = pa.array([1_000_000_001], pa.timestamp("ns", "UTC"))
+    nested = pa.StructArray.from_arrays([at], ["at"])
+    rows = pa.table({"x": column, "at": at, "nested": nested})
+    job = await client.map(Bundle.from_onnx(model), rows, data="public", keep=["at", "nested"])
+    assert (await job.table()).column("at").cast(pa.int64()).to_pylist() == [1_000_000_001]
+    (row,) = [row async for row in job.results()]
+    assert row.kept["at"].isoformat() == "1970-01-01T00:00:01+00:00" == row.kept["nested"]["at"].isoformat()
+    saved = await job.save(tmp_path / "out.jsonl")
+    assert json.loads(saved.path.read_text())["at"].startswith("1970-01-01 00:00:01")
+
+
+async def test_json_lines_are_json_whatever_a_model_gives(client: AsyncClient, model: Path, tmp_path: Path) -> None:
+    values = np.array([[1, np.nan], [np.inf, -np.inf]], np.float32)
+    job = await client.map(Bundle.from_onnx(model), {"x": values}, data="public")
+    saved = await job.save(tmp_path / "out.jsonl")
+
+    def no_constant(name: str) -> float:
+        raise AssertionError(f"{name} is no JSON")
+
+    lines = [json.loads(line, parse_constant=no_constant) for line in saved.path.read_text().splitlines()]
+    assert [line["y"] for line in lines] == [[-1, "NaN"], ["-Infinity", "Infinity"]]
+
+
+async def test_a_column_that_a_file_cannot_hold_is_told_with_another_way(
+    client: AsyncClient, model: Path, tmp_path: Path
+) -> None:
+    column = pa.FixedSizeListArray.from_arrays(pa.array([1.0, 2.0], pa.float32()), 2)
+    rows = pa.table({"x": column, "age": pa.array([pa.MonthDayNano([1, 2, 3])])})
+    job = await client.map(Bundle.from_onnx(model), rows, data="public", keep=["age"])
+    with pytest.raises(FallowError, match=r"cannot go into a \.parquet file") as error:
+        await job.save(tmp_path / "out.parquet")
+    assert ".arrow" in error.value.hint
+    assert list(tmp_path.glob("*out*")) == []
+    assert (await job.save(tmp_path / "out.arrow")).rows == 1
+
+
+async def test_an_unknown_order_is_refused(client: AsyncClient, model: Path) -> None:
+    job = await client.map(Bundle.from_onnx(model), rows_of(1), data="public")
+    wrong: Any = "rows"
+    for stream in (job.results(wrong), job.batches(wrong)):
+        with pytest.raises(FallowError, match="'rows' is no order") as error:
+            await anext(stream)
+        assert error.value.limit == "row, any"
+
+
+async def test_a_closed_client_says_so(coordinator: FakeCoordinator, model: Path) -> None:
+    client = await connect_async(coordinator.credentials)
+    job = await client.map(Bundle.from_onnx(model), rows_of(1), data="public")
+    await client.close()
+    for use in (job.status, job.table, client.jobs):
+        with pytest.raises(FallowError, match="this client is closed"):
+            await use()
+    await client.close()
+
+
+async def test_a_failed_job_tells_why_its_first_row_failed(
+    client: AsyncClient, coordinator: FakeCoordinator, model: Path
+) -> None:
+    coordinator.failing = {2: "index 99 is out of bounds", 3: "later"}
+    coordinator.final = JobState.FAILED
+    job = await client.map(Bundle.from_onnx(model), rows_of(5), data="public")
+    with pytest.raises(FallowError, match="row 2: index 99 is out of bounds"):
+        await job.table()
 
 
 async def test_data_has_no_default(client: AsyncClient, model: Path) -> None:
@@ -537,6 +611,28 @@ def interrupt_when_waiting(stream: Iterator[Any]) -> None:
             pass
     finally:
         timer.join()
+
+
+def test_a_forked_process_is_told_that_it_has_no_connection(tmp_path: Path) -> None:
+    fake = FakeCoordinator(tmp_path, negated)
+    server = LoopThread()
+    server.run(fake.start())
+    try:
+        with connect(fake.credentials) as client:
+            told: list[str] = []
+            # A fork for real would leave threads of this very test run behind in the child.
+            here = os.getpid()
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(os, "getpid", lambda: here + 1)
+                for use in (client.jobs, lambda: connect(fake.credentials)):
+                    with pytest.raises(FallowError, match="forked") as error:
+                        use()
+                    told.append(error.value.hint)
+            assert all("spawn" in hint for hint in told)
+            assert client.jobs() == []
+    finally:
+        server.run(fake.stop())
+        server.stop()
 
 
 def test_nobody_logged_in_is_told_where_was_looked(tmp_path: Path, monkeypatch: Any) -> None:

@@ -272,7 +272,7 @@ def test_pre_emption_is_not_a_failure_but_does_not_go_on_for_ever() -> None:
 
 
 def test_a_program_that_crashes_workers_of_two_accounts_is_held_and_its_jobs_fail() -> None:
-    world, _, job_id, lease = leased_world(400)
+    world, _, job_id, lease = leased_world(10_000)
     other_id = world.volunteer("other")
     world.pack_all()
     turn = world.take(world.fail_command(lease, Cause.PROGRAM, "segfault"))

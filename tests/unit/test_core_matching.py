@@ -19,7 +19,13 @@ from fallow_coordinator.core import commands as c
 from fallow_coordinator.core import cutting
 from fallow_coordinator.core.answers import AccountMade
 from fallow_coordinator.core.cutting import Cost, Layout, cut_size, unit_micros
-from fallow_coordinator.core.limits import RUNTIME_MS_MIN, TASK_BLOCKS_MAX, UNIT_MICROS
+from fallow_coordinator.core.limits import (
+    RUNTIME_MS_MIN,
+    TASK_BLOCKS_MAX,
+    TASK_UNITS_MIN,
+    TASK_UNITS_TARGET,
+    UNIT_MICROS,
+)
 from fallow_coordinator.core.state import TaskPhase
 from simulation.core_world import World, blob, capability
 
@@ -36,7 +42,7 @@ def test_two_equal_workers_share_a_job_evenly_to_the_end() -> None:
     assert sum(rows.values()) == 7_700
     assert max(rows.values()) - min(rows.values()) <= 7_700 * 0.1
     last = world.state.jobs[job_id].results[-1]
-    assert sum(span.rows for span in last.spans) * 2_000 <= UNIT_MICROS // 2, "the tail is short"
+    assert sum(span.rows for span in last.spans) * 2_000 <= UNIT_MICROS, "the tail is short"
 
 
 def test_work_is_packed_ahead_for_each_slot_and_no_further() -> None:
@@ -130,15 +136,15 @@ costs = st.builds(Cost, st.sampled_from([0, 1, 500, 100_000, 5_000_000]), st.sam
 
 @settings(max_examples=150, deadline=None)
 @given(
-    layout=layouts(), cost=costs, batch=st.integers(1, 64), slots=st.integers(1, 500), output=st.integers(0, 1 << 24)
+    layout=layouts(), cost=costs, batch=st.integers(1, 64), leases=st.integers(1, 500), output=st.integers(0, 1 << 24)
 )
 def test_cuts_partition_the_job_and_fit_their_blocks(
-    layout: Layout, cost: Cost, batch: int, slots: int, output: int
+    layout: Layout, cost: Cost, batch: int, leases: int, output: int
 ) -> None:
     total, start, tasks = layout.row_starts[-1], 0, 0
     cut = RangeSet()
     while start < total:
-        rows = cut_size(layout, cost, start=start, batch_rows=batch, slots=slots, output_row_bytes=output)
+        rows = cut_size(layout, cost, start=start, batch_rows=batch, leases=leases, output_row_bytes=output)
         assert 1 <= rows <= min(total - start, BLOCK_ROWS_MAX)
         first, last = layout.block_of(start), layout.block_of(start + rows - 1)
         assert last - first < TASK_BLOCKS_MAX
@@ -153,15 +159,15 @@ def test_cuts_partition_the_job_and_fit_their_blocks(
 
 
 @settings(max_examples=150, deadline=None)
-@given(layout=layouts(), cost=costs, start=st.integers(0, 100), slots=st.integers(1, 50))
+@given(layout=layouts(), cost=costs, start=st.integers(0, 100), leases=st.integers(1, 50))
 def test_a_cut_costs_no_more_than_its_share_unless_a_batch_does(
-    layout: Layout, cost: Cost, start: int, slots: int
+    layout: Layout, cost: Cost, start: int, leases: int
 ) -> None:
     total = layout.row_starts[-1]
     start = min(start, total - 1)
-    rows = cut_size(layout, cost, start=start, batch_rows=1, slots=slots, output_row_bytes=0)
+    rows = cut_size(layout, cost, start=start, batch_rows=1, leases=leases, output_row_bytes=0)
     left = unit_micros(layout, cost, start, total)
-    share = min(8 * UNIT_MICROS, max(UNIT_MICROS // 2, left // (2 * slots)))
+    share = min(TASK_UNITS_TARGET * UNIT_MICROS, max(TASK_UNITS_MIN * UNIT_MICROS, left // leases))
     assert rows == 1 or unit_micros(layout, cost, start, start + rows) <= share or start + rows == total
 
 
@@ -178,7 +184,7 @@ def test_a_cut_is_made_of_whole_batches_but_for_the_end() -> None:
     layout, cost = Layout((0, 1_003), (0, 10_000)), Cost(10_000, 0)
     start, sizes = 0, []
     while start < 1_003:
-        sizes.append(cut_size(layout, cost, start=start, batch_rows=32, slots=2, output_row_bytes=0))
+        sizes.append(cut_size(layout, cost, start=start, batch_rows=32, leases=2, output_row_bytes=0))
         start += sizes[-1]
     assert all(rows % 32 == 0 for rows in sizes[:-1]) and sizes[-1] >= 32
 
@@ -188,7 +194,7 @@ def test_a_job_of_many_cheap_rows_never_has_too_many_tasks() -> None:
     layout = Layout(tuple(range(0, rows + 1, 500)), tuple(range(0, 20_001)))
     start = tasks = 0
     while start < rows:
-        start += cut_size(layout, Cost(10_000_000, 0), start=start, batch_rows=1, slots=1_000, output_row_bytes=0)
+        start += cut_size(layout, Cost(10_000_000, 0), start=start, batch_rows=1, leases=1_000, output_row_bytes=0)
         tasks += 1
     assert tasks <= JOB_TASKS_MAX
 

@@ -15,10 +15,10 @@ from simulation.core_world import World, capability, digest, of_kind
 
 
 def busy_world(window: int = 2) -> World:
-    """A job of 400 rows, one worker `w`, its leases in its hands."""
+    """A job of 10,000 rows, one worker `w`, its leases in its hands."""
     world = World().start().ready_bundle()
     world.volunteer("w", window=window)
-    world.submit(400)
+    world.submit(10_000)
     world.pack_all()
     return world
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -15,7 +16,16 @@ from fallow_worker.engine.frames import FrameError
 from fallow_worker.engine.protocol import ROW_FAILURES_LISTED_PER_TASK_MAX
 from fallow_worker.executor import WorkFailed
 from fallow_worker.executor.ray_messages import FromDriver, ToDriver, encode, end_of, read_frame, start_of, work_of
-from fallow_worker.executor.shards import cut, join, join_failures, join_usage, shard_ranges, weighted_ranges
+from fallow_worker.executor.shards import (
+    SHARD_BATCHES_MIN,
+    SHARDS_MAX,
+    cut,
+    join,
+    join_failures,
+    join_usage,
+    shard_ranges,
+    weighted_ranges,
+)
 from fallow_worker.ports import LoadedBundle, Outcome, Work
 
 DIGEST = Digest(b"s" * 32)
@@ -24,16 +34,22 @@ COUNTS = st.integers(1, 5000)
 BATCHES = st.integers(1, 64)
 
 
-@given(COUNTS, BATCHES, st.integers(1, 16), st.integers(1, 8))
-def test_shards_cover_every_row_once_at_whole_batches(rows: int, batch: int, seats: int, per_seat: int) -> None:
-    ranges = shard_ranges(rows, batch_rows=batch, seats=seats, shards_per_seat=per_seat)
-    assert [row for part in ranges for row in range(part.start, part.end)] == list(range(rows))
+@given(st.integers(1, 200_000), BATCHES, st.integers(1, 64))
+def test_shards_cover_every_row_once_at_whole_batches(rows: int, batch: int, seats: int) -> None:
+    ranges = shard_ranges(rows, batch_rows=batch, seats=seats)
+    assert (ranges[0].start, ranges[-1].end) == (0, rows)
+    assert all(before.end == after.start for before, after in pairwise(ranges))
     assert all(len(part) >= 1 and part.start % batch == 0 for part in ranges)
-    assert len(ranges) <= seats * per_seat
-    batches = [-(-len(part) // batch) for part in ranges]
-    assert max(batches) - min(batches) <= 1
-    if rows >= seats * batch:
-        assert len(ranges) >= seats, "no child stands idle"
+    assert len(ranges) <= SHARDS_MAX
+
+
+@given(st.integers(1, 5000), st.integers(1, 16))
+def test_no_child_stands_idle_and_the_last_shards_are_short(batches: int, seats: int) -> None:
+    lengths = [len(part) for part in shard_ranges(batches, batch_rows=1, seats=seats)]
+    assert max(lengths) <= max(-(-batches // seats), 2 * SHARD_BATCHES_MIN)
+    if batches >= seats:
+        assert len(lengths) >= seats // 2 + 1
+    assert lengths[-1] < 2 * SHARD_BATCHES_MIN
 
 
 @given(COUNTS, BATCHES, st.lists(st.integers(1, 64), min_size=1, max_size=8))
@@ -49,7 +65,7 @@ def test_a_block_cut_and_joined_is_the_same_bytes(rows: list[bytes], batch: int,
     features = [(len(row),) for row in rows] if featured else []
     block = pack(DIGEST, rows, features, NONCE)
     parsed = RowBlock.parse(block)
-    ranges = shard_ranges(len(rows), batch_rows=batch, seats=seats, shards_per_seat=4)
+    ranges = shard_ranges(len(rows), batch_rows=batch, seats=seats)
     assert join([cut(parsed, part, NONCE) for part in ranges], NONCE) == block
 
 

@@ -133,8 +133,8 @@ def test_a_flat_list_is_a_tensor_of_any_shape(tmp_path: Path) -> None:
     ("values", "told"),
     [
         (pa.array([[1.0, 2.0], None], pa.list_(pa.float32())), "'x' is null in row 1"),
-        (pa.array([[1.0, None]], pa.list_(pa.float32())), "'x' has nulls inside its lists"),
-        (pa.array([[1.0], [1.0, 2.0]], pa.list_(pa.float32())), "'x' has lists of 1 to 2 elements"),
+        (pa.array([[1.0, None]], pa.list_(pa.float32())), "'x' has a null inside its list in row 0"),
+        (pa.array([[1.0], [1.0, 2.0]], pa.list_(pa.float32())), "'x' has a list of 1 elements in row 0"),
         (pa.array([[1.0, 2.0, 3.0]], pa.list_(pa.float32())), "has shape [1, 3], the schema wants [rows, 2]"),
         (pa.array([[1.0, 2.0]], pa.list_(pa.float64())), "'x' is float64, the schema wants float32"),
         (pa.array(["1"]), "'x' is string"),
@@ -145,6 +145,114 @@ def test_a_column_that_does_not_fit_is_named(tmp_path: Path, values: pa.Array, t
     error = refused(lambda: read(TableSource(pa.table({"x": values})), X, tmp_path))
     assert error.reason is Reason.SCHEMA_MISMATCH
     assert told in str(error)
+
+
+@pytest.mark.parametrize(
+    ("spoiled", "told"),
+    [
+        (None, "'x' is null in row 150001"),
+        ([1.0, None], "'x' has a null inside its list in row 150001"),
+        ([1.0], "'x' has a list of 1 elements in row 150001"),
+    ],
+)
+def test_a_row_is_counted_from_the_first_of_the_dataset(tmp_path: Path, spoiled: Any, told: str) -> None:
+    rows: list[Any] = [[1.0, 2.0]] * 200_000
+    rows[150_001] = spoiled
+    table = pa.table({"x": pa.array(rows, pa.list_(pa.float32()))})
+    pq.write_table(table.slice(0, 100_000), tmp_path / "1.parquet", row_group_size=7_000)
+    pq.write_table(table.slice(100_000), tmp_path / "2.parquet", row_group_size=7_000)
+    for source in (TableSource(table), ParquetSource([tmp_path / "1.parquet", tmp_path / "2.parquet"])):
+        error = refused(lambda source=source: read(source, X, tmp_path))  # type: ignore[misc]
+        assert told in str(error)
+        assert error.field == "x[150001]"
+
+
+def test_a_row_of_a_list_is_counted_from_the_first_of_the_dataset(tmp_path: Path) -> None:
+    contents: list[Any] = [b"x"] * 10_000
+    contents[9_000] = "text"
+    assert refused(lambda: read(ArraySource({"bytes": contents}), BYTES, tmp_path)).field == "bytes[9000]"
+
+
+def test_masked_values_are_no_rows(tmp_path: Path) -> None:
+    values = np.ma.MaskedArray(np.ones((3, 2), np.float32), mask=False)
+    blocks, _, _ = read(ArraySource({"x": values}), X, tmp_path)
+    assert len(column(blocks, X, "x")) == 3
+    values[1, 0] = np.ma.masked
+    assert "'x' has masked values" in str(refused(lambda: read(ArraySource({"x": values}), X, tmp_path)))
+    sides = {"a": values[:, 0], "b": values[:, 1]}
+    assert "'a' has masked values" in str(
+        refused(lambda: read(ArraySource(sides), X, tmp_path, inputs={"x": ("a", "b")}))
+    )
+
+
+class Frame:
+    """What pandas and polars give of themselves."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self._table = table
+
+    def __arrow_c_stream__(self, requested_schema: object = None) -> object:
+        return self._table.__arrow_c_stream__(requested_schema)
+
+
+def test_data_frames_are_rows(tmp_path: Path) -> None:
+    blocks, _, kept = read(source_of(Frame(pa.table({"id": [4, 5], "s": ["a", "b"]})), ID), ID, tmp_path, keep=("s",))
+    assert column(blocks, ID, "id") == [4, 5]
+    assert kept is not None
+    assert kept.column("s").to_pylist() == ["a", "b"]
+    error = refused(lambda: source_of(pa.chunked_array([[1]]), ID))
+    assert "rows cannot be taken from ChunkedArray" in str(error)
+
+
+def test_a_list_of_names_is_files_unless_text_is_wanted(tmp_path: Path) -> None:
+    for name, value in (("a.parquet", 1), ("B.PARQUET", 2)):
+        pq.write_table(pa.table({"id": [value]}), tmp_path / name)
+    names = [str(tmp_path / "a.parquet"), str(tmp_path / "B.PARQUET")]
+    for rows in (names, [Path(name) for name in names], tmp_path):
+        blocks, _, _ = read(source_of(rows, ID), ID, tmp_path)
+        assert sorted(column(blocks, ID, "id")) == [1, 2]
+    assert column(read(source_of(names[1], ID), ID, tmp_path)[0], ID, "id") == [2]
+    text = Schema((StringColumn("text"),))
+    assert column(read(source_of(names, text), text, tmp_path)[0], text, "text") == names
+
+
+def halves(values: list[Any], kind: pa.DataType | None = None) -> pa.ChunkedArray:
+    return pa.chunked_array([pa.array(values, kind)] * 2)
+
+
+ENCODED = [pa.array(part).dictionary_encode() for part in (["a", "b"], ["c", "d"])]
+"""Two parts with a dictionary each."""
+
+
+@pytest.mark.parametrize(
+    ("values", "kept_type"),
+    [
+        (halves(["a", None], pa.string_view()), pa.large_string()),
+        (halves([b"a", None], pa.binary_view()), pa.large_binary()),
+        (halves([["a"], None], pa.list_(pa.string_view())), pa.list_(pa.large_string())),
+        (pa.chunked_array([pa.RunEndEncodedArray.from_arrays([1, 4], ["a", "b"])]), pa.string()),
+        (
+            pa.chunked_array(
+                [pa.StructArray.from_arrays([encoded], ["k"]) for encoded in ENCODED]
+            ),
+            pa.struct([("k", pa.string())]),
+        ),
+        (
+            pa.chunked_array(
+                [pa.ListArray.from_arrays([0, 1, 2], encoded) for encoded in ENCODED]
+            ),
+            pa.list_(pa.string()),
+        ),
+        (halves([{"at": 1}, None], pa.struct([("at", pa.timestamp("ns", "UTC"))])), None),
+    ],
+)  # fmt: skip
+def test_columns_of_any_type_are_kept(tmp_path: Path, values: pa.ChunkedArray, kept_type: pa.DataType | None) -> None:
+    _, _, kept = read(TableSource(pa.table({"id": range(4), "k": values})), ID, tmp_path, keep=("k",))
+    assert kept is not None
+    assert kept.schema.field("k").type == (kept_type or values.type)
+    assert kept.filter(pa.array([True, False, True, False])).num_rows == 2
+    if kept_type is not None:
+        assert kept.column("k").to_pylist() == values.to_pylist()
 
 
 def test_strings_bytes_and_ragged_columns_come_from_tables(tmp_path: Path) -> None:

@@ -193,6 +193,15 @@ def test_never_more_runs_than_slots_and_the_next_begins_at_once() -> None:
     assert worker.world.runs == 2
 
 
+def test_a_lease_waits_inside_the_executor_so_that_its_children_never_do(worker: Worker) -> None:
+    worker.world = replace(worker.world, terms=replace(worker.world.terms, runs_queued=1))
+    leases = [lease(number) for number in range(3)]
+    for granted in leases:
+        worker.runs(granted)
+    assert worker.world.runs == worker.world.terms.slots + 1
+    assert Run(without_offer(leases[2]), OFFER) in worker.after(Ran(leases[0].lease_id, commitment(leases[0])))
+
+
 def test_the_next_run_begins_while_the_root_of_the_last_is_computed(worker: Worker) -> None:
     first, second = lease(1), lease(2)
     worker.runs(first)

@@ -416,7 +416,8 @@ class Daemon:
             receipt = await self._transfers.upload(grant, self._outputs[lease_id])
         except (FallowError, OSError) as error:
             _log.warning("upload.failed lease=%s %s", lease_id, error)
-            self._moved(lease_id, UploadFailed(lease_id, trouble_of(error), clipped(str(error)), ENTROPY.random()))
+            trouble = trouble_of(error, uploading=True)
+            self._moved(lease_id, UploadFailed(lease_id, trouble, clipped(str(error)), ENTROPY.random()))
             return
         self._moved(lease_id, Uploaded(lease_id, receipt))
 

@@ -19,6 +19,7 @@ from fallow.roles import Role, Tier
 from fallow.session import Capability, DeviceLevel
 from fallow_worker.bundle_cache import BundleCache
 from fallow_worker.config import PREDECESSOR_WAIT_S, WorkerConfig, drain_run_grace_ms, offer_words, refusal
+from fallow_worker.core.limits import RUNS_QUEUED
 from fallow_worker.core.world import Terms
 from fallow_worker.daemon import Daemon
 from fallow_worker.executor import WorkFailed
@@ -108,6 +109,7 @@ def terms_of(config: WorkerConfig, capability: Capability) -> Terms:
         task_kinds=capability.task_kinds,
         refusal=refusal(config, capability.sandbox_level),
         idle_release_ms=config.idle_release_ms,
+        runs_queued=RUNS_QUEUED,
     )
 
 

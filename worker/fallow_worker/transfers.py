@@ -152,9 +152,12 @@ class Transfers:
         return block
 
 
-def trouble_of(error: FallowError | OSError) -> FetchTrouble:
-    """What to do about a failed transfer."""
-    if isinstance(error, OSError):
+def trouble_of(error: FallowError | OSError, *, uploading: bool = False) -> FetchTrouble:
+    """What to do about a failed transfer.
+
+    No room here ends the lease: others may have some. No room over there is worth waiting for: the work is done.
+    """
+    if isinstance(error, OSError) or (uploading and error.reason is Reason.STORAGE_FULL):
         return FetchTrouble.TRY_AGAIN
     return _TROUBLES.get(error.reason, FetchTrouble.TRY_AGAIN)
 

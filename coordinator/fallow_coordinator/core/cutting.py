@@ -8,15 +8,13 @@ from dataclasses import dataclass
 from fallow.limits import BLOCK_BYTES_MAX, BLOCK_ROWS_MAX, JOB_TASKS_MAX
 from fallow_coordinator.core.limits import (
     TASK_BLOCKS_MAX,
-    TASK_SHARES_PER_SLOT,
-    TASK_UNITS_MIN_DENOMINATOR,
-    TASK_UNITS_MIN_NUMERATOR,
+    TASK_UNITS_MIN,
     TASK_UNITS_TARGET,
     UNIT_MICROS,
 )
 
 _TARGET = TASK_UNITS_TARGET * UNIT_MICROS
-_SMALLEST = UNIT_MICROS * TASK_UNITS_MIN_NUMERATOR // TASK_UNITS_MIN_DENOMINATOR
+_SMALLEST = TASK_UNITS_MIN * UNIT_MICROS
 _ROW_OVERHEAD_BYTES = 64
 """Offsets, size features and length prefixes of an output row, generously."""
 
@@ -56,18 +54,19 @@ def unit_micros(layout: Layout, cost: Cost, start: int, end: int) -> int:
     return max(1, cost.unit_micros_per_row * (end - start) + cost.unit_micros_per_kib * size_bytes // 1024)
 
 
-def cut_size(layout: Layout, cost: Cost, *, start: int, batch_rows: int, slots: int, output_row_bytes: int) -> int:
+def cut_size(layout: Layout, cost: Cost, *, start: int, batch_rows: int, leases: int, output_row_bytes: int) -> int:
     """How many rows, from `start` on, the next task takes: at least 1, at most what is left.
 
-    About one in `slots` × `TASK_SHARES_PER_SLOT` of what is left, between half a unit and `TASK_UNITS_TARGET` (guided
-    self-scheduling: Polychronopoulos and Kuck, 1987), in whole canonical batches but for the end; never so much that
-    the packed block could exceed `BLOCK_BYTES_MAX` even if the large rows of every block it touches were its own. At
-    least one in `JOB_TASKS_MAX` / 2 of the job unless a block ends before: no job has more than `JOB_TASKS_MAX` tasks.
+    About one in `leases` of what is left, where `leases` is how many the workers are ready to hold, between
+    `TASK_UNITS_MIN` and `TASK_UNITS_TARGET` (guided self-scheduling: Polychronopoulos and Kuck, 1987), in whole
+    canonical batches but for the end; never so much that the packed block could exceed `BLOCK_BYTES_MAX` even if the
+    large rows of every block it touches were its own. At least one in `JOB_TASKS_MAX` / 2 of the job unless a block
+    ends before: no job has more than `JOB_TASKS_MAX` tasks.
     """
     total = layout.row_starts[-1]
-    assert 0 <= start < total and batch_rows > 0 and slots > 0, "there is something to cut"
+    assert 0 <= start < total and batch_rows > 0 and leases > 0, "there is something to cut"
     left = unit_micros(layout, cost, start, total)
-    target = min(_TARGET, max(_SMALLEST, left // (slots * TASK_SHARES_PER_SLOT)))
+    target = min(_TARGET, max(_SMALLEST, left // leases))
     ceiling = _ceiling(layout, start, output_row_bytes)
     least = max(batch_rows, -(-total // (JOB_TASKS_MAX // 2)))
     rows = max(least, _rows_for(layout, cost, start, ceiling, target))

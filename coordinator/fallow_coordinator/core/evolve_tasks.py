@@ -78,6 +78,7 @@ def evolve_task(state: State, event: TaskEvent, at_ms: int) -> None:
                 "the newest packing counts"
             )
             task.pack_failures += 1
+            task.last_cause, task.last_reason = Cause.PLATFORM, event.reason
             _wait(state, task, event.retry_at_ms)
         case e.LeaseGranted():
             _grant(state, event, at_ms)

@@ -51,13 +51,10 @@ PACK_PATIENCE_MS = 120 * SECOND_MS
 """A packing that nobody answered for so long is asked for again, with the next number."""
 
 UNIT_MICROS = 1_000_000
-TASK_UNITS_TARGET = 8
+TASK_UNITS_TARGET = 30
 """Largest task, in units: seconds of a reference core."""
-TASK_UNITS_MIN_NUMERATOR = 1
-TASK_UNITS_MIN_DENOMINATOR = 2
-"""Smallest task worth its overhead: half a unit."""
-TASK_SHARES_PER_SLOT = 2
-"""A task takes at most one in (slots × this) of what is left, so that all workers end together."""
+TASK_UNITS_MIN = 1
+"""Smallest task worth its overhead."""
 SLOTS_PER_WORKER_MAX = 1_024
 
 RUNTIME_MS_MIN = 60 * SECOND_MS

@@ -127,7 +127,7 @@ def _transfer_ms(task: Task) -> int:
     return 2 * length_bytes // TRANSFER_BYTES_PER_MS_MIN
 
 
-def _cut(state: State, job: Job, slots: int, names: Names) -> tuple[e.Event, ...]:
+def _cut(state: State, job: Job, leases: int, names: Names) -> tuple[e.Event, ...]:
     bundle = state.bundles[job.bundle_digest]
     report = bundle.report
     assert report is not None, "a job is queued when its bundle is inspected"
@@ -138,7 +138,7 @@ def _cut(state: State, job: Job, slots: int, names: Names) -> tuple[e.Event, ...
         cost,
         start=job.next_row,
         batch_rows=max(1, report.canonical_batch_rows),
-        slots=max(1, slots),
+        leases=max(1, leases),
         output_row_bytes=bundle.output_row_bytes,
     )
     end = job.next_row + rows

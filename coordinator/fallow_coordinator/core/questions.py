@@ -90,6 +90,13 @@ def waiting_reason(state: State, job_id: JobId) -> tuple[str, str]:
         return _why_pending(state, job)
     if job.state not in _WAITING or job.rows_leased:
         return "", ""
+    sentence, code = _why_waiting(state, job)
+    failures = (state.tasks[task_id].last_reason for task_id in job.tasks)
+    last = next((reason for reason in failures if reason), "")
+    return (f"{sentence}; the last try ended: {last}" if last else sentence), code
+
+
+def _why_waiting(state: State, job: Job) -> tuple[str, str]:
     groups = [state.groups[key] for key in groups_of_lane(job.lane) if key in state.groups]
     if not any(group.window_total for group in groups):
         allowed = ", ".join(key.tier.value for key in groups_of_lane(job.lane))

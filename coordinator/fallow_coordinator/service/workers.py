@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Final, assert_never
 
 import grpc
@@ -36,7 +36,7 @@ from fallow.session import (
 )
 from fallow.session_signature import NO_SESSION
 from fallow.v1 import worker_service_pb2 as pb
-from fallow_coordinator.core.answers import SessionGranted
+from fallow_coordinator.core.answers import Decision, SessionGranted
 from fallow_coordinator.core.commands import (
     ChangeCapability,
     CloseSession,
@@ -73,6 +73,8 @@ from fallow_coordinator.service.worker_session import (
 _log = logging.getLogger(__name__)
 
 HELLO_PATIENCE_S: Final = 10.0
+REFUSAL_PATIENCE_S: Final = 2.0
+"""How long a refusal waits for the message that it answers."""
 RESUME_TOKEN_BYTES: Final = 32
 SILENT_HEARTBEATS_MAX: Final = 3
 """Heartbeat intervals without any message after which a stream is half-open and closed."""
@@ -121,8 +123,15 @@ class WorkerService:
 
     async def session(self, context: Context, peer: Peer) -> None:
         """The whole life of one stream."""
-        caller = await self._doorkeeper.admit(peer, Role.WORKER)
-        with self._streams.open(caller.party_id, caller.not_after_ms) as stream:
+        async with contextlib.AsyncExitStack() as stack:
+            try:
+                caller = await self._doorkeeper.admit(peer, Role.WORKER)
+                stream = stack.enter_context(self._streams.open(caller.party_id, caller.not_after_ms))
+            except FallowError:
+                # A status that overtakes the worker's first message is lost in its gRPC, which then says INTERNAL.
+                with contextlib.suppress(TimeoutError, FallowError):
+                    await asyncio.wait_for(read_message(context), REFUSAL_PATIENCE_S)
+                raise
             hello, sequence = await self._hello(context, caller)
             resume_token = secrets.token_bytes(RESUME_TOKEN_BYTES)
             with self._outbox.opening():
@@ -157,7 +166,7 @@ class WorkerService:
                 reason = await self._run(session)
             finally:
                 self._outbox.forget(session.session_id)
-                self._close(session, reason)
+                self._in_background(self._submit_close(session, reason))
 
     async def drain(self) -> None:
         """Waits until the ends of all streams have been submitted."""
@@ -195,19 +204,30 @@ class WorkerService:
         return hello, request.sequence
 
     async def _open(self, caller: Caller, hello: Hello, resume_token: bytes) -> SessionGranted:
-        decision = await self._engine.submit(
-            OpenSession(
-                worker_id=caller.party_id,
-                resume_token_digest=digest_of(hello.resume_token) if hello.resume_token else None,
-                next_resume_token_digest=digest_of(resume_token),
-                capability=hello.capability,
-                window=hello.window,
-                held_leases=hello.held_leases,
-            )
+        command = OpenSession(
+            worker_id=caller.party_id,
+            resume_token_digest=digest_of(hello.resume_token) if hello.resume_token else None,
+            next_resume_token_digest=digest_of(resume_token),
+            capability=hello.capability,
+            window=hello.window,
+            held_leases=hello.held_leases,
         )
+        deciding = asyncio.create_task(self._engine.submit(command))
+        try:
+            decision = await asyncio.shield(deciding)
+        except asyncio.CancelledError:
+            # The worker hung up while the disk was busy: a session that nobody knows of must not keep it out.
+            self._in_background(self._close_unknown(deciding))
+            raise
         answer = decision.answer
         assert isinstance(answer, SessionGranted), "opening grants a session"
         return answer
+
+    async def _close_unknown(self, deciding: asyncio.Task[Decision]) -> None:
+        with contextlib.suppress(FallowError):
+            answer = (await deciding).answer
+            assert isinstance(answer, SessionGranted), "opening grants a session"
+            await self._engine.submit(CloseSession(answer.session_id, "the connection was lost before the Welcome"))
 
     # ------------------------------------------------------------------------------------------- running
 
@@ -247,9 +267,9 @@ class WorkerService:
         while (left_s := session.last_heard + patience_s - loop.time()) > 0:  # noqa: ASYNC110
             await asyncio.sleep(left_s)
 
-    def _close(self, session: WorkerSession, reason: str) -> None:
-        """Submits the session's end in a task of its own: the stream's coroutine may be cancelled already."""
-        task = asyncio.create_task(self._submit_close(session, reason))
+    def _in_background(self, work: Coroutine[object, object, None]) -> None:
+        """Runs on although the stream's coroutine is cancelled; `drain` waits for it."""
+        task = asyncio.create_task(work)
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
 

@@ -24,7 +24,15 @@ from fallow.client.connection import CALL_TIMEOUT_S, Connection
 from fallow.client.job import AsyncJob
 from fallow.client.kept import KeptColumns
 from fallow.client.retry import PATIENCE_S
-from fallow.client.submission import MapRequest, check_texts, data_class_of, dataset_reader, submission, upload_dataset
+from fallow.client.submission import (
+    MapRequest,
+    check_failed_rows_max,
+    check_texts,
+    data_class_of,
+    dataset_reader,
+    submission,
+    upload_dataset,
+)
 from fallow.credentials import Credentials
 from fallow.errors import FallowError, Reason
 from fallow.ids import Digest, JobId
@@ -171,7 +179,7 @@ class AsyncClient:
             bundle=bundle,
             rows=rows,
             data=data_class_of(data),
-            keep=tuple(keep),
+            keep=(keep,) if isinstance(keep, str) else tuple(keep),
             inputs=inputs or {},
             cast=cast,
             title=title,
@@ -180,6 +188,7 @@ class AsyncClient:
             pool_id=pool,
         )
         check_texts(request.title, request.idempotency_key)
+        check_failed_rows_max(options.failed_rows_max)
         # What is wrong with the rows is told before anything travels.
         reader = await asyncio.to_thread(dataset_reader, request, nonce_key=self._connection.nonce_key)
         await self.register(bundle)

@@ -40,6 +40,7 @@ class Connection:
         self.patience_s = patience_s
         self._renewing = asyncio.Lock()
         self._retired: set[asyncio.Task[None]] = set()
+        self._closed = False
         self._renew_at_ms: float = 0
         self.nonce_key = hashlib.sha256(b"fallow/client/nonce" + credentials.key.pem).digest()
         """A secret of this client, from its key, for nonces that only it can foretell."""
@@ -73,7 +74,17 @@ class Connection:
         return Backoff(self.patience_s)
 
     async def keep_fresh(self) -> None:
-        """Renews the certificate when half of its life is over; a failure counts only once it has ended."""
+        """Renews the certificate when half of its life is over; a failure counts only once it has ended.
+
+        Called before every use of a channel. Raises FIELD_INVALID once the connection is closed.
+        """
+        if self._closed:
+            raise FallowError(
+                Reason.FIELD_INVALID,
+                "this client is closed",
+                field="client",
+                hint="connect again; `client.job(id)` finds a job that was submitted",
+            )
         now_ms = time.time() * 1000
         if now_ms < self._renew_at_ms:
             return
@@ -107,6 +118,7 @@ class Connection:
 
     async def close(self) -> None:
         """Ends all calls."""
+        self._closed = True
         for task in self._retired:
             task.cancel()
         await asyncio.gather(self._control.close(), self._blobs.close(), *self._retired, return_exceptions=True)

@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final, Literal, get_args
 
 import pyarrow as pa
 
@@ -128,6 +128,7 @@ class AsyncJob:
 
     async def row_lists(self, order: Order = "row") -> AsyncGenerator[list[RowResult], None]:
         """As `results`, in handfuls."""
+        _check_order(order)
         kept = await self._kept_columns()
         async with aclosing(self._live(order)) as parts:
             async for part in parts:
@@ -146,6 +147,7 @@ class AsyncJob:
         Columns: kept ones, outputs, `fallow.row`, `fallow.status`, `fallow.cause`, `fallow.reason`; outputs of failed
         rows are null.
         """
+        _check_order(order)
         tables: ResultTables | None = None
         async with aclosing(self._live(order)) as parts:
             async for part in parts:
@@ -193,9 +195,9 @@ class AsyncJob:
     def _note(self, status: JobStatus) -> None:
         self._seen(status)
 
-    def _check_end(self) -> None:
+    def _check_end(self, results: Sequence[TaskResult] = ()) -> None:
         if self._last is not None and self._last.state in JOB_STATES_FINAL:
-            _check(self._last)
+            _check(self._last, results)
 
     async def _live(self, order: Order) -> AsyncGenerator[ResultRows, None]:
         outputs: Outputs | None = None
@@ -228,7 +230,7 @@ class AsyncJob:
                         outputs.hold(event)
                         arrived.append(Arrived(event.result, b""))
             if not partial:
-                self._check_end()
+                self._check_end([entry.result for entry in arrived])
             tables = await self._tables()
             results = [entry.result for entry in arrived]
             spans = [(span, results[index]) for span, index in final_spans(results)]
@@ -300,9 +302,21 @@ def _shares_of(spans: Sequence[tuple[RowSpan, TaskResult]]) -> tuple[WorkerShare
     return tuple(WorkerShare(worker, node, count) for (worker, node), count in rows.most_common())
 
 
-def _check(status: JobStatus) -> None:
-    """Raises JOB_FAILED or JOB_CANCELLED for a job that ended without success."""
+def _check_order(order: str) -> None:
+    if order not in get_args(Order):
+        raise FallowError(
+            Reason.FIELD_INVALID, f"{order!r} is no order of rows", field="order", limit=", ".join(get_args(Order))
+        )
+
+
+def _check(status: JobStatus, results: Sequence[TaskResult] = ()) -> None:
+    """Raises JOB_FAILED, with the first failed row of `results` if any, or JOB_CANCELLED, unless the job succeeded."""
     if status.state is JobState.FAILED:
-        raise FallowError(Reason.JOB_FAILED, f"job {status.job_id} failed: {status.reason or 'no reason was given'}")
+        told = f"job {status.job_id} failed: {status.reason or 'no reason was given'}"
+        failures = [failure for result in results for failure in result.failures]
+        if failures:
+            first = min(failures, key=lambda failure: failure.job_position)
+            told += f"; row {first.job_position}: {first.reason}"
+        raise FallowError(Reason.JOB_FAILED, told)
     if status.state is JobState.CANCELLED:
         raise FallowError(Reason.JOB_CANCELLED, f"job {status.job_id} was cancelled")

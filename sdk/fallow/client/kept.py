@@ -49,7 +49,7 @@ class KeptColumns:
 
     def rows(self, start: int, end: int) -> Sequence[Mapping[str, Any]]:
         """Kept values of positions `start` up to `end`, one mapping a row."""
-        return cast("list[dict[str, Any]]", self.table.slice(start, end - start).to_pylist())
+        return python_rows(self.table.slice(start, end - start))
 
     def take(self, positions: NDArray[np.int64]) -> pa.Table:
         """Kept columns of the rows at `positions`, in that order."""
@@ -68,3 +68,27 @@ class KeptColumns:
             (self.submitted_rows + index, RowFailure(Cause.ROW, f"could not be read: {reason}"))
             for index, reason in enumerate(cast("list[str]", reasons))
         ]
+
+
+def python_rows(table: pa.Table) -> list[dict[str, Any]]:
+    """One mapping a row, of Python values; times finer than a microsecond, which Python does not have, are cut."""
+    kinds = [_python_type(field.type) for field in table.schema]
+    for index, (field, kind) in enumerate(zip(table.schema, kinds, strict=True)):
+        if not kind.equals(field.type):
+            table = table.set_column(index, field.name, table.column(index).cast(kind, safe=False))
+    return cast("list[dict[str, Any]]", table.to_pylist())
+
+
+def _python_type(kind: pa.DataType) -> pa.DataType:
+    """`kind` with microseconds in place of nanoseconds."""
+    if pa.types.is_timestamp(kind) and kind.unit == "ns":
+        return pa.timestamp("us", kind.tz)
+    if pa.types.is_duration(kind) and kind.unit == "ns":
+        return pa.duration("us")
+    if pa.types.is_time64(kind) and kind.unit == "ns":
+        return pa.time64("us")
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_python_type(field.type)) for field in kind])
+    if pa.types.is_list(kind):
+        return pa.list_(kind.value_field.with_type(_python_type(kind.value_type)))
+    return kind

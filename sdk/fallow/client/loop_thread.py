@@ -9,6 +9,8 @@ import threading
 from collections.abc import AsyncGenerator, Coroutine, Iterator
 from typing import Any, ClassVar, Final, TypeVar
 
+from fallow.errors import FallowError, Reason
+
 Result = TypeVar("Result")
 
 STOP_TIMEOUT_S: Final = 5.0
@@ -18,27 +20,43 @@ class LoopThread:
     """A running event loop that other threads hand work to."""
 
     _shared: ClassVar[LoopThread | None] = None
-    _shared_process: ClassVar[int] = 0
     _making: ClassVar[threading.Lock] = threading.Lock()
 
     def __init__(self) -> None:
         """Starts the thread."""
+        self._process = os.getpid()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="fallow-client", daemon=True)
         self._thread.start()
 
     @classmethod
     def shared(cls) -> LoopThread:
-        """The loop of this process: one is enough, and gRPC likes it best."""
+        """The loop of this process: one is enough, and gRPC likes it best. Raises FIELD_INVALID in a forked child."""
         with cls._making:
-            # A forked child has the object without its thread.
-            if cls._shared is None or cls._shared_process != os.getpid():
-                cls._shared, cls._shared_process = cls(), os.getpid()
+            if cls._shared is None:
+                cls._shared = cls()
                 atexit.register(cls._shared.stop)
+            cls._shared.check_process()
             return cls._shared
+
+    def check_process(self) -> None:
+        """Raises FIELD_INVALID in a forked child: it has neither this thread nor gRPC's, and would hang or crash."""
+        if self._process != os.getpid():
+            raise FallowError(
+                Reason.FIELD_INVALID,
+                "this process was forked from one that had connected",
+                field="process",
+                limit="connections are not carried through a fork",
+                hint='start processes with multiprocessing.get_context("spawn"), or connect after the fork only',
+            )
 
     def run(self, work: Coroutine[Any, Any, Result]) -> Result:
         """The result of `work`; when the caller is interrupted, the work is cancelled."""
+        try:
+            self.check_process()
+        except FallowError:
+            work.close()
+            raise
         ended = threading.Event()
 
         async def tracked() -> Result:
@@ -66,7 +84,7 @@ class LoopThread:
 
     def stop(self) -> None:
         """Ends the loop; what still runs on it is cancelled."""
-        if self._loop.is_closed() or self._shared_process != os.getpid():
+        if self._loop.is_closed() or self._process != os.getpid():
             return
         future = asyncio.run_coroutine_threadsafe(_cancel_all(), self._loop)
         try:

@@ -14,15 +14,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Final
 
-from fallow.bundle import BytesCodec
+from fallow.bundle import RESERVED_PREFIX, BytesCodec
 from fallow.bundle_file import Bundle
 from fallow.client.blobs import BlobTransfers, Upload
-from fallow.client.tables import RESERVED_PREFIX
 from fallow.dataset import Block, DatasetReader
 from fallow.errors import FallowError, Reason
 from fallow.ids import Digest, digest_of
 from fallow.job import DatasetBlock, JobOptions
-from fallow.limits import BLOB_BYTES_MAX, INLINE_PAYLOAD_BYTES_MAX, TITLE_BYTES_MAX
+from fallow.limits import BLOB_BYTES_MAX, INLINE_PAYLOAD_BYTES_MAX, JOB_ROWS_MAX, TITLE_BYTES_MAX
 from fallow.roles import DataClass
 from fallow.rows import RowCodec
 from fallow.session import BlobReference
@@ -116,6 +115,17 @@ def check_texts(title: str, idempotency_key: bytes) -> None:
             f"an idempotency key of {len(idempotency_key)} bytes",
             field="idempotency_key",
             limit=f"{low} to {high} bytes",
+        )
+
+
+def check_failed_rows_max(count: int) -> None:
+    """Raises FIELD_INVALID for a number of failed rows that no job can allow."""
+    if not 0 <= count <= JOB_ROWS_MAX:
+        raise FallowError(
+            Reason.FIELD_INVALID,
+            f"failed_rows_max is {count}",
+            field="failed_rows_max",
+            limit=f"0 to {JOB_ROWS_MAX} rows",
         )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from fallow.arrow_rows import arrow_schema, to_arrow
-from fallow.client.kept import KeptColumns
+from fallow.client.kept import KeptColumns, python_rows
 from fallow.client.results import STATUS_FAILED, ResultRows
 from fallow.errors import FallowError, Reason
 from fallow.row_values import ColumnValues
@@ -30,7 +31,6 @@ ROW_COLUMN: Final = "fallow.row"
 STATUS_COLUMN: Final = "fallow.status"
 CAUSE_COLUMN: Final = "fallow.cause"
 REASON_COLUMN: Final = "fallow.reason"
-RESERVED_PREFIX: Final = "fallow."
 
 _FACTS: Final = [
     pa.field(ROW_COLUMN, pa.int64()),
@@ -167,6 +167,13 @@ class ResultFile:
             raise FallowError(
                 Reason.STORAGE_FULL, f"cannot write {self._path}: {error.strerror or error}", field="path"
             ) from error
+        except pa.ArrowException as error:
+            raise FallowError(
+                Reason.FIELD_INVALID,
+                f"these columns cannot go into a {self._path.suffix} file: {error}",
+                field="path",
+                hint="another ending may take them: .arrow, .jsonl",
+            ) from error
 
     def finish(self) -> Saved:
         """Makes the files visible; an older side file goes away when nothing failed."""
@@ -202,17 +209,34 @@ def check_result_path(path: Path) -> None:
 
 
 class _JsonLines:
-    """One JSON object a line; bytes are base64, tensors nested lists."""
+    """One JSON object a line; bytes are base64, tensors nested lists.
+
+    Floats that JSON does not have are the strings `NaN`, `Infinity` and `-Infinity`, as in protobuf's JSON.
+    """
 
     def __init__(self, path: Path, schema: pa.Schema) -> None:
         self._file = path.open("w", encoding="utf-8")
 
     def write_batch(self, batch: pa.RecordBatch) -> None:
-        for row in cast("list[dict[str, Any]]", batch.to_pylist()):
-            self._file.write(json.dumps(row, default=_jsonable, ensure_ascii=False) + "\n")
+        for row in python_rows(pa.Table.from_batches([batch])):
+            try:
+                line = json.dumps(row, default=_jsonable, ensure_ascii=False, allow_nan=False)
+            except ValueError:
+                line = json.dumps(_without_nan(row), default=_jsonable, ensure_ascii=False, allow_nan=False)
+            self._file.write(line + "\n")
 
     def close(self) -> None:
         self._file.close()
+
+
+def _without_nan(value: object) -> object:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else "NaN" if math.isnan(value) else f"{'-' * (value < 0)}Infinity"
+    if isinstance(value, dict):
+        return {str(key): _without_nan(entry) for key, entry in cast("dict[object, object]", value).items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(entry) for entry in cast("Sequence[object]", value)]
+    return value
 
 
 def _jsonable(value: object) -> object:

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from fallow.errors import FallowError, Reason
-from fallow.row_values import ColumnValues, converted, described
+from fallow.row_values import ColumnValues, converted, described, number_array
 from fallow.schema import BytesColumn, Column, TensorColumn
 from fallow.sources.port import (
     BATCH_BYTES_TARGET,
@@ -137,7 +137,7 @@ def _values(
             limit=described(column),
         )
     parts = [
-        converted(np.asarray(columns[name][start:end]), column.dtype, field=name, allow_cast=request.cast)
+        converted(number_array(columns[name][start:end], name), column.dtype, field=name, allow_cast=request.cast)
         for name in names
     ]
     for part, name in zip(parts, names, strict=True):

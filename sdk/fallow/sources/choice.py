@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from fallow.errors import FallowError, Reason
 from fallow.row_values import Array, ColumnValues
-from fallow.schema import BytesColumn, Schema
+from fallow.schema import BytesColumn, Schema, StringColumn
 from fallow.sources.arrays import ArraySource
 from fallow.sources.folder import FolderSource
 from fallow.sources.port import Source
@@ -23,13 +23,9 @@ from fallow.sources.tables import PARQUET_SUFFIXES, ParquetSource, TableSource
 
 
 class ArrowRows(Protocol):
-    """An Arrow table or record batch."""
+    """An Arrow table or record batch, or a data frame that gives its columns as an Arrow stream."""
 
-    @property
-    def num_rows(self) -> int: ...
-
-    @property
-    def nbytes(self) -> int: ...
+    def __arrow_c_stream__(self, requested_schema: object = None) -> object: ...
 
 
 Rows = (
@@ -38,12 +34,13 @@ Rows = (
     | Array
     | Sequence[bytes]
     | Sequence[str]
-    | Sequence[Path]
+    | Sequence[str | Path]
     | ArrowRows
     | str
     | Path
 )
-"""NumPy arrays by column name, one array, an Arrow table, a Parquet file or several, a folder, or a source."""
+"""NumPy arrays by column name, one array, an Arrow table or a data frame, a Parquet file or several, a folder, or a
+source."""
 
 
 def source_of(rows: Rows, schema: Schema) -> Source:
@@ -60,17 +57,35 @@ def source_of(rows: Rows, schema: Schema) -> Source:
         return ArraySource(rows)
     if hasattr(rows, "batches") and hasattr(rows, "kept_schema"):
         return cast(Source, rows)
-    if isinstance(rows, Sequence) and rows and all(isinstance(row, Path) for row in rows):
-        return ParquetSource(cast("Sequence[Path]", rows))
+    if isinstance(rows, Sequence) and _are_paths(rows, schema):
+        return ParquetSource(cast("Sequence[str | Path]", rows))
     if isinstance(rows, np.ndarray | Sequence):
         return ArraySource(cast(ColumnValues, rows))
+    if hasattr(rows, "__arrow_c_stream__"):
+        return _source_of_frame(rows)
     # A caller without a type checker.
     raise FallowError(
         Reason.FIELD_INVALID,
         f"rows cannot be taken from {type(rows).__name__}",
         field="rows",
-        limit="arrays by name, an array, an Arrow table, Parquet files or a folder",
+        limit="arrays by name, an array, an Arrow table, a data frame, Parquet files or a folder",
     )
+
+
+def _are_paths(rows: Sequence[object], schema: Schema) -> bool:
+    """Whether a list names files. Text is meant as rows where a column takes text."""
+    kinds = Path if any(isinstance(column, StringColumn) for column in schema.columns) else str | Path
+    return bool(rows) and all(isinstance(row, kinds) for row in rows)
+
+
+def _source_of_frame(rows: object) -> Source:
+    """Rows of whatever speaks Arrow's stream interface: data frames of pandas or polars, query results."""
+    try:
+        return TableSource(pa.table(rows))
+    except (pa.ArrowException, ValueError, TypeError) as error:
+        raise FallowError(
+            Reason.FIELD_INVALID, f"rows cannot be taken from {type(rows).__name__}: {error}", field="rows"
+        ) from None
 
 
 def _source_of_path(path: Path, schema: Schema) -> Source:
@@ -79,7 +94,7 @@ def _source_of_path(path: Path, schema: Schema) -> Source:
         return FolderSource(path) if of_files else ParquetSource(path)
     if not path.exists():
         raise FallowError(Reason.FIELD_INVALID, f"{path} does not exist", field="rows")
-    if path.suffix in PARQUET_SUFFIXES:
+    if path.suffix.lower() in PARQUET_SUFFIXES:
         return ParquetSource(path)
     if path.suffix in {".npy", ".npz"}:
         return _source_of_numpy(path)

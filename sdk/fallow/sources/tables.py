@@ -1,7 +1,7 @@
 """Rows from Arrow tables and Parquet files."""
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownParameterType=false
-# pyright: reportUnknownArgumentType=false
+# pyright: reportUnknownArgumentType=false, reportAttributeAccessIssue=false
 # pyarrow carries no types.
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import cast
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from fallow.arrow_rows import from_arrow, stacked
@@ -50,9 +51,11 @@ class TableSource:
         """See `Source.batches`."""
         self.check(request)
         step = _rows_per_batch(self._table.nbytes, self._table.num_rows)
+        first_row = 0
         for batch in self._table.to_batches(max_chunksize=step):
             if batch.num_rows:
-                yield _batch(batch, request)
+                yield _batch(batch, request, first_row)
+            first_row += batch.num_rows
 
 
 class ParquetSource:
@@ -63,7 +66,9 @@ class ParquetSource:
         named = [paths] if isinstance(paths, str | Path) else list(paths)
         self._paths: list[Path] = []
         for path in map(Path, named):
-            found = sorted(p for p in path.rglob("*") if p.suffix in PARQUET_SUFFIXES) if path.is_dir() else [path]
+            found = (
+                sorted(p for p in path.rglob("*") if p.suffix.lower() in PARQUET_SUFFIXES) if path.is_dir() else [path]
+            )
             self._paths += found
         if not self._paths:
             raise FallowError(
@@ -92,12 +97,14 @@ class ParquetSource:
     def batches(self, request: SourceRequest) -> Iterator[SourceBatch]:
         """See `Source.batches`. Memory does not grow with the files or their row groups."""
         self.check(request)
+        first_row = 0
         for path in self._paths:
             try:
                 # Without these two a whole file would be read ahead, or a whole column of a row group.
                 with pq.ParquetFile(path, pre_buffer=False, buffer_size=READ_BUFFER_BYTES) as file:
                     for batch in self._file_batches(file, request):
-                        yield _batch(batch, request)
+                        yield _batch(batch, request, first_row)
+                        first_row += batch.num_rows
             except (OSError, pa.ArrowException) as error:
                 raise _unreadable(path, error) from error
 
@@ -119,15 +126,15 @@ class ParquetSource:
             raise _unreadable(path, error) from error
 
 
-def _batch(batch: pa.RecordBatch, request: SourceRequest) -> SourceBatch:
+def _batch(batch: pa.RecordBatch, request: SourceRequest, first_row: int) -> SourceBatch:
     columns: dict[str, ColumnValues] = {}
     for column in request.schema.columns:
         names = request.source_columns(column.name)
         arrays = [batch.column(batch.schema.get_field_index(name)) for name in names]
         if len(names) > 1:
-            columns[column.name] = stacked(arrays, column, names, allow_cast=request.cast)
+            columns[column.name] = stacked(arrays, column, names, allow_cast=request.cast, first_row=first_row)
             continue
-        values = from_arrow(arrays[0], column, names[0])
+        values = from_arrow(arrays[0], column, names[0], first_row=first_row)
         window = request.windows.get(column.name)
         if window and isinstance(column, BytesColumn):
             values = [windowed(content, window) for content in cast("Sequence[bytes]", values)]
@@ -135,8 +142,10 @@ def _batch(batch: pa.RecordBatch, request: SourceRequest) -> SourceBatch:
     kept_schema = _kept_schema(batch.schema, request)
     kept: pa.RecordBatch | None = None
     if kept_schema is not None:
-        parts = [batch.column(batch.schema.get_field_index(name)) for name in request.keep]
-        parts = [part.dictionary_decode() if pa.types.is_dictionary(part.type) else part for part in parts]
+        parts = [
+            _plain(batch.column(batch.schema.get_field_index(name)), kept_schema.field(name).type, name)
+            for name in request.keep
+        ]
         kept = pa.RecordBatch.from_arrays(parts, schema=kept_schema)
     return SourceBatch(columns=columns, row_count=batch.num_rows, kept=kept)
 
@@ -166,8 +175,40 @@ def _kept_schema(schema: pa.Schema, request: SourceRequest) -> pa.Schema | None:
 
 
 def _plain_type(kind: pa.DataType) -> pa.DataType:
-    """An Arrow file cannot change a dictionary on its way, so kept columns have none."""
-    return kind.value_type if pa.types.is_dictionary(kind) else kind
+    """The type in which a column is kept.
+
+    An Arrow file cannot change a dictionary on its way, and rows cannot be picked from views and runs.
+    """
+    if pa.types.is_dictionary(kind) or pa.types.is_run_end_encoded(kind):
+        return _plain_type(kind.value_type)
+    if pa.types.is_string_view(kind):
+        return pa.large_string()
+    if pa.types.is_binary_view(kind):
+        return pa.large_binary()
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_plain_type(field.type)) for field in kind])
+    if pa.types.is_map(kind):
+        return pa.map_(_plain_type(kind.key_type), kind.item_field.with_type(_plain_type(kind.item_type)))
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        inner = kind.value_field.with_type(_plain_type(kind.value_type))
+        if pa.types.is_fixed_size_list(kind):
+            return pa.list_(inner, kind.list_size)
+        return pa.large_list(inner) if pa.types.is_large_list(kind) else pa.list_(inner)
+    return kind
+
+
+def _plain(array: pa.Array, kind: pa.DataType, name: str) -> pa.Array:
+    """The array in the type `kind` that `_plain_type` gives."""
+    try:
+        if pa.types.is_run_end_encoded(array.type):
+            array = pc.run_end_decode(array)
+        return array if array.type.equals(kind) else array.cast(kind)
+    except pa.ArrowException as error:
+        raise FallowError(
+            Reason.SCHEMA_MISMATCH,
+            f"column {name!r} of type {array.type} cannot be kept: {error}",
+            field=f"keep[{name}]",
+        ) from None
 
 
 def _used(request: SourceRequest) -> list[str]:

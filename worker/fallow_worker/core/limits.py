@@ -15,9 +15,12 @@ TRANSFER_RETRY_BASE_MS: Final = 500
 TRANSFER_RETRY_CAP_MS: Final = 30_000
 INPUT_BYTES_AHEAD_MAX: Final = 256 * MIB
 """Input blocks held or being fetched, unless there would be none at all."""
+RUNS_QUEUED: Final = 1
+"""Leases given to the executor beyond its slots; a lease's clock starts when it begins."""
 
 RECONNECT_BASE_MS: Final = 1_000
-RECONNECT_CAP_MS: Final = 60_000
+RECONNECT_CAP_MS: Final = 20_000
+"""Less than the grace that a restarted coordinator gives (30 s), so that what is held is kept after any down time."""
 RECONNECT_LEAST_MS: Final = 50
 SESSION_HOLDS_MS: Final = 30_000
 """A session that lasted so long was a good one: the next back-off starts small again."""

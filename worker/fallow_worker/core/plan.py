@@ -168,10 +168,10 @@ def _by_urgency(world: World, kind: type[Phase]) -> list[Held]:
 
 
 def _runs(world: World, now_ms: int) -> Iterator[Action]:
-    slots = world.terms.slots
+    runs_max = world.terms.slots + world.terms.runs_queued
     if world.trouble is not None:
-        slots = 0 if now_ms < world.trouble.until_ms else 1
-    free = slots - world.runs
+        runs_max = 0 if now_ms < world.trouble.until_ms else 1
+    free = runs_max - world.runs
     for held in _by_urgency(world, Ready)[: max(0, free)]:
         yield Run(held.lease, world.offers[held.lease.bundle_digest])
 

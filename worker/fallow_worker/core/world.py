@@ -218,6 +218,8 @@ class Terms:
     """Why this worker takes no foreign programs at all; empty when it does."""
     idle_release_ms: int = 300_000
     """Without work for so long, the executor gives its memory back."""
+    runs_queued: int = 0
+    """Leases given to the executor beyond its slots: it begins the next while its children finish the last."""
 
 
 @dataclass(frozen=True, slots=True)

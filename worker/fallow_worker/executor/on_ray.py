@@ -7,6 +7,7 @@ import contextlib
 import importlib.util
 import itertools
 import logging
+import os
 import secrets
 import shutil
 import socket
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Final, assert_never
 
 from fallow.errors import FallowError, Reason
+from fallow.limits import MIB
 from fallow.session import Capability, Cause
 from fallow_worker.engine.frames import FrameError, to_json
 from fallow_worker.engine.protocol import clipped_reason
@@ -52,6 +54,8 @@ CONNECT_SECONDS_MAX: Final = 5.0
 BACKOFF_SECONDS_MIN: Final = 0.5
 BACKOFF_SECONDS_MAX: Final = 30.0
 LOG_TAIL_BYTES: Final = 2000
+FOLDER_BYTES_FREE_MIN: Final = 64 * MIB
+"""Room for Ray's sockets and logs; with less it would only time out, saying nothing of the disk."""
 
 
 class RayExecutor:
@@ -101,7 +105,12 @@ class RayExecutor:
     async def run(self, work: Work, progress: Callable[[int], None]) -> Outcome:
         """Runs one lease. Raises WorkFailed; cancelling stops the work."""
         driver = await self._driver_up()
-        outcome = await driver.run(work, progress)
+        try:
+            outcome = await driver.run(work, progress)
+        except WorkFailed as failed:
+            if failed.cause is not Cause.PLATFORM:  # Ray did its part
+                self._failures = 0
+            raise
         self._failures = 0
         return outcome
 
@@ -151,11 +160,13 @@ class _Driver:
         self._gone = ""
         self._up: asyncio.Future[None] = self._loop.create_future()
         self._receiving: asyncio.Task[None] | None = None
-        self._folder = _private_folder()
+        self._folder = ""
         try:
+            self._folder = _private_folder()
             self._process, self._control = _spawn(settings, self._folder)
         except OSError as error:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            if self._folder:
+                shutil.rmtree(self._folder, ignore_errors=True)
             raise WorkFailed(Cause.PLATFORM, clipped_reason(f"the Ray driver cannot be started: {error}")) from None
 
     @property
@@ -322,9 +333,21 @@ def _spawn(settings: RaySettings, folder: str) -> tuple[subprocess.Popen[bytes],
 
 
 def _private_folder() -> str:
-    """A folder of our own with a short name: Ray puts Unix sockets deep below it, whose paths end at 107 bytes."""
+    """A folder of our own with a short name: Ray puts Unix sockets deep below it, whose paths end at 107 bytes.
+
+    Raises WorkFailed(platform) when its disk is full.
+    """
     base = tempfile.gettempdir()
-    return tempfile.mkdtemp(prefix="fr-", dir=base if len(base) <= 20 else "/tmp")  # noqa: S108 - made with mode 0700
+    base = base if len(base) <= 20 else "/tmp"  # noqa: S108 - the folder is made with mode 0700
+    disk = os.statvfs(base)
+    free_bytes = disk.f_bavail * disk.f_frsize
+    if free_bytes < FOLDER_BYTES_FREE_MIN:
+        raise WorkFailed(
+            Cause.PLATFORM,
+            f"Ray needs {FOLDER_BYTES_FREE_MIN // MIB} MiB in {base} and {free_bytes // MIB} MiB are free: "
+            "free some space there, or name another folder with TMPDIR",
+        )
+    return tempfile.mkdtemp(prefix="fr-", dir=base)
 
 
 def _log_tail(folder: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -76,14 +75,6 @@ class NodeSupervisor:
             file.seek(offset)
             file.write(piece)
         return str(path)
-
-    async def children(self) -> list[int]:
-        """Processes of the engine children."""
-        return self._supervisor.pids()
-
-    async def process(self) -> int:
-        """This actor's own process."""
-        return os.getpid()
 
     async def stop(self) -> None:
         """Ends every child."""

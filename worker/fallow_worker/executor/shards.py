@@ -27,20 +27,26 @@ class RowRange:
         return self.end - self.start
 
 
-def shard_ranges(rows: int, *, batch_rows: int, seats: int, shards_per_seat: int) -> tuple[RowRange, ...]:
+def shard_ranges(rows: int, *, batch_rows: int, seats: int) -> tuple[RowRange, ...]:
     """Ranges that cover `rows` in order, each but the last a whole number of canonical batches.
 
     Row i of a block runs in slot i mod b, so a cut at a multiple of b leaves every row its slot and its neighbours.
-    There are up to `seats * shards_per_seat`, of nearly equal size.
+    Each shard takes half of what would be left for each of the `seats` children, so that the last ones are short and
+    children of unequal speed end together (guided self-scheduling, Polychronopoulos and Kuck 1987).
     """
-    assert rows >= 1 and batch_rows >= 1 and seats >= 1 and shards_per_seat >= 1
-    batches = -(-rows // batch_rows)
-    wanted = min(seats * shards_per_seat, max(seats, batches // SHARD_BATCHES_MIN), batches, SHARDS_MAX)
+    assert rows >= 1 and batch_rows >= 1 and seats >= 1
+    left = -(-rows // batch_rows)
+    least = min(SHARD_BATCHES_MIN, -(-left // seats))
     ranges: list[RowRange] = []
-    for index in range(wanted):
-        start = batches * index // wanted * batch_rows
-        end = min(rows, batches * (index + 1) // wanted * batch_rows)
+    start = 0
+    while left:
+        batches = min(left, max(least, -(-left // (2 * seats))))
+        if left - batches < least or len(ranges) == SHARDS_MAX - 1:
+            batches = left if len(ranges) >= seats - 1 else batches
+        end = min(rows, start + batches * batch_rows)
         ranges.append(RowRange(start, end))
+        left -= batches
+        start = end
     return tuple(ranges)
 
 

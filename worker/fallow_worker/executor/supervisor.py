@@ -54,8 +54,6 @@ log = logging.getLogger(__name__)
 LEASES_AT_ONCE_MAX: Final = LEASES_PER_WORKER_MAX
 SHARD_ATTEMPTS_MAX: Final = 2
 """Tries of a shard whose child died through no fault of the program."""
-SHARDS_PER_CHILD: Final = 4
-"""Shards of one lease for each child: children of unequal speed then end almost together."""
 IDLE_CHILDREN_MAX: Final = 4
 """Loaded children kept warm beside those at work, for leases of other bundles."""
 SPARE_AFTER_SECONDS: Final = 0.5
@@ -178,7 +176,6 @@ class Supervisor:
             work.rows,
             batch_rows=max(1, work.bundle.canonical_batch_rows),
             seats=layout.children,
-            shards_per_seat=SHARDS_PER_CHILD,
         )
         lease.shards.extend(Shard(lease, rows) for rows in ranges)
         return lease
