@@ -11,7 +11,7 @@ from fallow_coordinator.core.names import Names
 from fallow_coordinator.core.state import State
 
 
-def decide(state: State, command: c.Command, now_ms: int, entropy: bytes) -> Decision:
+def decide(state: State, command: c.Command, now_ms: int, entropy: bytes) -> Decision:  # noqa: PLR0911 one arm each
     """Events and answer of one command, a function of its arguments alone.
 
     `now_ms` is the journal's clock and never goes back; `entropy` is 32 fresh bytes, from which names are made.
@@ -139,9 +139,7 @@ IdentityCommand = (
 )
 
 
-def _decide_identity(
-    state: State, command: IdentityCommand, now_ms: int, entropy: bytes
-) -> Decision:
+def _decide_identity(state: State, command: IdentityCommand, now_ms: int, entropy: bytes) -> Decision:
     names = Names(entropy)
     match command:
         case c.StartJournal():
