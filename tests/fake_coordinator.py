@@ -246,6 +246,13 @@ class FakeCoordinator(job_service_pb2_grpc.JobServiceServicer, blob_service_pb2_
             self.finish(request.job_id, JobState.CANCELLED)
         return job_service_pb2.CancelJobResponse(job=status_to_message(self._status(request.job_id)))
 
+    async def DeleteJob(self, request: Any, context: Any) -> Any:
+        await self._arrive("DeleteJob", context)
+        job = await self._job(request.job_id, context)
+        if job.state is JobState.RUNNING:
+            await _abort(context, grpc.StatusCode.FAILED_PRECONDITION, FallowError(Reason.JOB_UNFINISHED, "it runs"))
+        return job_service_pb2.DeleteJobResponse(job=status_to_message(self._status(request.job_id)))
+
     async def WatchJob(self, request: Any, context: Any) -> AsyncIterator[Any]:
         await self._arrive("WatchJob", context)
         job = await self._job(request.job_id, context)
@@ -317,6 +324,12 @@ class FakeCoordinator(job_service_pb2_grpc.JobServiceServicer, blob_service_pb2_
             yield blob_service_pb2.GetResponse(chunk=data[start : start + 1000])
 
     async def Pack(self, request: Any, context: Any) -> Any:
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "for the coordinator only")
+
+    async def ListBlobs(self, request: Any, context: Any) -> Any:
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "for the coordinator only")
+
+    async def DeleteBlobs(self, request: Any, context: Any) -> Any:
         await context.abort(grpc.StatusCode.UNIMPLEMENTED, "for the coordinator only")
 
     # ----------------------------------------------------------------------------------------------------- inside

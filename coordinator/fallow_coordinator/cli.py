@@ -106,6 +106,30 @@ def commands() -> None:
     help="How often workers report.",
 )
 @click.option(
+    "--collect-every",
+    "collect_ms",
+    type=DurationType(),
+    default="10m",
+    show_default=True,
+    help="How often expired jobs and superfluous blobs are looked for.",
+)
+@click.option(
+    "--blob-grace",
+    "blob_grace_ms",
+    type=DurationType(),
+    default="2h",
+    show_default=True,
+    help="Blobs stored or receipted within this time are never deleted; more than twice any difference of clocks.",
+)
+@click.option(
+    "--upload-grace",
+    "upload_grace_ms",
+    type=DurationType(),
+    default="24h",
+    show_default=True,
+    help="How long an upload stays that no job or bundle uses.",
+)
+@click.option(
     "--ready-file",
     type=click.Path(path_type=Path, dir_okay=False),
     help="Write the facts here (0600, JSON) once it runs.",
@@ -119,11 +143,15 @@ def start(
     port: int | None,
     operator_worker: bool,
     heartbeat_ms: int,
+    collect_ms: int,
+    blob_grace_ms: int,
+    upload_grace_ms: int,
     ready_file: Path | None,
     log_level: str,
     as_json: bool,
 ) -> None:
     """Starts a coordinator; the first start makes its keys and journal. Ctrl-C stops it and everything it started."""
+    from fallow_coordinator.config import CollectionSettings
     from fallow_coordinator.coordinator import StartOptions
 
     log_to_stderr(log_level, "%(asctime)s %(levelname)s %(name)s %(message)s")
@@ -134,6 +162,7 @@ def start(
         first_port=port,
         operator_worker=operator_worker,
         heartbeat_interval_ms=heartbeat_ms,
+        collection=CollectionSettings(collect_ms, blob_grace_ms, upload_grace_ms),
     )
     asyncio.run(_run(options, ready_file, as_json))
 
@@ -330,6 +359,18 @@ def account_create(state: Path, name: str, as_json: bool) -> None:
     request = pb.CreateAccountRequest(name=name)
     made = _ask(state, lambda stub: stub.CreateAccount(request, timeout=CALL_TIME_MAX_S))
     _tell(made, as_json, made.account_id)
+
+
+@account.command("quota")
+@state_option
+@click.argument("account_id")
+@click.argument("bytes_max", type=click.IntRange(min=0), metavar="BYTES")
+@json_option
+def account_quota(state: Path, account_id: str, bytes_max: int, as_json: bool) -> None:
+    """Sets how many bytes of uploads an account may have recorded; 0 stands for the default of 100 GiB."""
+    request = pb.SetBlobQuotaRequest(account_id=account_id, bytes_max=bytes_max)
+    now = _ask(state, lambda stub: stub.SetBlobQuota(request, timeout=CALL_TIME_MAX_S))
+    _tell(now, as_json, f"{account_id} has {now.bytes_recorded} of {now.bytes_max} bytes of uploads in use")
 
 
 @commands.group()

@@ -29,14 +29,29 @@ class EngineSettings:
     """How often finished jobs that are in the views leave the memory."""
     collect_ms: int = 3_600_000
     """How often inline payloads that nothing refers to any more are dropped."""
-    retention_ms: int = 30 * 24 * 3_600_000
-    """How long inline results outlive the end of their job."""
     packs_at_once: int = 8
     """Pack calls to the blob service under way at a time."""
     payload_cache_bytes_max: int = 16 * MIB
     """Inline payloads kept in memory after they were written."""
     replay_chunk_records: int = 2_000
     """Records read at a time when the writer starts."""
+
+
+@dataclass(frozen=True, slots=True)
+class CollectionSettings:
+    """How blobs that nobody needs any more are let go."""
+
+    interval_ms: int = 600_000
+    """How often retention is looked at and the blob service is swept."""
+    blob_grace_ms: int = 2 * 3_600_000
+    """A blob that was stored or receipted within this time before it was found superfluous stays."""
+    upload_grace_ms: int = 24 * 3_600_000
+    """How long an upload stays that no job or bundle uses."""
+
+    @property
+    def receipt_valid_ms(self) -> int:
+        """How old a receipt may be when it is recorded. The other half of the grace is for clocks that disagree."""
+        return self.blob_grace_ms // 2
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,10 @@ from fallow.identity import BLOBS_NAME, CONTROL_NAME, ENROLLMENT_NAME, PrivateKe
 from fallow.ids import AccountId
 from fallow.limits import CONTROL_MESSAGE_BYTES_MAX
 from fallow.roles import Role, Tier
+from fallow_coordinator.blob_keeping import RemoteBlobs
 from fallow_coordinator.children import ChildCommand, Children
+from fallow_coordinator.collector import BlobCollector, EffectSinks
+from fallow_coordinator.config import CollectionSettings
 from fallow_coordinator.core.answers import CertificateGranted
 from fallow_coordinator.core.commands import EnrollLocal, RenewCertificate, StartJournal
 from fallow_coordinator.engine import Engine, wall_clock_ms
@@ -85,6 +88,7 @@ class StartOptions:
     """None: as at the last start; 0: free ones."""
     operator_worker: bool
     heartbeat_interval_ms: int = 10_000
+    collection: CollectionSettings = CollectionSettings()  # noqa: RUF009 - frozen
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +128,15 @@ class Coordinator:
         )
         self._streams = LiveStreams()
         self._outbox = Outbox(self._streams)
-        self._engine = Engine(store=self._store, sink=self._outbox, packer=self._packer, views=self._views)
+        self._collector = BlobCollector(
+            RemoteBlobs(self._packer.channel), self._views, options.collection, clock=wall_clock_ms
+        )
+        self._engine = Engine(
+            store=self._store,
+            sink=EffectSinks(self._outbox, self._collector),
+            packer=self._packer,
+            views=self._views,
+        )
         self._doorkeeper = Doorkeeper(self._engine, wall_clock_ms)
         self._children = Children()
         self._tasks: list[asyncio.Task[None]] = []
@@ -165,6 +177,7 @@ class Coordinator:
             blob_service_key=self._blob_key.public_der,
             blob_endpoint=self.endpoints.blobs,
             now_ms=wall_clock_ms,
+            collection=self._options.collection,
         )
         enrollment = EnrollmentService(
             engine=self._engine,
@@ -221,6 +234,8 @@ class Coordinator:
         self._tasks = [
             spawn(self._streams.watch_expiry(self._doorkeeper.not_after_ms, wall_clock_ms), name="streams.expiry"),
             spawn(self._keep_local_credentials(), name="credentials.local"),
+            spawn(self._collector.sweep_for_ever(self._engine), name="blobs.sweep"),
+            spawn(self._collector.drop_inputs_for_ever(), name="blobs.inputs"),
         ]
         worker = await self.admin.issue_token(
             account_id=None,
@@ -273,7 +288,10 @@ class Coordinator:
         logs = self._folder.logs
         self._children.start(
             ChildCommand(
-                "blobs", "fallow_coordinator.blobs", ("--state", state, "--listen", address), logs / "blobs.log"
+                "blobs",
+                "fallow_coordinator.blobs",
+                ("--state", state, "--listen", address, "--grace-ms", str(self._options.collection.blob_grace_ms)),
+                logs / "blobs.log",
             )
         )
         self._children.start(

@@ -467,7 +467,11 @@ class Engine:
             # Asked before and after the views: a job that leaves the state in between is in one of the two.
             before = live_payloads(self._state)
             try:
-                retained = await asyncio.to_thread(views.retained_outputs, self._now_ms() - self._settings.retention_ms)
+                retained = await asyncio.to_thread(views.retained_outputs)
+                if await asyncio.to_thread(views.view_sequence) < self._state.archived_through:
+                    # Views that are being made anew do not know all results yet.
+                    logger.info("engine.payloads_kept reason=views_behind")
+                    continue
                 dropped = self._store.collect_payloads(before | retained | live_payloads(self._state))
             except StorageFailed as error:
                 logger.warning("engine.payloads_kept error=%s", error)

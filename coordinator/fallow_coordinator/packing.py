@@ -57,6 +57,11 @@ class BlobPacker:
         self._chance = chance
         self._at_once = asyncio.Semaphore(PACKS_AT_ONCE_MAX)
 
+    @property
+    def channel(self) -> grpc.aio.Channel:
+        """The coordinator's own channel to the blob service."""
+        return self._channel
+
     async def close(self) -> None:
         """Cuts what is under way."""
         await self._channel.close()

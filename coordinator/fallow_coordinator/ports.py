@@ -96,8 +96,16 @@ class Views(Protocol):
         """An output block of one of the account's jobs, or None: archived results stay readable by their owner."""
         ...
 
-    def retained_outputs(self, finished_after_ms: int) -> frozenset[Digest]:
-        """Output blocks small enough to be inline, of unfinished jobs and of those that ended after that moment."""
+    def retained_outputs(self) -> frozenset[Digest]:
+        """Output blocks small enough to be inline, of all jobs that are not deleted."""
+        ...
+
+    def references(self, digests: Sequence[Digest]) -> tuple[int, frozenset[Digest]]:
+        """(view_sequence, those of the blobs to which a job refers that is not deleted), both of one moment."""
+        ...
+
+    def expired_jobs(self, now_ms: int, limit: int) -> Sequence[tuple[AccountId, JobId]]:
+        """Jobs whose retention is over and that are not deleted, the longest overdue first."""
         ...
 
 
@@ -114,4 +122,24 @@ class Packer(Protocol):
         self, *, sources: Sequence[tuple[Digest, int]], spans: Sequence[tuple[int, int, int]], nonce: bytes
     ) -> tuple[Digest, int]:
         """`sources` are (digest, length_bytes); `spans` are (source, first_row, rows). Gives (digest, length_bytes)."""
+        ...
+
+
+class BlobKeeper(Protocol):
+    """The blob service, for whoever decides what may go. Raises COORDINATOR_UNREACHABLE while it is away."""
+
+    async def list_blobs(
+        self, shelf: int, *, stored_before_ms: int, after: Digest | None, limit: int
+    ) -> Sequence[Digest]:
+        """Up to `limit` blobs whose digests begin with the byte `shelf`, rising, stored before that moment."""
+        ...
+
+    async def delete_blobs(
+        self, digests: Sequence[Digest], *, decided_at_ms: int, packed_only: bool = False
+    ) -> Sequence[Digest]:
+        """Deletes what nothing refers to any more; gives what is gone.
+
+        What was stored, or receipted, within the service's grace before `decided_at_ms` stays; with `packed_only`,
+        packed inputs go at once and everything else stays.
+        """
         ...

@@ -65,6 +65,8 @@ class JobOptions:
     device_kind: str = ""
     memory_bytes_min: int = 0
     assurance: str = ""
+    retention_ms: int = 0
+    """How long results, dataset and kept columns outlive the end of the job; 0: the coordinator's 30 days."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,4 +147,7 @@ class JobStatus:
     output_schema: bytes
     kept: BlobReference | None
     results: int
+    """0 once it is deleted."""
     progress: JobProgress = field(default_factory=JobProgress)
+    deleted_at_ms: int = 0
+    """When its results, dataset and kept columns were let go; 0: they are there."""

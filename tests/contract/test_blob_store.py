@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,15 +12,19 @@ import pytest
 
 from fallow.errors import FallowError, Reason
 from fallow.ids import Digest, digest_of
-from fallow_coordinator.blobs.storage import BlobStorage, FolderStorage, MemoryStorage, blob_key, translated
+from fallow_coordinator.blobs.storage import BlobStorage, FolderStorage, MemoryStorage, S3Storage, blob_key, translated
+from s3_server import S3Bucket
 
 DATA = os.urandom(300_000)
 DIGEST = digest_of(DATA)
 OTHER = digest_of(b"other")
 
 
-@pytest.fixture(params=["folder", "memory"])
+@pytest.fixture(params=["folder", "memory", "s3"])
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> BlobStorage:
+    if request.param == "s3":
+        bucket: S3Bucket = request.getfixturevalue("s3_bucket")
+        return S3Storage(bucket.store())
     if request.param == "folder":
         return FolderStorage(tmp_path / "blobs")
     return MemoryStorage()
@@ -136,3 +141,22 @@ def test_other_errors_of_the_disk_are_not_taken_for_a_full_one() -> None:
     with pytest.raises(OSError, match="broken") as caught, translated():
         raise OSError(errno.EIO, "broken")
     assert not isinstance(caught.value, FallowError)
+
+
+async def test_a_shelf_lists_its_blobs_in_order_and_nothing_else(storage: BlobStorage) -> None:
+    first = DIGEST[0]
+    await storage.put_bytes(DIGEST, DATA)
+    await storage.put_note(OTHER, "a", b"1")
+    for content in (b"x%d" % number for number in range(40)):
+        await storage.put_bytes(digest_of(content), content)
+    (found,) = [one for one in await storage.shelf(first) if one.digest == DIGEST]
+    assert found.length_bytes == len(DATA) and abs(found.stored_at_ms - time.time() * 1_000) < 60_000
+    assert [one.digest for one in await storage.shelf(first)] == sorted(
+        digest for digest in [DIGEST, *(digest_of(b"x%d" % number) for number in range(40))] if digest[0] == first
+    )
+
+
+async def test_notes_are_known_without_being_read(storage: BlobStorage) -> None:
+    assert not await storage.has_notes(DIGEST)
+    await storage.put_note(DIGEST, "a", b"1")
+    assert await storage.has_notes(DIGEST) and not await storage.has_notes(OTHER)

@@ -127,11 +127,10 @@ async def test_output_blocks_are_known_to_their_owner_alone(watched: Watched) ->
     assert watched.views.output(world.operator_account_id, digest_of(b"another")) is None
 
 
-async def test_outputs_are_retained_while_their_job_is_young(watched: Watched) -> None:
+async def test_outputs_are_retained_until_their_job_is_deleted(watched: Watched) -> None:
     world = watched.world
     job_id = await world.submit_job(ROWS)
     await world.work_until_idle(watched.worker)
-    ended_ms = world.clock.now_ms
     world.clock.now_ms += 1_000
     running = await world.submit_job(ROWS)
     await world.commit(watched.worker, world.leases_of(watched.worker)[0])
@@ -141,8 +140,10 @@ async def test_outputs_are_retained_while_their_job_is_young(watched: Watched) -
         results = watched.views.results(of, after_cursor=0, limit=1_000)
         return {result.output.digest for result in results if result.output is not None}
 
-    assert watched.views.retained_outputs(ended_ms - 1) == outputs(job_id) | outputs(running)
-    assert watched.views.retained_outputs(ended_ms + 1) == outputs(running)
+    assert watched.views.retained_outputs() == outputs(job_id) | outputs(running)
+    await world.tell(c.DeleteJob(world.operator_account_id, job_id, archived=False))
+    watched.update()
+    assert watched.views.retained_outputs() == outputs(running)
 
 
 async def test_results_page_by_cursor(watched: Watched) -> None:

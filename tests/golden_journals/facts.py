@@ -17,14 +17,19 @@ def facts_of(records: Iterable[Record]) -> Facts:
     tables: dict[str, dict[str, list[object]]] = {}
     for record in records:
         projection.fold(record)
-        for table, rows in projection.take_changes().rows.items():
+        changes = projection.take_changes()
+        for table, rows in changes.rows.items():
             for row in rows:
                 tables.setdefault(table, {})[_key(table, row)] = [_plain(value) for value in row]
+        for table in ("results", "job_blobs", "retained_jobs"):
+            for job_id in changes.jobs_deleted:
+                held = tables.get(table, {})
+                tables[table] = {key: row for key, row in held.items() if row[0] != job_id}
     return {**{table: dict(sorted(rows.items())) for table, rows in sorted(tables.items())}, **_live(projection.state)}
 
 
 def _key(table: str, row: Row) -> str:
-    parts = row[:2] if table in {"results", "bundles"} else row[:1]
+    parts = row[:2] if table in {"results", "bundles", "job_blobs"} else row[:1]
     return " ".join(str(_plain(part)) for part in parts)
 
 

@@ -106,6 +106,15 @@ async def record() -> list[StoredRecord]:
     await fail_first_lease(world, second, Cause.PROGRAM)
     await world.tell(c.RevokeParty(second.worker_id, "left the lab"))
 
+    # A job is deleted while it is here and one after it has left; what they used is forgotten; an account gets a quota.
+    state = world.engine.state
+    await world.tell(c.DeleteJob(world.operator_account_id, cancelled, archived=False))
+    await world.tell(c.ArchiveJobs(state.sequence))
+    await world.tell(c.ExpireJobs(((world.operator_account_id, cancelled),)))
+    uploads = tuple(state.accounts[world.operator_account_id].blobs)
+    await world.tell(c.ForgetBlobs(uploads, state.sequence, grace_ms=0))
+    await world.tell(c.SetBlobQuota(world.operator_account_id, 1_000_000))
+
     # Another writer, and work that is under way at the end.
     await world.engine.stop()
     later = World(

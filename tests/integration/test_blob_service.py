@@ -35,6 +35,7 @@ from fallow.wire.blob import (
 )
 from fallow.wire.chunks import PUT_METHOD, PutPart, encode_put_part
 from fallow.wire.errors import error_from_rpc
+from fallow_coordinator.blob_keeping import RemoteBlobs
 from integration.blob_rig import BlobRig, Party, now_ms, reference_of, until
 
 pytestmark = pytest.mark.processes
@@ -68,7 +69,9 @@ def block_of(rows: int, seed: int = 1) -> bytes:
 
 def receipt_in(rig: BlobRig, signed: SignedBytes) -> Receipt:
     check_signature(rig.service_key.public_der, signed.signature, Domain.RECEIPT, signed.payload)
-    return decode_receipt(signed.payload)
+    receipt = decode_receipt(signed.payload)
+    assert abs(receipt.issued_at_ms - now_ms()) < 60_000, "a receipt says when it was given out"
+    return replace(receipt, issued_at_ms=0)
 
 
 async def refusal(call: object) -> FallowError:
@@ -168,8 +171,8 @@ async def test_a_second_upload_is_answered_at_once_with_the_same_receipt(rig: Bl
         again = await client.put(grant, data)
     assert receipt is not None
     assert offset == len(data)
-    assert first.payload == receipt.payload == again.payload
-    receipt_in(rig, receipt)
+    assert receipt_in(rig, first) == receipt_in(rig, receipt) == receipt_in(rig, again)
+    assert decode_receipt(again.payload).issued_at_ms >= decode_receipt(first.payload).issued_at_ms
 
 
 # ------------------------------------------------------------------------------------------------------------- refusals
@@ -612,3 +615,23 @@ async def test_wrong_packs_are_refused(rig: BlobRig, party: Party) -> None:
         assert await reason([], [], NONCE) is Reason.DATASET_EMPTY
         many = [(0, 9, 1)] * 300_000
         assert await reason([known], many, NONCE) is Reason.LIMIT_EXCEEDED
+
+
+async def test_packed_inputs_go_when_the_coordinator_says_so_and_for_nobody_else(rig: BlobRig, party: Party) -> None:
+    data = block_of(50)
+    async with rig.channel(party) as channel, rig.packer(rig.coordinator_key) as packer:
+        await BlobClient(channel).put(rig.put_grant(party, data, kind=BlobKind.ROW_BLOCK), data)
+        packed, _ = await packer.pack(sources=[(digest_of(data), len(data))], spans=[(0, 3, 20)], nonce=NONCE)
+        assert len(rig.blob_files()) == 2
+        for call in (
+            RemoteBlobs(channel).delete_blobs([packed], decided_at_ms=now_ms(), packed_only=True),
+            RemoteBlobs(channel).list_blobs(packed[0], stored_before_ms=now_ms() + 1_000, after=None, limit=10),
+        ):
+            assert (await refusal(call)).reason is Reason.PERMISSION_DENIED
+        keeper = RemoteBlobs(packer.channel)
+        listed = await keeper.list_blobs(packed[0], stored_before_ms=now_ms() + 1_000, after=None, limit=10)
+        assert packed in listed
+        gone = await keeper.delete_blobs([packed, digest_of(data)], decided_at_ms=now_ms(), packed_only=True)
+        assert gone == [packed], "what an account uploaded stays"
+        assert await keeper.delete_blobs([digest_of(data)], decided_at_ms=now_ms()) == [], "it is too young"
+        assert [path.stat().st_size for path in rig.blob_files()] == [len(data)]

@@ -45,6 +45,8 @@ async def a_life(store: SqliteStore) -> World:
     await world.tell(c.QuarantineWorker(other.worker_id, "odd results"))
     await world.tell(c.ArchiveJobs(world.engine.state.sequence))
     assert done not in world.engine.state.jobs
+    await world.tell(c.DeleteJob(world.operator_account_id, cancelled, archived=True))
+    await world.submit_job(ROWS, title="uploaded", inline=False)
     await world.submit_job(ROWS, title="running")
     await world.reconnect(worker)
     await world.tell(c.CloseSession(inspector.session_id, "gone"))

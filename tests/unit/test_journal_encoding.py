@@ -153,6 +153,9 @@ def test_numbers_of_kinds_are_for_ever() -> None:
         "bundle_inspected": 31,
         "bundle_held": 32,
         "bundle_crashed": 33,
+        "job_deleted": 34,
+        "blobs_forgotten": 35,
+        "blob_quota_set": 36,
     }
 
 

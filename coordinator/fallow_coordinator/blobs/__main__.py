@@ -8,7 +8,8 @@ It reads what the coordinator has put into the state folder:
 - `STATE/coordinator-public.der`: the key that signs grants (DER SubjectPublicKeyInfo); the peer that shows it in TLS is
   the coordinator, which alone may pack.
 
-Blobs lie under `STATE/blobs/` too, in `blobs/`, `notes/` and `uploads/`, unless `--folder` says otherwise.
+Blobs lie under `STATE/blobs/` too, in `blobs/`, `notes/` and `uploads/`, unless `--folder` says otherwise, or in the
+bucket that `--s3-bucket` names; then only `uploads/` is used here.
 
 When it serves it prints one line, `ready HOST:PORT`. It ends cleanly on SIGTERM, on SIGINT, and when the other end of
 `--life-pipe FD` is closed, which the kernel does when its parent dies.
@@ -32,6 +33,7 @@ from typing import Any, Final, cast
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
+from obstore.store import S3Store
 
 from fallow.errors import FallowError
 from fallow.identity import PrivateKey
@@ -40,7 +42,7 @@ from fallow.shown_text import log_to_stderr
 from fallow.wire.chunks import BLOB_SERVICE, CHUNK_MESSAGE_BYTES_MAX
 from fallow_coordinator.blobs.config import BlobLimits
 from fallow_coordinator.blobs.service import BlobService
-from fallow_coordinator.blobs.storage import FolderStorage
+from fallow_coordinator.blobs.storage import BlobStorage, FolderStorage, S3Storage
 from fallow_coordinator.service.descriptors import connections_max
 from fallow_coordinator.service.server import HANDSHAKE_TIMEOUT_MS
 from fallow_coordinator.service.side_calls import SideCallLimit
@@ -77,6 +79,12 @@ def _options() -> argparse.ArgumentParser:
     parser.add_argument("--folder", type=Path, help="where blobs lie (default: STATE/blobs)")
     parser.add_argument("--free-bytes-floor", type=int, default=defaults.free_bytes_floor, help="kept free on the disk")
     parser.add_argument("--uploads-max", type=int, default=defaults.uploads_max, help="uploads at once")
+    parser.add_argument(
+        "--grace-ms", type=int, default=defaults.grace_ms, help="younger blobs, and receipts, are not deleted"
+    )
+    parser.add_argument("--s3-bucket", default="", help="keep blobs in this bucket; keys come from AWS_* variables")
+    parser.add_argument("--s3-endpoint", default="", help="of a store that is not Amazon's")
+    parser.add_argument("--s3-region", default="us-east-1")
     parser.add_argument("--life-pipe", type=int, metavar="FD", help="ends when this pipe's other end is closed")
     parser.add_argument("--log-level", default="INFO")
     return parser
@@ -84,11 +92,16 @@ def _options() -> argparse.ArgumentParser:
 
 async def _serve(options: argparse.Namespace) -> None:
     state: Path = options.state
-    limits = replace(BlobLimits(), free_bytes_floor=options.free_bytes_floor, uploads_max=options.uploads_max)
-    storage = FolderStorage(options.folder or state / "blobs")
+    limits = replace(
+        BlobLimits(),
+        free_bytes_floor=options.free_bytes_floor,
+        uploads_max=options.uploads_max,
+        grace_ms=options.grace_ms,
+    )
+    storage, uploads = _storage(options)
     service = BlobService(
         storage=storage,
-        uploads_folder=storage.uploads,
+        uploads_folder=uploads,
         key=PrivateKey.load(state / "blobs" / "key.pem"),
         coordinator_public_key=(state / "coordinator-public.der").read_bytes(),
         limits=limits,
@@ -112,13 +125,28 @@ async def _serve(options: argparse.Namespace) -> None:
     sweeper = asyncio.create_task(_sweep(service, limits.sweep_interval_ms / 1000))
     sys.stdout.write(f"ready {host}:{port}\n")
     sys.stdout.flush()
-    _log.info("blobs.serving address=%s:%d folder=%s", host, port, storage.folder)
+    _log.info("blobs.serving address=%s:%d uploads=%s bucket=%s", host, port, uploads, options.s3_bucket or "-")
     await stopped.wait()
     _log.info("blobs.stopping")
     sweeper.cancel()
     await healthy.enter_graceful_shutdown()
     await server.stop(_STOP_GRACE_S)
     await asyncio.to_thread(service.close)
+
+
+def _storage(options: argparse.Namespace) -> tuple[BlobStorage, Path]:
+    """Where blobs lie, and the folder in which uploads grow."""
+    local = FolderStorage(options.folder or options.state / "blobs")
+    if not options.s3_bucket:
+        return local, local.uploads
+    store = S3Store(
+        options.s3_bucket,
+        config={"endpoint": options.s3_endpoint} if options.s3_endpoint else None,
+        region=options.s3_region,
+        virtual_hosted_style_request=not options.s3_endpoint,
+        client_options={"allow_http": options.s3_endpoint.startswith("http://")},
+    )
+    return S3Storage(store, uploads=local.uploads), local.uploads
 
 
 def _server_options() -> list[tuple[str, int]]:

@@ -33,5 +33,11 @@ class BlobLimits:
     sweep_interval_ms: int = 600_000
     source_cache_bytes: int = 128 * MIB
     """Blocks kept parsed because the next pack is likely to cut from them too."""
+    grace_ms: int = 2 * 3_600_000
+    """What was stored or receipted within this time before it was found superfluous is not deleted."""
+    touches_remembered_max: int = 100_000
+    """Blobs of which the service knows when it last gave a receipt; of others it assumes the latest it forgot."""
+    listed_max: int = 5_000
+    deleted_per_call_max: int = 5_000
     threads: int = 8
     """For disk and hashing."""

@@ -45,6 +45,12 @@ class SourceBlocks:
         self._remember(blob.digest, block)
         return block
 
+    def forget(self, digest: Digest) -> None:
+        """Keeps nothing of a block that was deleted."""
+        block = self._blocks.pop(digest, None)
+        if block is not None:
+            self._bytes -= block.nbytes
+
     def _remember(self, digest: Digest, block: RowBlock) -> None:
         if digest in self._blocks or block.nbytes > self.bytes_max:
             return

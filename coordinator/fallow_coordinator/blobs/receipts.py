@@ -7,6 +7,7 @@ otherwise get a receipt, and with it the content. So an account gets a receipt o
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from operator import eq
 
 from fallow.envelope import Domain, sign_payload
@@ -19,13 +20,13 @@ from fallow_coordinator.blobs.storage import BlobStorage, Buffer
 from fallow_coordinator.blobs.uploads import account_name
 
 
-def receipt_of(grant: Grant, data: Callable[[], Buffer]) -> Receipt:
+def receipt_of(grant: Grant, data: Callable[[], Buffer], *, now_ms: int = 0) -> Receipt:
     """What is to be said about an upload of these bytes; `data` is asked for row blocks only. Blocks: call in a thread.
 
     Raises ROW_BLOCK_MALFORMED, ROW_TOO_LARGE or BLOCK_TOO_LARGE.
     """
     if grant.kind is BlobKind.OPAQUE:
-        return Receipt(blob=grant.blob, kind=grant.kind, account_id=grant.account_id)
+        return Receipt(blob=grant.blob, kind=grant.kind, account_id=grant.account_id, issued_at_ms=now_ms)
     block = RowBlock.parse(data())
     return Receipt(
         blob=grant.blob,
@@ -36,6 +37,7 @@ def receipt_of(grant: Grant, data: Callable[[], Buffer]) -> Receipt:
         schema_digest=block.schema_digest,
         size_feature_sums=block.size_feature_sums,
         rows_failed=_empty_rows(block),
+        issued_at_ms=now_ms,
     )
 
 
@@ -53,8 +55,8 @@ class Receipts:
         await self._storage.put_note(receipt.blob.digest, account_name(receipt.account_id), payload)
         return self._signed(payload)
 
-    async def find(self, grant: Grant) -> SignedBytes | None:
-        """The receipt for an earlier upload of this blob by this account; None when an upload is needed."""
+    async def find(self, grant: Grant, *, now_ms: int) -> SignedBytes | None:
+        """A fresh receipt for an earlier upload of this blob by this account; None when an upload is needed."""
         note = await self._storage.note(grant.blob.digest, account_name(grant.account_id))
         if note is None or await self._storage.size(grant.blob.digest) != grant.blob.length_bytes:
             return None
@@ -65,7 +67,7 @@ class Receipts:
             return None
         if (held.blob, held.kind, held.account_id) != (grant.blob, grant.kind, grant.account_id):
             return None
-        return self._signed(note)
+        return self._signed(encode_receipt(replace(held, issued_at_ms=now_ms)))
 
     def _signed(self, payload: bytes) -> SignedBytes:
         return SignedBytes(payload, sign_payload(self._key, Domain.RECEIPT, payload))

@@ -25,14 +25,17 @@ from fallow.wire.blob import (
     BlobKind,
     BlobOperation,
     Grant,
+    digest_from,
     grant_from_message,
     receipt_to_message,
     reference_from_message,
     reference_to_message,
 )
 from fallow.wire.chunks import PutPart, decode_put_part, encode_get_part
+from fallow.wire.moments import moment_from_message
 from fallow_coordinator.blobs.admission import Gate, Turn, Turns
 from fallow_coordinator.blobs.config import BlobLimits
+from fallow_coordinator.blobs.deletion import DigestLocks, Touches, delete_blobs
 from fallow_coordinator.blobs.grants import checked_grant
 from fallow_coordinator.blobs.packs import SourceBlocks, pack_blocks
 from fallow_coordinator.blobs.receipts import Receipts, receipt_of
@@ -53,11 +56,12 @@ _SERVICE: Final = blob_service_pb2.DESCRIPTOR.services_by_name["BlobService"]
 _READ_AHEAD_BYTES: Final = 4 * MIB
 """Read from storage at once; the next piece is read while this one is sent."""
 _DRAIN_S: Final = 2.0
+_PAGE_SIZE_DEFAULT: Final = 1_000
 _PEERS_REMEMBERED_MAX: Final = 10_000
 
 
 class BlobService:
-    """Answers the four methods of `fallow.v1.BlobService`."""
+    """Answers the methods of `fallow.v1.BlobService`."""
 
     def __init__(
         self,
@@ -89,6 +93,8 @@ class BlobService:
             patience_s=limits.chunk_patience_ms / 1000, takeover_patience_s=limits.takeover_patience_ms / 1000
         )
         self._growing: set[PartialUpload] = set()
+        self._touches = Touches(began_at_ms=now_ms(), remembered_max=limits.touches_remembered_max)
+        self._locks = DigestLocks()
         self._rate = RateLimit(
             per_s=limits.calls_per_peer_s,
             burst=limits.calls_per_peer_burst,
@@ -105,6 +111,8 @@ class BlobService:
                 "Put": grpc.stream_unary_rpc_method_handler(_ended_well("Put", self._put)),
                 "Get": grpc.unary_stream_rpc_method_handler(_ended_well("Get", self._get)),
                 "Pack": grpc.unary_unary_rpc_method_handler(_ended_well("Pack", self._pack)),
+                "ListBlobs": grpc.unary_unary_rpc_method_handler(_ended_well("ListBlobs", self._list_blobs)),
+                "DeleteBlobs": grpc.unary_unary_rpc_method_handler(_ended_well("DeleteBlobs", self._delete_blobs)),
             },
         )
 
@@ -125,7 +133,7 @@ class BlobService:
         peer = self._peer(context)
         request = decoded(raw, blob_service_pb2.GetUploadRequest)
         grant = self._checked(grant_from_message(request.grant), BlobOperation.PUT, peer)
-        receipt = await self._receipts.find(grant)
+        receipt = await self._found(grant)
         if receipt is not None:
             response = blob_service_pb2.GetUploadResponse(
                 offset_bytes=grant.blob.length_bytes, receipt=receipt_to_message(receipt)
@@ -160,8 +168,7 @@ class BlobService:
             await self._send(grant, request.offset_bytes, context)
 
     async def _pack(self, raw: bytes, context: Context) -> bytes:
-        if self._peer(context) != self._coordinator:
-            raise FallowError(Reason.PERMISSION_DENIED, "only the coordinator packs", field="key")
+        self._check_coordinator(context, "packs")
         request = decoded(raw, blob_service_pb2.PackRequest)
         sources = [reference_from_message(source, f"sources[{index}]") for index, source in enumerate(request.sources)]
         spans = [Span(span.source, span.first_row, span.first_row + span.rows) for span in request.spans]
@@ -177,6 +184,59 @@ class BlobService:
                     threads=self._threads,
                 )
         return blob_service_pb2.PackResponse(blob=reference_to_message(blob), rows=rows).SerializeToString()
+
+    async def _list_blobs(self, raw: bytes, context: Context) -> bytes:
+        self._check_coordinator(context, "lists blobs")
+        request = decoded(raw, blob_service_pb2.ListBlobsRequest)
+        size = request.page_size or _PAGE_SIZE_DEFAULT
+        if not request.shelf <= 255 or size > self._limits.listed_max:
+            raise FallowError(
+                Reason.LIMIT_EXCEEDED,
+                f"shelf {request.shelf}, {size} blobs",
+                field="page_size",
+                limit=f"shelves 0 to 255, {self._limits.listed_max} blobs",
+            )
+        before_ms = moment_from_message(request.stored_before)
+        found = await self._storage.shelf(request.shelf)
+        old = [one.digest for one in found if one.stored_at_ms < before_ms and one.digest > request.after]
+        return blob_service_pb2.ListBlobsResponse(digests=old[:size]).SerializeToString()
+
+    async def _delete_blobs(self, raw: bytes, context: Context) -> bytes:
+        self._check_coordinator(context, "deletes blobs")
+        request = decoded(raw, blob_service_pb2.DeleteBlobsRequest)
+        if len(request.digests) > self._limits.deleted_per_call_max:
+            raise FallowError(
+                Reason.LIMIT_EXCEEDED,
+                f"{len(request.digests)} blobs at once",
+                field="digests",
+                limit=f"{self._limits.deleted_per_call_max} blobs",
+            )
+        digests = [digest_from(digest, f"digests[{index}]") for index, digest in enumerate(request.digests)]
+        gone = await delete_blobs(
+            self._storage,
+            self._touches,
+            self._locks,
+            digests,
+            untouched_since_ms=moment_from_message(request.decided_at) - self._limits.grace_ms,
+            packed_only=request.packed_only,
+        )
+        for digest in gone:
+            self._sources.forget(digest)
+        _log.info("blobs.deleted named=%d gone=%d packed_only=%s", len(digests), len(gone), request.packed_only)
+        return blob_service_pb2.DeleteBlobsResponse(digests=gone).SerializeToString()
+
+    def _check_coordinator(self, context: Context, what: str) -> None:
+        if self._peer(context) != self._coordinator:
+            raise FallowError(Reason.PERMISSION_DENIED, f"only the coordinator {what}", field="key")
+
+    async def _found(self, grant: Grant) -> SignedBytes | None:
+        """A fresh receipt for what this account uploaded before; from now on the blob stays for the grace at least."""
+        async with self._locks.held(grant.blob.digest):
+            now_ms = self._now_ms()
+            receipt = await self._receipts.find(grant, now_ms=now_ms)
+            if receipt is not None:
+                self._touches.touch(grant.blob.digest, now_ms)
+            return receipt
 
     # ----------------------------------------------------------------------------------------------------- receiving
 
@@ -199,7 +259,7 @@ class BlobService:
                 hint="cut the rows into several blocks",
             )
         async with self._turns.taken(f"{grant.blob.digest.hex()}-{grant.account_id}") as turn:
-            known = await self._receipts.find(grant)
+            known = await self._found(grant)
             if known is not None:
                 return known
             upload = self._uploads.upload(grant.blob, grant.account_id)
@@ -269,10 +329,14 @@ class BlobService:
     async def _stored(self, upload: PartialUpload, grant: Grant) -> SignedBytes:
         """Checks the finished file and makes it a blob."""
         await self._in_thread(upload.finish)
-        receipt = await self._in_thread(receipt_of, grant, upload.path.read_bytes)
-        # The note first: a blob without its note would have to be uploaded again, a note without its blob says nothing.
-        signed = await self._receipts.keep(receipt)
-        await self._storage.put_file(grant.blob.digest, upload.path)
+        async with self._locks.held(grant.blob.digest):
+            now_ms = self._now_ms()
+            receipt = await self._in_thread(receipt_of, grant, upload.path.read_bytes, now_ms=now_ms)
+            self._touches.touch(grant.blob.digest, now_ms)
+            # The note first: a blob without its note would have to be uploaded again, a note without its blob says
+            # nothing.
+            signed = await self._receipts.keep(receipt)
+            await self._storage.put_file(grant.blob.digest, upload.path)
         _log.info(
             "blob.stored digest=%s bytes=%d kind=%s account=%s",
             grant.blob.digest.hex(),

@@ -5,22 +5,35 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import hashlib
 import os
 import secrets
 import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
 
 import obstore
 from obstore.exceptions import BaseError
-from obstore.store import LocalStore, MemoryStore
+from obstore.store import LocalStore, MemoryStore, S3Store
 
 from fallow.errors import FallowError, Reason
-from fallow.ids import Digest
+from fallow.ids import DIGEST_BYTES, Digest
 
 Buffer = bytes | bytearray | memoryview
 
 _NOTE_BYTES_MAX: Final = 4096
+_VERIFY_BYTES: Final = 4 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class StoredObject:
+    """A blob as a listing shows it."""
+
+    digest: Digest
+    length_bytes: int
+    stored_at_ms: int
 
 
 class BlobStorage(Protocol):
@@ -58,6 +71,14 @@ class BlobStorage(Protocol):
         """A note, None when there is none."""
         ...
 
+    async def has_notes(self, digest: Digest) -> bool:
+        """Whether any note is beside the place of a blob."""
+        ...
+
+    async def shelf(self, number: int) -> Sequence[StoredObject]:
+        """All blobs whose digests begin with this byte, rising by digest."""
+        ...
+
     def free_bytes(self) -> int | None:
         """Room left, None when unlimited."""
         ...
@@ -66,7 +87,7 @@ class BlobStorage(Protocol):
 class _ObjectStorage:
     """What every implementation over an object store shares."""
 
-    def __init__(self, store: LocalStore | MemoryStore) -> None:
+    def __init__(self, store: LocalStore | MemoryStore | S3Store) -> None:
         self._store = store
 
     async def read(self, digest: Digest, *, offset: int, length: int) -> memoryview:
@@ -96,6 +117,24 @@ class _ObjectStorage:
             with contextlib.suppress(FileNotFoundError):
                 await obstore.delete_async(self._store, entry["path"])
         return True
+
+    async def has_notes(self, digest: Digest) -> bool:
+        notes = await obstore.list_with_delimiter_async(  # pyright: ignore[reportUnknownMemberType]
+            self._store, f"{_notes_key(digest)}/"
+        )
+        return bool(notes["objects"])
+
+    async def shelf(self, number: int) -> Sequence[StoredObject]:
+        found: list[StoredObject] = []
+        prefix = f"blobs/{number:02x}/"
+        async for page in obstore.list(self._store, prefix):  # pyright: ignore[reportUnknownMemberType]
+            for entry in page:
+                digest = _digest_of_key(entry["path"])
+                if digest is not None:
+                    stored_at_ms = int(entry["last_modified"].timestamp() * 1_000)
+                    found.append(StoredObject(digest, entry["size"], stored_at_ms))
+        found.sort(key=lambda one: one.digest)
+        return found
 
     async def put_note(self, digest: Digest, name: str, data: bytes) -> None:
         assert len(data) <= _NOTE_BYTES_MAX, "a note is small"
@@ -176,10 +215,53 @@ class MemoryStorage(_ObjectStorage):
         return self._free_bytes
 
 
+class S3Storage(_ObjectStorage):
+    """Blobs in an S3 bucket, or in what speaks its language. Objects appear whole or not at all."""
+
+    def __init__(self, store: S3Store, *, uploads: Path | None = None) -> None:
+        """`store` names bucket, region, endpoint and credentials; `uploads` is where unfinished uploads grow."""
+        super().__init__(store)
+        self._bucket = store
+        self._uploads = uploads
+
+    async def put_file(self, digest: Digest, path: Path) -> None:
+        with translated():
+            await obstore.put_async(self._bucket, blob_key(digest), path)
+        await asyncio.to_thread(path.unlink)
+
+    async def put_bytes(self, digest: Digest, data: Buffer) -> None:
+        with translated():
+            await obstore.put_async(self._bucket, blob_key(digest), bytes(data))
+
+    async def verified(self, digest: Digest, length_bytes: int) -> bool:
+        """Whether the object that lies there is the blob: read in full, in bounded memory. For uploads by URL."""
+        if await self.size(digest) != length_bytes:
+            return False
+        found = hashlib.sha256()
+        result = await obstore.get_async(self._bucket, blob_key(digest))
+        async for piece in result.stream(min_chunk_size=_VERIFY_BYTES):
+            found.update(piece)
+        return found.digest() == digest
+
+    def free_bytes(self) -> int | None:
+        # A bucket has no end, but what comes grows on this machine's disk first.
+        return shutil.disk_usage(self._uploads).free if self._uploads is not None else None
+
+
 def blob_key(digest: Digest) -> str:
     """Where a blob lies: 256 shelves, so that no folder grows without bound."""
     text = digest.hex()
     return f"blobs/{text[:2]}/{text[2:]}"
+
+
+def _digest_of_key(key: str) -> Digest | None:
+    """The digest of a blob's key; None for anything else that lies there."""
+    _, _, tail = key.partition("/")
+    try:
+        digest = bytes.fromhex(tail.replace("/", "", 1))
+    except ValueError:
+        return None
+    return Digest(digest) if len(digest) == DIGEST_BYTES else None
 
 
 def _notes_key(digest: Digest) -> str:

@@ -1,4 +1,4 @@
-"""Decisions about blobs, bundles and their inspection."""
+"""Decisions about bundles and their inspection."""
 
 from __future__ import annotations
 
@@ -6,67 +6,19 @@ from fallow.bundle import InspectionReport
 from fallow.errors import FallowError, Reason
 from fallow.ids import AccountId, Digest, TaskId
 from fallow.job import JobState
-from fallow.limits import BLOB_BYTES_MAX, BLOCK_ROWS_MAX, BUNDLE_FILES_MAX, ROW_BYTES_MAX, SIZE_FEATURES_MAX
+from fallow.limits import BLOCK_ROWS_MAX, BUNDLE_FILES_MAX, ROW_BYTES_MAX, SIZE_FEATURES_MAX
 from fallow.session import TaskKind
 from fallow_coordinator.core import commands as c
 from fallow_coordinator.core import events as e
 from fallow_coordinator.core.answers import Decision
 from fallow_coordinator.core.draft import Draft, shortened
 from fallow_coordinator.core.limits import (
-    BLOBS_PER_ACCOUNT_MAX,
-    BLOBS_PER_COMMAND_MAX,
     BUNDLES_PER_ACCOUNT_MAX,
     COST_UNIT_MICROS_MAX,
     INSPECTIONS_WAITING_PER_ACCOUNT_MAX,
 )
 from fallow_coordinator.core.names import Names
 from fallow_coordinator.core.state import Account, Bundle, Lease, State, Task
-
-
-def record_blobs(state: State, command: c.RecordBlobs) -> Decision:
-    """The account owns these blobs now; known ones are passed over. Raises ACCOUNT_UNKNOWN, LIMIT_EXCEEDED."""
-    account = account_of(state, command.account_id)
-    if len(command.blobs) > BLOBS_PER_COMMAND_MAX:
-        raise FallowError(
-            Reason.LIMIT_EXCEEDED,
-            f"{len(command.blobs)} blobs at once",
-            field="blobs",
-            limit=f"{BLOBS_PER_COMMAND_MAX} blobs",
-        )
-    fresh: dict[Digest, c.StoredBlob] = {}
-    for index, stored in enumerate(command.blobs):
-        if not 0 <= stored.blob.length_bytes <= BLOB_BYTES_MAX:
-            raise FallowError(
-                Reason.LIMIT_EXCEEDED,
-                f"the blob has {stored.blob.length_bytes} bytes",
-                field=f"blobs[{index}].length_bytes",
-                limit=f"{BLOB_BYTES_MAX} bytes",
-            )
-        # A row block stays one, though its bytes come again as bytes: what is known never shrinks, nor flips for ever.
-        known = account.blobs.get(stored.blob.digest)
-        if known is None or (stored.rows and not known.rows):
-            fresh[stored.blob.digest] = stored
-    if len(account.blobs) + len(fresh) > BLOBS_PER_ACCOUNT_MAX:
-        raise FallowError(
-            Reason.LIMIT_EXCEEDED,
-            "the account holds too many blobs",
-            field="blobs",
-            limit=f"{BLOBS_PER_ACCOUNT_MAX} blobs",
-        )
-    return Decision(
-        tuple(
-            e.BlobRecorded(
-                account_id=command.account_id,
-                blob=stored.blob,
-                rows=stored.rows,
-                root=stored.root,
-                schema_digest=stored.schema_digest,
-                size_feature_sums=stored.size_feature_sums,
-                rows_failed=stored.rows_failed,
-            )
-            for stored in fresh.values()
-        )
-    )
 
 
 def register_bundle(state: State, command: c.RegisterBundle, names: Names) -> Decision:

@@ -9,6 +9,7 @@ from fallow.ids import AccountId, Digest, JobId, KeyFingerprint, LeaseId, PartyI
 from fallow.job import DatasetBlock, JobOptions
 from fallow.roles import DataClass, Role, Tier
 from fallow.session import BlobReference, Capability, Cause, HeldLease, RowFailure, Usage
+from fallow_coordinator.core.limits import UPLOAD_GRACE_MS
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +175,33 @@ class StoredBlob:
 class RecordBlobs:
     account_id: AccountId
     blobs: tuple[StoredBlob, ...]
+    grace_ms: int = UPLOAD_GRACE_MS
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimBlobs:
+    """The account was told that it has these blobs and goes on to use them: the grace of old records begins anew."""
+
+    account_id: AccountId
+    digests: tuple[Digest, ...]
+    grace_ms: int = UPLOAD_GRACE_MS
+
+
+@dataclass(frozen=True, slots=True)
+class ForgetBlobs:
+    """Blobs to which nothing refers in the views at `view_sequence`: does the state refer to them?"""
+
+    digests: tuple[Digest, ...]
+    view_sequence: int
+    grace_ms: int = UPLOAD_GRACE_MS
+    """Age below which a recorded upload counts as referred to."""
+
+
+@dataclass(frozen=True, slots=True)
+class SetBlobQuota:
+    account_id: AccountId
+    bytes_max: int
+    """0: the default."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +249,23 @@ class SubmitMapJob:
 class CancelJob:
     account_id: AccountId
     job_id: JobId
+
+
+@dataclass(frozen=True, slots=True)
+class DeleteJob:
+    """The owner lets go of a finished job's results, dataset and kept columns."""
+
+    account_id: AccountId
+    job_id: JobId
+    archived: bool
+    """True: the job has left the state, and the views show it as this account's, ended and not deleted."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExpireJobs:
+    """Jobs of which the views say that their retention is over."""
+
+    jobs: tuple[tuple[AccountId, JobId], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -338,9 +383,14 @@ Command = (
     | ChangeCapability
     | DrainSession
     | RecordBlobs
+    | ClaimBlobs
+    | ForgetBlobs
+    | SetBlobQuota
     | RegisterBundle
     | SubmitMapJob
     | CancelJob
+    | DeleteJob
+    | ExpireJobs
     | TaskPacked
     | PackFailed
     | Commit

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import assert_never
 
-from fallow_coordinator.core import bundles, identity, jobs, leases, matching, sessions, time_passing
+from fallow_coordinator.core import blobs, bundles, identity, jobs, leases, matching, sessions, time_passing
 from fallow_coordinator.core import commands as c
 from fallow_coordinator.core.answers import Decision
 from fallow_coordinator.core.names import Names
 from fallow_coordinator.core.state import State
 
 
-def decide(state: State, command: c.Command, now_ms: int, entropy: bytes) -> Decision:
+def decide(state: State, command: c.Command, now_ms: int, entropy: bytes) -> Decision:  # noqa: PLR0911 one arm each
     """Events and answer of one command, a function of its arguments alone.
 
     `now_ms` is the journal's clock and never goes back; `entropy` is 32 fresh bytes, from which names are made.
@@ -35,8 +35,18 @@ def decide(state: State, command: c.Command, now_ms: int, entropy: bytes) -> Dec
             return time_passing.tick(state, now_ms)
         case c.Restart():
             return time_passing.restart(state, command)
-        case c.SubmitMapJob() | c.CancelJob() | c.PackFailed() | c.ArchiveJobs() | c.RecordBlobs() | c.RegisterBundle():
+        case (
+            c.SubmitMapJob()
+            | c.CancelJob()
+            | c.DeleteJob()
+            | c.ExpireJobs()
+            | c.PackFailed()
+            | c.ArchiveJobs()
+            | c.RegisterBundle()
+        ):
             return _decide_job(state, command, now_ms, entropy)
+        case c.RecordBlobs() | c.ClaimBlobs() | c.ForgetBlobs() | c.SetBlobQuota():
+            return _decide_blobs(state, command, now_ms)
         case c.OpenSession() | c.CloseSession() | c.ChangeCapability() | c.DrainSession():
             return _decide_session(state, command, now_ms, entropy)
         case (
@@ -57,7 +67,7 @@ def decide(state: State, command: c.Command, now_ms: int, entropy: bytes) -> Dec
             assert_never(command)
 
 
-JobCommand = c.SubmitMapJob | c.CancelJob | c.PackFailed | c.ArchiveJobs | c.RecordBlobs | c.RegisterBundle
+JobCommand = c.SubmitMapJob | c.CancelJob | c.DeleteJob | c.ExpireJobs | c.PackFailed | c.ArchiveJobs | c.RegisterBundle
 
 
 def _decide_job(state: State, command: JobCommand, now_ms: int, entropy: bytes) -> Decision:
@@ -66,14 +76,33 @@ def _decide_job(state: State, command: JobCommand, now_ms: int, entropy: bytes) 
             return jobs.submit_map_job(state, command, now_ms, Names(entropy))
         case c.CancelJob():
             return jobs.cancel_job(state, command)
+        case c.DeleteJob():
+            return jobs.delete_job(state, command)
+        case c.ExpireJobs():
+            return jobs.expire_jobs(state, command)
         case c.PackFailed():
             return jobs.pack_failed(state, command, now_ms)
         case c.ArchiveJobs():
             return jobs.archive_jobs(state, command)
-        case c.RecordBlobs():
-            return bundles.record_blobs(state, command)
         case c.RegisterBundle():
             return bundles.register_bundle(state, command, Names(entropy))
+        case _:
+            assert_never(command)
+
+
+BlobCommand = c.RecordBlobs | c.ClaimBlobs | c.ForgetBlobs | c.SetBlobQuota
+
+
+def _decide_blobs(state: State, command: BlobCommand, now_ms: int) -> Decision:
+    match command:
+        case c.RecordBlobs():
+            return blobs.record_blobs(state, command, now_ms)
+        case c.ClaimBlobs():
+            return blobs.claim_blobs(state, command, now_ms)
+        case c.ForgetBlobs():
+            return blobs.forget_blobs(state, command, now_ms)
+        case c.SetBlobQuota():
+            return blobs.set_blob_quota(state, command)
         case _:
             assert_never(command)
 

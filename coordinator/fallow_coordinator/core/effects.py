@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fallow.ids import JobId, LeaseId, PartyId, SessionId, TaskId
+from fallow.ids import Digest, JobId, LeaseId, PartyId, SessionId, TaskId
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +53,13 @@ class PackTask:
 
 
 @dataclass(frozen=True, slots=True)
+class DropInput:
+    """A lease is over: its packed input in the blob service can go."""
+
+    input: Digest
+
+
+@dataclass(frozen=True, slots=True)
 class WakeWatchers:
     """Something about this job changed."""
 
@@ -80,6 +87,7 @@ Effect = (
     | SendRevoked
     | EndSession
     | PackTask
+    | DropInput
     | WakeWatchers
     | WakeBundleWatchers
     | EndParty

@@ -29,7 +29,7 @@ def effects_of(state: State, event: e.Event) -> tuple[f.Effect, ...]:  # noqa: P
             return _ended(state, event)
         case e.TaskAbandoned():
             return _NOTHING
-        case e.JobSubmitted() | e.JobStateChanged():
+        case e.JobSubmitted() | e.JobStateChanged() | e.JobDeleted():
             return (f.WakeWatchers(job_id=event.job_id),)
         case e.BundleInspected() | e.BundleHeld() | e.BundleRegistered():
             return (f.WakeBundleWatchers(bundle_digest=event.bundle_digest),)
@@ -69,6 +69,8 @@ def _settled(state: State, event: e.TaskSettled) -> tuple[f.Effect, ...]:
                 microcredits=event.microcredits,
             )
         )
+    if ended.input is not None:
+        made.append(f.DropInput(ended.input))
     if ended.job_id is not None:
         made.append(f.WakeWatchers(job_id=ended.job_id))
     return tuple(made)
@@ -83,6 +85,8 @@ def _ended(state: State, event: e.LeaseEnded) -> tuple[f.Effect, ...]:
         made.append(
             f.SendRevoked(session_id=worker.session_id, lease_id=event.lease_id, fence=ended.fence, reason=event.reason)
         )
+    if ended.input is not None:
+        made.append(f.DropInput(ended.input))
     if ended.job_id is not None:
         made.append(f.WakeWatchers(job_id=ended.job_id))
     return tuple(made)

@@ -141,6 +141,20 @@ class BlobRecorded:
 
 
 @dataclass(frozen=True, slots=True)
+class BlobsForgotten:
+    """Nothing refers to these blobs: no account has them from here on, and the blob service may delete them."""
+
+    digests: tuple[Digest, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BlobQuotaSet:
+    account_id: AccountId
+    bytes_max: int
+    """0: the default."""
+
+
+@dataclass(frozen=True, slots=True)
 class BundleRegistered:
     account_id: AccountId
     bundle_digest: Digest
@@ -212,6 +226,15 @@ class JobArchived:
     """Finished and in the views: leaves the state."""
 
     job_id: JobId
+
+
+@dataclass(frozen=True, slots=True)
+class JobDeleted:
+    """A finished job's results, dataset and kept columns are let go; the job may have left the state before."""
+
+    job_id: JobId
+    account_id: AccountId
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -346,6 +369,8 @@ Event = (
     | SessionClosed
     | CapabilityReported
     | BlobRecorded
+    | BlobsForgotten
+    | BlobQuotaSet
     | BundleRegistered
     | BundleInspected
     | BundleHeld
@@ -353,6 +378,7 @@ Event = (
     | JobSubmitted
     | JobStateChanged
     | JobArchived
+    | JobDeleted
     | TaskCreated
     | PackRequested
     | TaskInputPacked

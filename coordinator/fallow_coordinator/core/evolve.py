@@ -45,6 +45,9 @@ def evolve(state: State, event: e.Event, at_ms: int) -> None:
             | e.JobSubmitted()
             | e.JobStateChanged()
             | e.JobArchived()
+            | e.JobDeleted()
+            | e.BlobsForgotten()
+            | e.BlobQuotaSet()
         ):
             evolve_jobs.evolve_job(state, event, at_ms)
         case (

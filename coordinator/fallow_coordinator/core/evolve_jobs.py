@@ -11,7 +11,7 @@ from fallow.roles import DataClass
 from fallow_coordinator.core import events as e
 from fallow_coordinator.core.commands import StoredBlob
 from fallow_coordinator.core.limits import IDEMPOTENCY_MS
-from fallow_coordinator.core.state import Bundle, IdempotencyRecord, Job, Lane, LaneKey, State
+from fallow_coordinator.core.state import Account, Bundle, IdempotencyRecord, Job, Lane, LaneKey, State
 
 JobEvent = (
     e.BlobRecorded
@@ -22,6 +22,9 @@ JobEvent = (
     | e.JobSubmitted
     | e.JobStateChanged
     | e.JobArchived
+    | e.JobDeleted
+    | e.BlobsForgotten
+    | e.BlobQuotaSet
 )
 
 _CUTTABLE = frozenset({JobState.QUEUED, JobState.RUNNING})
@@ -31,14 +34,14 @@ def evolve_job(state: State, event: JobEvent, at_ms: int) -> None:
     """Applies one event about blobs, bundles or jobs."""
     match event:
         case e.BlobRecorded():
-            state.accounts[event.account_id].blobs[event.blob.digest] = StoredBlob(
-                blob=event.blob,
-                rows=event.rows,
-                root=event.root,
-                schema_digest=event.schema_digest,
-                size_feature_sums=event.size_feature_sums,
-                rows_failed=event.rows_failed,
-            )
+            _record(state.accounts[event.account_id], event, at_ms)
+        case e.BlobsForgotten():
+            for account in state.accounts.values():
+                for digest in account.blobs.keys() & frozenset(event.digests):
+                    account.blob_bytes -= account.blobs.pop(digest).blob.length_bytes
+                    del account.blobs_recorded_at_ms[digest]
+        case e.BlobQuotaSet():
+            state.accounts[event.account_id].blob_bytes_max = event.bytes_max
         case e.BundleRegistered():
             _register(state, event)
         case e.BundleInspected():
@@ -57,8 +60,25 @@ def evolve_job(state: State, event: JobEvent, at_ms: int) -> None:
             _move(state, event, at_ms)
         case e.JobArchived():
             _archive(state, event)
+        case e.JobDeleted():
+            _delete(state, event, at_ms)
         case _:
             assert_never(event)
+
+
+def _record(account: Account, event: e.BlobRecorded, at_ms: int) -> None:
+    digest = event.blob.digest
+    known = account.blobs.get(digest)
+    account.blob_bytes += event.blob.length_bytes - (known.blob.length_bytes if known is not None else 0)
+    account.blobs[digest] = StoredBlob(
+        blob=event.blob,
+        rows=event.rows,
+        root=event.root,
+        schema_digest=event.schema_digest,
+        size_feature_sums=event.size_feature_sums,
+        rows_failed=event.rows_failed,
+    )
+    account.blobs_recorded_at_ms[digest] = at_ms
 
 
 def _register(state: State, event: e.BundleRegistered) -> None:
@@ -147,7 +167,22 @@ def _move(state: State, event: e.JobStateChanged, at_ms: int) -> None:
 
 def _archive(state: State, event: e.JobArchived) -> None:
     job = state.jobs.pop(event.job_id)
-    del state.finished[event.job_id]
+    state.archived_through = max(state.archived_through, state.finished.pop(event.job_id))
+    _let_go_of_outputs(state, job)
+
+
+def _delete(state: State, event: e.JobDeleted, at_ms: int) -> None:
+    job = state.jobs.get(event.job_id)
+    if job is None:
+        return
+    assert job.state in JOB_STATES_FINAL and not job.deleted_at_ms, "finished jobs are deleted, each once"
+    _let_go_of_outputs(state, job)
+    job.results = []
+    job.blocks, job.kept = (), None
+    job.deleted_at_ms, job.deleted_reason = at_ms, event.reason
+
+
+def _let_go_of_outputs(state: State, job: Job) -> None:
     outputs = state.accounts[job.account_id].outputs
     for result in job.results:
         if result.output is not None:

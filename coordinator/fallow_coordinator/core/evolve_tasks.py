@@ -234,7 +234,13 @@ def _release(state: State, lease_id: LeaseId, outcome: e.LeaseOutcome | None) ->
     if task.job_id is not None:
         state.jobs[task.job_id].rows_leased -= task.rows
     state.ended_leases[lease_id] = EndedLease(
-        lease.task_id, task.job_id, lease.worker_id, lease.fence, outcome, lease.commitment
+        lease.task_id,
+        task.job_id,
+        lease.worker_id,
+        lease.fence,
+        outcome,
+        lease.commitment,
+        task.input.digest if task.input is not None and not task.input_inline else None,
     )
     state.ended_order.append(lease_id)
     if len(state.ended_order) > LEASES_REMEMBERED_MAX:

@@ -95,8 +95,11 @@ def _check_job(state: State, job: Job) -> None:
     _must(job.tasks_created <= JOB_TASKS_MAX, "a job has no more tasks than allowed")
     spans = [span for task_id in job.tasks for span in state.tasks[task_id].spans]
     delivered = [(span.job_position, span.job_position + span.rows) for result in job.results for span in result.spans]
-    _must(sum(end - start for start, end in delivered) == len(job.done), "each delivered row is delivered once")
-    _must(RangeSet(delivered) == job.done, "what is done was delivered")
+    deleted = bool(job.deleted_at_ms)
+    _must(not deleted or (final and not job.results and not job.blocks and job.kept is None), "what is deleted is gone")
+    if not deleted:
+        _must(sum(end - start for start, end in delivered) == len(job.done), "each delivered row is delivered once")
+        _must(RangeSet(delivered) == job.done, "what is done was delivered")
     if not final:
         cut = RangeSet([*spans, *delivered])
         _must(cut == RangeSet.of(0, job.next_row), "live tasks and results hold the cut rows")
@@ -176,6 +179,9 @@ def _check_counts(state: State) -> None:
     for job in state.jobs.values():
         outputs.update((job.account_id, result.output.digest) for result in job.results if result.output is not None)
     for account_id, account in state.accounts.items():
+        _must(account.blobs.keys() == account.blobs_recorded_at_ms.keys(), "each recorded blob has its moment")
+        recorded = sum(stored.blob.length_bytes for stored in account.blobs.values())
+        _must(account.blob_bytes == recorded, "recorded bytes are counted")
         _must(account.jobs_unfinished == unfinished[account_id] <= JOBS_UNFINISHED_PER_ACCOUNT_MAX, "jobs are counted")
         _must(account.blocks_unfinished == blocks[account_id], "blocks of unfinished jobs are counted")
         _must(account.idempotency_keys == keys[account_id] <= IDEMPOTENCY_KEYS_PER_ACCOUNT_MAX, "keys are counted")

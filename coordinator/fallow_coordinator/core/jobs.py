@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from fallow.errors import FallowError, Reason
 from fallow.ids import Digest, JobId, PoolId, TaskId
 from fallow.job import JOB_STATES_FINAL, JobState
@@ -21,17 +23,26 @@ from fallow_coordinator.core.draft import Draft, shortened
 from fallow_coordinator.core.limits import (
     ARCHIVED_PER_COMMAND_MAX,
     BLOCKS_UNFINISHED_PER_ACCOUNT_MAX,
+    DAY_MS,
+    EXPIRED_PER_COMMAND_MAX,
     IDEMPOTENCY_KEY_BYTES_MAX,
     IDEMPOTENCY_KEY_BYTES_MIN,
     IDEMPOTENCY_KEYS_PER_ACCOUNT_MAX,
     IDEMPOTENCY_MS,
     JOBS_UNFINISHED_PER_ACCOUNT_MAX,
     PACK_ATTEMPTS_MAX,
+    RETENTION_MS_DEFAULT,
+    RETENTION_MS_MAX,
+    RETENTION_MS_MIN,
     RETRY_DELAY_MS_MAX,
     RETRY_DELAY_MS_MIN,
+    SECOND_MS,
 )
 from fallow_coordinator.core.names import Names
 from fallow_coordinator.core.state import Account, Bundle, State, Task, TaskPhase
+
+DELETED_BY_OWNER = "deleted by its owner"
+DELETED_BY_TIME = "its retention is over"
 
 
 def submit_map_job(state: State, command: c.SubmitMapJob, now_ms: int, names: Names) -> Decision:
@@ -87,7 +98,8 @@ def submit_map_job(state: State, command: c.SubmitMapJob, now_ms: int, names: Na
             rows=sum(block.rows for block in command.blocks),
             data_class=command.data_class,
             title=command.title,
-            options=command.options,
+            # Written out: a later default is not for jobs of today.
+            options=replace(command.options, retention_ms=command.options.retention_ms or RETENTION_MS_DEFAULT),
             kept=command.kept,
             policy=state.pools[pool_id].policy,
             price_microcredits=0,
@@ -110,6 +122,34 @@ def cancel_job(state: State, command: c.CancelJob) -> Decision:
     draft = Draft(state)
     draft.finish(job, JobState.CANCELLED, "cancelled by its owner", Reason.JOB_CANCELLED)
     return Decision(tuple(draft.events))
+
+
+def delete_job(state: State, command: c.DeleteJob) -> Decision:
+    """Lets go of what a finished job keeps. Once deleted, nothing happens. Raises JOB_UNKNOWN, JOB_UNFINISHED."""
+    job = state.jobs.get(command.job_id)
+    if (job is None and not command.archived) or (job is not None and job.account_id != command.account_id):
+        raise FallowError(Reason.JOB_UNKNOWN, f"this account has no job {command.job_id}", field="job_id")
+    if job is not None and job.deleted_at_ms:
+        return Decision()
+    if job is not None and job.state not in JOB_STATES_FINAL:
+        raise FallowError(
+            Reason.JOB_UNFINISHED,
+            f"the job is {job.state.value}; only a job that has ended can be deleted",
+            field="job_id",
+            hint=f"`fallow job cancel {command.job_id}` ends it",
+        )
+    return Decision((e.JobDeleted(command.job_id, command.account_id, DELETED_BY_OWNER),))
+
+
+def expire_jobs(state: State, command: c.ExpireJobs) -> Decision:
+    """Lets go of what these jobs keep, except of those that are deleted already."""
+    assert len(command.jobs) <= EXPIRED_PER_COMMAND_MAX, "the collector asks page by page"
+    events: list[e.Event] = []
+    for account_id, job_id in command.jobs:
+        job = state.jobs.get(job_id)
+        if job is None or (job.state in JOB_STATES_FINAL and not job.deleted_at_ms):
+            events.append(e.JobDeleted(job_id, account_id, DELETED_BY_TIME))
+    return Decision(tuple(events))
 
 
 def task_packed(state: State, command: c.TaskPacked) -> Decision:
@@ -214,6 +254,13 @@ def _check_options(command: c.SubmitMapJob) -> None:
             f"failed_rows_max is {options.failed_rows_max}",
             field="options.failed_rows_max",
             limit=f"0 to {JOB_ROWS_MAX} rows",
+        )
+    if options.retention_ms and not RETENTION_MS_MIN <= options.retention_ms <= RETENTION_MS_MAX:
+        raise FallowError(
+            Reason.FIELD_INVALID,
+            f"a retention of {options.retention_ms} ms",
+            field="options.retention",
+            limit=f"{RETENTION_MS_MIN // SECOND_MS} second to {RETENTION_MS_MAX // DAY_MS} days",
         )
     # NOTE: placement by these needs measured devices and a market; ignoring them silently would be a lie.
     wishes = (

@@ -78,3 +78,15 @@ TASK_BLOCKS_MAX = 256
 """Dataset blocks that one task's rows may come from."""
 DUE_PER_TICK_MAX = 4_096
 """Deadlines, and workers gone, that one tick deals with; the rest waits for the next."""
+
+RETENTION_MS_DEFAULT = 30 * DAY_MS
+"""How long results, dataset and kept columns outlive the end of their job, unless its submitter says otherwise."""
+RETENTION_MS_MIN = SECOND_MS
+RETENTION_MS_MAX = 366 * DAY_MS
+EXPIRED_PER_COMMAND_MAX = 1_000
+UPLOAD_GRACE_MS = DAY_MS
+"""How long a recorded upload stays when nothing refers to it; asking for it anew begins the time anew."""
+FORGOTTEN_PER_COMMAND_MAX = 2_000
+BLOB_BYTES_PER_ACCOUNT_DEFAULT = 100 * 1024 * 1024 * 1024
+"""Bytes of uploads that an account may have recorded, unless an operator says otherwise: 100 GiB."""
+BLOB_BYTES_PER_ACCOUNT_MAX = 1 << 50

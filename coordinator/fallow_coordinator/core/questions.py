@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fallow.bundle import InspectionReport, Precision
+from fallow.errors import Reason
 from fallow.ids import AccountId, Digest, JobId, LeaseId, PartyId, PoolId, SessionId, TaskId
 from fallow.job import JobProgress, JobState, JobStatus, TaskResult
 from fallow.limits import BLOCK_BYTES_MAX
@@ -24,7 +25,12 @@ def job_status(state: State, job_id: JobId) -> JobStatus | None:
     job = state.jobs.get(job_id)
     if job is None:
         return None
-    reason, code = waiting_reason(state, job_id) if job.state in _WAITING else (job.reason, job.reason_code)
+    if job.deleted_at_ms:
+        reason, code = job.deleted_reason, Reason.JOB_DELETED.value
+    elif job.state in _WAITING:
+        reason, code = waiting_reason(state, job_id)
+    else:
+        reason, code = job.reason, job.reason_code
     return JobStatus(
         job_id=job.job_id,
         account_id=job.account_id,
@@ -50,6 +56,7 @@ def job_status(state: State, job_id: JobId) -> JobStatus | None:
             tasks_settled=job.tasks_settled,
             workers=_workers_of(state, job),
         ),
+        deleted_at_ms=job.deleted_at_ms,
     )
 
 

@@ -44,6 +44,12 @@ class Account:
     name: str
     blobs: dict[Digest, StoredBlob] = field(default_factory=dict[Digest, StoredBlob])
     """Blobs that the blob service holds for this account."""
+    blobs_recorded_at_ms: dict[Digest, int] = field(default_factory=dict[Digest, int])
+    """When each of them was last recorded or claimed."""
+    blob_bytes: int = 0
+    """Sum of their lengths."""
+    blob_bytes_max: int = 0
+    """What an operator allows; 0: the default."""
     outputs: dict[Digest, tuple[int, int]] = field(default_factory=dict[Digest, tuple[int, int]])
     """(length in bytes, results that refer to it) of each output block of its unarchived jobs."""
     bundles: dict[Digest, None] = field(default_factory=dict[Digest, None])
@@ -220,7 +226,10 @@ class Job:
     tasks_settled: int = 0
     microcredits: int = 0
     results: list[TaskResult] = field(default_factory=list[TaskResult])
-    """Result n has cursor n + 1."""
+    """Result n has cursor n + 1; none are left once the job is deleted."""
+    deleted_at_ms: int = 0
+    """0: its results, dataset and kept columns are there."""
+    deleted_reason: str = ""
 
     @property
     def lane(self) -> LaneKey:
@@ -311,6 +320,8 @@ class EndedLease:
     outcome: LeaseOutcome | None
     """None: it settled."""
     commitment: CommitmentFacts | None
+    input: Digest | None = None
+    """Its input in the blob service, which nobody needs any more; None when it was inline or had none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -363,6 +374,8 @@ class State:
     jobs: dict[JobId, Job] = field(default_factory=dict[JobId, Job])
     finished: dict[JobId, int] = field(default_factory=dict[JobId, int])
     """Finished jobs that are still here, by the sequence of their end, rising."""
+    archived_through: int = 0
+    """The latest end of a job that has left the state, as a sequence: views behind it do not know all references."""
     tasks: dict[TaskId, Task] = field(default_factory=dict[TaskId, Task])
     leases: dict[LeaseId, Lease] = field(default_factory=dict[LeaseId, Lease])
     ended_leases: dict[LeaseId, EndedLease] = field(default_factory=dict[LeaseId, EndedLease])

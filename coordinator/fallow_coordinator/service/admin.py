@@ -20,6 +20,7 @@ from fallow.wire.capability import capability_to_message
 from fallow.wire.enums import ROLES, TIERS
 from fallow.wire.moments import duration_from_message, moment_to_message
 from fallow_coordinator.core.answers import AccountMade, PoolMade, TokenMade
+from fallow_coordinator.core.blobs import blob_quota_of
 from fallow_coordinator.core.commands import (
     CreateAccount,
     CreatePool,
@@ -28,6 +29,7 @@ from fallow_coordinator.core.commands import (
     ReleaseWorker,
     RevokeParty,
     RevokeToken,
+    SetBlobQuota,
 )
 from fallow_coordinator.core.state import State, Worker
 from fallow_coordinator.engine import Engine
@@ -87,6 +89,7 @@ class AdminService:
                     handler("ListTokens", pb.ListTokensRequest, self.list_tokens),
                     handler("RevokeToken", pb.RevokeTokenRequest, self.revoke_token),
                     handler("CreateAccount", pb.CreateAccountRequest, self.create_account),
+                    handler("SetBlobQuota", pb.SetBlobQuotaRequest, self.set_blob_quota),
                     handler("CreatePool", pb.CreatePoolRequest, self.create_pool),
                     handler("ListWorkers", pb.ListWorkersRequest, self.list_workers),
                     handler("QuarantineWorker", pb.QuarantineWorkerRequest, self.quarantine_worker),
@@ -209,6 +212,17 @@ class AdminService:
         made = decision.answer
         assert isinstance(made, AccountMade), "creating an account makes one"
         return pb.CreateAccountResponse(account_id=made.account_id)
+
+    async def set_blob_quota(self, call: Call[pb.SetBlobQuotaRequest]) -> pb.SetBlobQuotaResponse:
+        """The account's bound, and what it has."""
+        account_id = AccountId(call.request.account_id)
+        await self._engine.submit(SetBlobQuota(account_id, call.request.bytes_max))
+
+        def read(state: State) -> pb.SetBlobQuotaResponse:
+            account = state.accounts[account_id]
+            return pb.SetBlobQuotaResponse(bytes_recorded=account.blob_bytes, bytes_max=blob_quota_of(account))
+
+        return await self._engine.read(read)
 
     async def create_pool(self, call: Call[pb.CreatePoolRequest]) -> pb.CreatePoolResponse:
         """A new pool."""

@@ -57,11 +57,16 @@ class Grants:
         return SignedBytes(payload, sign_payload(self._key, Domain.GRANT, payload))
 
 
-def stored_blob(receipt: SignedBytes, blob_service_key: bytes, account_id: AccountId, field: str) -> StoredBlob:
+def stored_blob(
+    receipt: SignedBytes, blob_service_key: bytes, account_id: AccountId, field: str, *, issued_after_ms: int = 0
+) -> StoredBlob:
     """What a receipt says is stored for an account.
 
+    Receipts given out before `issued_after_ms` say too little of today: what they tell of may be deleted. Outputs that
+    a live lease is bound to are never deleted, so their receipts do not age.
+
     Raises GRANT_INVALID for anything that the blob service did not sign, PERMISSION_DENIED for another account's
-    receipt, LIMIT_EXCEEDED or MALFORMED_MESSAGE.
+    receipt, GRANT_EXPIRED, LIMIT_EXCEEDED or MALFORMED_MESSAGE.
     """
     if len(receipt.payload) > RECEIPT_BYTES_MAX:
         raise FallowError(
@@ -80,6 +85,13 @@ def stored_blob(receipt: SignedBytes, blob_service_key: bytes, account_id: Accou
     found = decode_receipt(receipt.payload)
     if found.account_id != account_id:
         raise FallowError(Reason.PERMISSION_DENIED, "this receipt is another account's", field=field)
+    if found.issued_at_ms < issued_after_ms:
+        raise FallowError(
+            Reason.GRANT_EXPIRED,
+            f"the receipt was given out {(issued_after_ms - found.issued_at_ms) / 1000:.0f} s too long ago",
+            field=field,
+            hint="ask the blob service for a fresh one (GetUpload); nothing that is there is uploaded again",
+        )
     return _stored(found)
 
 

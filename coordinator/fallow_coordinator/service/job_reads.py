@@ -14,11 +14,13 @@ from fallow.job import JobStatus, TaskResult
 from fallow.session import BlobReference
 from fallow.wire.bundle import decode_manifest
 from fallow.wire.schema import encode_schema
+from fallow_coordinator.core.jobs import DELETED_BY_OWNER
 from fallow_coordinator.core.questions import job_status, jobs_of, readable_blob, results_after
 from fallow_coordinator.engine import Engine
 from fallow_coordinator.ports import Views
 
 SCHEMAS_REMEMBERED_MAX: Final = 1_024
+DELETIONS_REMEMBERED_MAX: Final = 10_000
 
 
 class JobReads:
@@ -29,6 +31,8 @@ class JobReads:
         self._engine = engine
         self._views = views
         self._schemas: OrderedDict[Digest, bytes] = OrderedDict()
+        self._deleted: OrderedDict[JobId, int] = OrderedDict()
+        """When jobs were deleted that had left the state: known here until the views know."""
 
     async def status(self, account_id: AccountId, job_id: JobId) -> JobStatus:
         """The job as its owner sees it. Raises JOB_UNKNOWN."""
@@ -39,7 +43,26 @@ class JobReads:
             raise FallowError(
                 Reason.JOB_UNKNOWN, "this account has no such job", field="job_id", hint="list jobs to see them"
             )
-        return self._complete(status)
+        return self._complete(self._without_deleted(status))
+
+    def remember_deleted(self, job_id: JobId, at_ms: int) -> None:
+        """The job is deleted from now on, even while the views do not say so yet."""
+        self._deleted[job_id] = at_ms
+        if len(self._deleted) > DELETIONS_REMEMBERED_MAX:
+            self._deleted.popitem(last=False)
+
+    def _without_deleted(self, status: JobStatus) -> JobStatus:
+        at_ms = self._deleted.get(status.job_id)
+        if at_ms is None or status.deleted_at_ms:
+            return status
+        return replace(
+            status,
+            deleted_at_ms=at_ms,
+            reason=DELETED_BY_OWNER,
+            reason_code=Reason.JOB_DELETED.value,
+            results=0,
+            kept=None,
+        )
 
     async def results(self, job_id: JobId, *, after_cursor: int, limit: int) -> Sequence[TaskResult]:
         """Results after a cursor, rising; the caller has checked whose job it is."""
@@ -56,7 +79,7 @@ class JobReads:
             if before is None or (status.submitted_at_ms, status.job_id) < before:
                 found[status.job_id] = status
         newest_first = sorted(found.values(), key=lambda s: (s.submitted_at_ms, s.job_id), reverse=True)
-        return [self._complete(status) for status in newest_first[:limit]]
+        return [self._complete(self._without_deleted(status)) for status in newest_first[:limit]]
 
     async def owned_blobs(self, account_id: AccountId, digests: Sequence[Digest]) -> Sequence[BlobReference]:
         """The account's blobs with these digests. Raises BLOB_UNKNOWN for one that it may not read, whoever has it."""

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+import datetime
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Final
 
 import grpc
 
 from fallow.errors import FallowError, Reason
 from fallow.ids import Digest, JobId, PoolId, digest_of
-from fallow.job import JOB_STATES_FINAL, DatasetBlock
+from fallow.job import JOB_STATES_FINAL, DatasetBlock, JobStatus
 from fallow.limits import (
     GRANTS_PER_REQUEST_MAX,
     INLINE_PAYLOAD_BYTES_MAX,
@@ -34,8 +35,19 @@ from fallow.wire.bundle import decode_manifest, report_to_message
 from fallow.wire.enums import DATA_CLASSES
 from fallow.wire.job import block_from_message, options_from_message, result_to_message, status_to_message
 from fallow.wire.schema import encode_schema
+from fallow_coordinator.config import CollectionSettings
 from fallow_coordinator.core.answers import JobAccepted
-from fallow_coordinator.core.commands import CancelJob, RecordBlobs, RegisterBundle, StoredBlob, SubmitMapJob
+from fallow_coordinator.core.blobs import check_blob_quota, record_is_old
+from fallow_coordinator.core.commands import (
+    CancelJob,
+    ClaimBlobs,
+    DeleteJob,
+    RecordBlobs,
+    RegisterBundle,
+    StoredBlob,
+    SubmitMapJob,
+)
+from fallow_coordinator.core.events import JobDeleted
 from fallow_coordinator.core.questions import BundleStatus, bundle_status
 from fallow_coordinator.engine import Engine
 from fallow_coordinator.service.auth import Caller, Doorkeeper
@@ -88,6 +100,7 @@ class JobService:
         blob_service_key: bytes,
         blob_endpoint: str,
         now_ms: Callable[[], int],
+        collection: CollectionSettings | None = None,
     ) -> None:
         """`blob_service_key` is the public key whose receipts are believed."""
         self._engine = engine
@@ -99,6 +112,7 @@ class JobService:
         self._blob_service_key = blob_service_key
         self._blob_endpoint = blob_endpoint
         self._now_ms = now_ms
+        self._collection = collection or CollectionSettings()
 
     def handlers(self, limit: RateLimit) -> grpc.GenericRpcHandler:
         """All methods; `limit` counts by key."""
@@ -122,6 +136,7 @@ class JobService:
                     handler("GetJob", pb.GetJobRequest, self.get_job),
                     handler("ListJobs", pb.ListJobsRequest, self.list_jobs),
                     handler("CancelJob", pb.CancelJobRequest, self.cancel_job),
+                    handler("DeleteJob", pb.DeleteJobRequest, self.delete_job),
                     (
                         "WatchJob",
                         server_stream(method_name(_SERVICE, "WatchJob"), pb.WatchJobRequest, self.watch_job, limit),
@@ -161,7 +176,11 @@ class JobService:
             for index, item in enumerate(wanted)
         ]
         holder, now_ms = Holder(caller.key_fingerprint, caller.account_id), self._now_ms()
-        owned = self._engine.state.accounts[caller.account_id].blobs
+        await self._claim(caller, [blob.digest for blob, _ in asked])
+        account = self._engine.state.accounts[caller.account_id]
+        owned = account.blobs
+        lacking = {blob.digest: blob.length_bytes for blob, _ in asked if blob.digest not in owned}
+        check_blob_quota(account, sum(lacking.values()))
         answers: list[pb.UploadGranted] = []
         for blob, kind in asked:
             known = owned.get(blob.digest)
@@ -172,17 +191,30 @@ class JobService:
                 answers.append(pb.UploadGranted(grant=grant_to_message(grant)))
         return pb.GrantUploadsResponse(uploads=answers)
 
+    async def _claim(self, caller: Caller, digests: Sequence[Digest]) -> None:
+        """Whoever is told that a blob is there can rely on it for half of the grace at least."""
+        account, grace_ms = self._engine.state.accounts[caller.account_id], self._collection.upload_grace_ms
+        now_ms = self._now_ms()
+        if any(record_is_old(account, digest, now_ms=now_ms, grace_ms=grace_ms) for digest in digests):
+            await self._engine.submit(ClaimBlobs(caller.account_id, tuple(digests), grace_ms))
+
     async def record_uploads(self, call: Call[pb.RecordUploadsRequest]) -> pb.RecordUploadsResponse:
         """The receipts' blobs belong to the caller's account from now on."""
         caller = await self._caller(call.peer)
         receipts = call.request.receipts
         check_count(len(receipts), GRANTS_PER_REQUEST_MAX, "receipts")
         stored = tuple(
-            stored_blob(receipt_from_message(receipt), self._blob_service_key, caller.account_id, f"receipts[{index}]")
+            stored_blob(
+                receipt_from_message(receipt),
+                self._blob_service_key,
+                caller.account_id,
+                f"receipts[{index}]",
+                issued_after_ms=self._now_ms() - self._collection.receipt_valid_ms,
+            )
             for index, receipt in enumerate(receipts)
         )
         if stored:
-            await self._engine.submit(RecordBlobs(caller.account_id, stored))
+            await self._engine.submit(RecordBlobs(caller.account_id, stored, self._collection.upload_grace_ms))
         return pb.RecordUploadsResponse()
 
     async def grant_downloads(self, call: Call[pb.GrantDownloadsRequest]) -> pb.GrantDownloadsResponse:
@@ -286,11 +318,26 @@ class JobService:
             status = await self._reads.status(caller.account_id, job_id)
         return pb.CancelJobResponse(job=status_to_message(status))
 
+    async def delete_job(self, call: Call[pb.DeleteJobRequest]) -> pb.DeleteJobResponse:
+        """The job, without its results, dataset and kept columns."""
+        caller = await self._caller(call.peer)
+        job_id = JobId(call.request.job_id)
+        status = await self._reads.status(caller.account_id, job_id)
+        if not status.deleted_at_ms:
+            archived = job_id not in self._engine.state.jobs
+            decision = await self._engine.submit(DeleteJob(caller.account_id, job_id, archived=archived))
+            if any(isinstance(event, JobDeleted) for event in decision.events):
+                self._reads.remember_deleted(job_id, self._engine.state.clock_ms)
+            status = await self._reads.status(caller.account_id, job_id)
+        return pb.DeleteJobResponse(job=status_to_message(status))
+
     async def watch_job(self, call: Call[pb.WatchJobRequest]) -> AsyncGenerator[pb.WatchJobResponse, None]:
         """Results after the cursor as they settle, progress in between, the final status last."""
         caller = await self._caller(call.peer)
         job_id, cursor = JobId(call.request.job_id), call.request.cursor
         status = await self._reads.status(caller.account_id, job_id)
+        if not call.request.status_only:
+            _check_not_deleted(status)
         if cursor > status.results:
             raise FallowError(
                 Reason.OFFSET_MISMATCH,
@@ -308,6 +355,8 @@ class JobService:
                 changed.clear()
                 status = await self._reads.status(caller.account_id, job_id)
                 final = status.state in JOB_STATES_FINAL
+                if not call.request.status_only:
+                    _check_not_deleted(status)
                 while not call.request.status_only and cursor < status.results:
                     batch = await self._reads.results(job_id, after_cursor=cursor, limit=RESULTS_PER_READ_MAX)
                     for result in batch:
@@ -395,6 +444,18 @@ def submission(call: Call[pb.SubmitMapJobRequest], caller: Caller) -> tuple[Subm
         kept=reference_from_message(request.kept, "kept") if request.HasField("kept") else None,
     )
     return command, payloads
+
+
+def _check_not_deleted(status: JobStatus) -> None:
+    """Returns when the job's results are there. Raises JOB_DELETED."""
+    if status.deleted_at_ms:
+        moment = datetime.datetime.fromtimestamp(status.deleted_at_ms / 1000, datetime.UTC)
+        raise FallowError(
+            Reason.JOB_DELETED,
+            f"the results of job {status.job_id} were deleted at {moment:%Y-%m-%d %H:%M:%S} UTC: {status.reason}",
+            field="job_id",
+            hint="submit it again to have them again; `--retention` says how long results stay",
+        )
 
 
 def check_count(count: int, most: int, field: str) -> None:

@@ -9,6 +9,7 @@ from fallow.job import JOB_STATES_FINAL, JobProgress, JobStatus, TaskResult
 from fallow.wire.job import result_to_message, status_to_message
 from fallow_coordinator.core import events as ev
 from fallow_coordinator.core.evolve import evolve
+from fallow_coordinator.core.limits import RETENTION_MS_DEFAULT
 from fallow_coordinator.core.state import Bundle, Job, State
 from fallow_coordinator.ports import Record
 
@@ -21,6 +22,8 @@ class Changes:
     """Rows to write, by table; a row replaces the one with the same key."""
 
     rows: dict[str, list[Row]] = field(default_factory=dict[str, list[Row]])
+    jobs_deleted: list[JobId] = field(default_factory=list[JobId])
+    """Of which nothing but their rows in `jobs` and `deleted_jobs` stays, once `rows` are written."""
 
 
 @dataclass(slots=True)
@@ -37,6 +40,9 @@ class _Touched:
     leaving: dict[JobId, Row] = field(default_factory=dict[JobId, Row])
     """Last rows of jobs that left the state."""
     results: list[Row] = field(default_factory=list[Row])
+    job_blobs: dict[tuple[JobId, Digest], None] = field(default_factory=dict[tuple[JobId, Digest], None])
+    retained_jobs: dict[JobId, Row] = field(default_factory=dict[JobId, Row])
+    deleted_jobs: dict[JobId, Row] = field(default_factory=dict[JobId, Row])
 
 
 class Projection:
@@ -59,7 +65,7 @@ class Projection:
         self._before(event)
         job_id = self._delivered_to(event)
         evolve(self.state, event, record.at_ms)
-        self._after(event)
+        self._after(event, record.at_ms)
         if job_id is not None:
             job = self.state.jobs[job_id]
             assert isinstance(event, ev.TaskSettled | ev.TaskAbandoned)
@@ -79,8 +85,11 @@ class Projection:
             "bundles": [row for digest in touched.bundles for row in _bundle_rows(state.bundles[digest])],
             "jobs": [*touched.leaving.values(), *(_job_row(state.jobs[job_id]) for job_id in touched.jobs)],
             "results": touched.results,
+            "job_blobs": list(touched.job_blobs),
+            "retained_jobs": list(touched.retained_jobs.values()),
+            "deleted_jobs": list(touched.deleted_jobs.values()),
         }
-        return Changes({table: rows for table, rows in tables.items() if rows})
+        return Changes({table: rows for table, rows in tables.items() if rows}, list(touched.deleted_jobs))
 
     # --------------------------------------------------------------------------------------------- what is touched
 
@@ -105,13 +114,13 @@ class Projection:
             case _:
                 pass
 
-    def _after(self, event: ev.Event) -> None:
+    def _after(self, event: ev.Event, at_ms: int) -> None:
         touched = self._touched
         match event:
             case ev.LeaseGranted():
                 self._touch_task(event.task_id)
-            case ev.JobSubmitted() | ev.JobStateChanged():
-                touched.jobs[event.job_id] = None
+            case ev.JobSubmitted() | ev.JobStateChanged() | ev.JobDeleted():
+                self._after_job(event, at_ms)
             case ev.AccountCreated():
                 touched.accounts[event.account_id] = None
             case ev.PoolCreated():
@@ -134,6 +143,25 @@ class Projection:
                 touched.bundles[event.bundle_digest] = None
             case _:
                 pass
+
+    def _after_job(self, event: ev.JobSubmitted | ev.JobStateChanged | ev.JobDeleted, at_ms: int) -> None:
+        touched = self._touched
+        match event:
+            case ev.JobSubmitted():
+                touched.jobs[event.job_id] = None
+                blobs = [block.blob for block in event.blocks if not block.inline]
+                for blob in [*blobs, *([event.kept] if event.kept is not None else [])]:
+                    touched.job_blobs[event.job_id, blob.digest] = None
+            case ev.JobStateChanged():
+                touched.jobs[event.job_id] = None
+                if event.state in JOB_STATES_FINAL:
+                    touched.retained_jobs[event.job_id] = _retained_row(self.state.jobs[event.job_id], at_ms)
+            case ev.JobDeleted():
+                # A job that was deleted twice keeps its first moment.
+                row = (event.job_id, event.account_id, at_ms, event.reason)
+                touched.deleted_jobs.setdefault(event.job_id, row)
+                if event.job_id in self.state.jobs:
+                    touched.jobs[event.job_id] = None
 
     def _touch_session(self, session_id: SessionId) -> None:
         worker_id = self.state.sessions.get(session_id)
@@ -254,6 +282,10 @@ def _job_row(job: Job) -> Row:
     )
 
 
+def _retained_row(job: Job, at_ms: int) -> Row:
+    return (job.job_id, job.account_id, at_ms + (job.options.retention_ms or RETENTION_MS_DEFAULT))
+
+
 def status_of(job: Job) -> JobStatus:
     """The job as the views tell it: what its own events say, not why it waits just now.
 
@@ -286,6 +318,7 @@ def status_of(job: Job) -> JobStatus:
             tasks_settled=job.tasks_settled,
             workers=len({result.worker_id for result in job.results if result.worker_id}) if finished else 0,
         ),
+        deleted_at_ms=job.deleted_at_ms,
     )
 
 

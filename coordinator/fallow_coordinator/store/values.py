@@ -241,6 +241,10 @@ def options_to_message(options: JobOptions) -> job_pb2.JobOptions:
         seconds, milliseconds = divmod(options.deadline_ms, _MS_PER_SECOND)
         message.deadline.seconds = seconds
         message.deadline.nanos = milliseconds * _NANOS_PER_MS
+    if options.retention_ms:
+        seconds, milliseconds = divmod(options.retention_ms, _MS_PER_SECOND)
+        message.retention.seconds = seconds
+        message.retention.nanos = milliseconds * _NANOS_PER_MS
     return message
 
 
@@ -258,4 +262,5 @@ def options_from_message(message: job_pb2.JobOptions) -> JobOptions:
         device_kind=message.device_kind,
         memory_bytes_min=message.memory_bytes_min,
         assurance=message.assurance,
+        retention_ms=message.retention.seconds * _MS_PER_SECOND + message.retention.nanos // _NANOS_PER_MS,
     )

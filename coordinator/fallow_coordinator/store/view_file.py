@@ -9,7 +9,7 @@ from fallow_coordinator.store.failures import storage_failures
 from fallow_coordinator.store.projection import Changes
 
 VIEWS_FILE = "views.db"
-VIEWS_VERSION = 2
+VIEWS_VERSION = 3
 """Another version in the file: the views are built anew from the journal."""
 LOCK_WAIT_S = 5.0
 
@@ -33,10 +33,18 @@ _TABLES: dict[str, str] = {
     "results": """job_id TEXT, cursor INTEGER, account_id TEXT, worker_id TEXT, node INTEGER, rows INTEGER,
         rows_failed INTEGER, output_digest BLOB, output_length_bytes INTEGER, status TEXT, result BLOB,
         PRIMARY KEY (job_id, cursor)""",
+    "job_blobs": "job_id TEXT, blob_digest BLOB, PRIMARY KEY (job_id, blob_digest)",
+    "retained_jobs": "job_id TEXT PRIMARY KEY, account_id TEXT, keep_until_ms INTEGER",
+    "deleted_jobs": "job_id TEXT PRIMARY KEY, account_id TEXT, deleted_at_ms INTEGER, reason TEXT",
 }
 """Columns of each table; a row of `Changes` has its values in this order. Whatever belongs to somebody says to whom."""
 
+_GONE_WITH_THEIR_JOB = ("results", "job_blobs", "retained_jobs")
+
 _EXTRAS = (
+    "CREATE INDEX outputs_of_jobs ON results (output_digest)",
+    "CREATE INDEX blobs_of_jobs ON job_blobs (blob_digest)",
+    "CREATE INDEX ends_of_retention ON retained_jobs (keep_until_ms)",
     "CREATE INDEX jobs_of_account ON jobs (account_id, submitted_at_ms, job_id)",
     """CREATE VIEW rows_by_worker AS
         SELECT account_id, job_id, worker_id, node, count(*) AS tasks, sum(rows) AS rows,
@@ -81,8 +89,14 @@ class ViewFile:
             try:
                 for table, rows in changes.rows.items():
                     marks = ", ".join("?" * len(rows[0]))
-                    # The table's name is one of ours.
-                    connection.executemany(f"INSERT OR REPLACE INTO {table} VALUES ({marks})", rows)  # noqa: S608
+                    # The table's name is one of ours. Who was deleted first stays so.
+                    clash = "IGNORE" if table == "deleted_jobs" else "REPLACE"
+                    connection.executemany(f"INSERT OR {clash} INTO {table} VALUES ({marks})", rows)  # noqa: S608
+                for table in _GONE_WITH_THEIR_JOB:
+                    connection.executemany(
+                        f"DELETE FROM {table} WHERE job_id = ?",  # noqa: S608
+                        [(job_id,) for job_id in changes.jobs_deleted],
+                    )
                 self._set_meta(applied_sequence=sequence, applied_leaf=leaf)
                 connection.execute("COMMIT")
             except BaseException:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import sqlite3
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from fallow.errors import Reason
 from fallow.ids import AccountId, Digest, JobId
 from fallow.job import JobStatus, TaskResult
 from fallow.limits import INLINE_PAYLOAD_BYTES_MAX
@@ -16,11 +18,16 @@ from fallow.wire.job import result_from_message, status_from_message
 from fallow_coordinator.store.failures import storage_failures
 from fallow_coordinator.store.view_file import VIEWS_FILE
 
-_JOBS = "SELECT status FROM jobs WHERE account_id = ? ORDER BY submitted_at_ms DESC, job_id DESC LIMIT ?"
+_STATUS = "SELECT status, deleted_at_ms, deleted_jobs.reason FROM jobs LEFT JOIN deleted_jobs USING (job_id)"
+_JOBS = f"{_STATUS} WHERE jobs.account_id = ? ORDER BY submitted_at_ms DESC, job_id DESC LIMIT ?"
 _RETAINED = """SELECT DISTINCT output_digest FROM results JOIN jobs USING (job_id)
-    WHERE output_digest IS NOT NULL AND output_length_bytes <= ? AND (finished_at_ms = 0 OR finished_at_ms > ?)"""
-_JOBS_BEFORE = """SELECT status FROM jobs WHERE account_id = ? AND (submitted_at_ms, job_id) < (?, ?)
+    WHERE output_digest IS NOT NULL AND output_length_bytes <= ?"""
+_JOBS_BEFORE = f"""{_STATUS} WHERE jobs.account_id = ? AND (submitted_at_ms, job_id) < (?, ?)
     ORDER BY submitted_at_ms DESC, job_id DESC LIMIT ?"""
+
+_SEQUENCE = "SELECT value FROM view_meta WHERE name = 'applied_sequence'"
+_REFERRED = """SELECT 1 FROM results WHERE output_digest = ?
+    UNION ALL SELECT 1 FROM job_blobs WHERE blob_digest = ? LIMIT 1"""
 
 
 class SqliteViews:
@@ -33,13 +40,13 @@ class SqliteViews:
 
     def view_sequence(self) -> int:
         """Sequence of the newest record that the views show."""
-        rows = self._rows("SELECT value FROM view_meta WHERE name = 'applied_sequence'", ())
+        rows = self._rows(_SEQUENCE, ())
         return int(rows[0][0]) if rows else 0
 
     def job_status(self, job_id: JobId) -> JobStatus | None:
         """The job as it stood at `view_sequence`, without its output schema; None for one that is not there."""
-        rows = self._rows("SELECT status FROM jobs WHERE job_id = ?", (job_id,))
-        return _status(rows[0][0]) if rows else None
+        rows = self._rows(f"{_STATUS} WHERE job_id = ?", (job_id,))
+        return _status(rows[0]) if rows else None
 
     def jobs(self, account_id: AccountId, *, before: tuple[int, str] | None, limit: int) -> Sequence[JobStatus]:
         """Newest first; `before` is (submitted_at_ms, job_id) of the last one seen."""
@@ -47,7 +54,7 @@ class SqliteViews:
             rows = self._rows(_JOBS, (account_id, limit))
         else:
             rows = self._rows(_JOBS_BEFORE, (account_id, *before, limit))
-        return [_status(row[0]) for row in rows]
+        return [_status(row) for row in rows]
 
     def results(self, job_id: JobId, *, after_cursor: int, limit: int) -> Sequence[TaskResult]:
         """Up to `limit` results with a cursor greater than `after_cursor`, rising."""
@@ -65,9 +72,35 @@ class SqliteViews:
         )
         return BlobReference(digest, int(rows[0][0])) if rows else None
 
-    def retained_outputs(self, finished_after_ms: int) -> frozenset[Digest]:
-        """Output blocks small enough to be inline, of unfinished jobs and of those that ended after that moment."""
-        rows = self._rows(_RETAINED, (INLINE_PAYLOAD_BYTES_MAX, finished_after_ms))
+    def references(self, digests: Sequence[Digest]) -> tuple[int, frozenset[Digest]]:
+        """Those of the blobs to which a job refers that is not deleted, and where the views stood when asked."""
+        found: set[Digest] = set()
+        with self._lock, storage_failures(self._path):
+            connection = self._connected()
+            if connection is None:
+                return 0, frozenset()
+            # One transaction: the sequence and the references are those of one moment.
+            connection.execute("BEGIN")
+            try:
+                sequence = self._ask(connection, _SEQUENCE, ())
+                for digest in digests:
+                    if self._ask(connection, _REFERRED, (digest, digest)):
+                        found.add(digest)
+            finally:
+                connection.execute("COMMIT")
+        return (int(sequence[0][0]) if sequence else 0), frozenset(found)
+
+    def expired_jobs(self, now_ms: int, limit: int) -> Sequence[tuple[AccountId, JobId]]:
+        """Jobs whose retention is over and that are not deleted, the longest overdue first."""
+        rows = self._rows(
+            "SELECT account_id, job_id FROM retained_jobs WHERE keep_until_ms <= ? ORDER BY keep_until_ms LIMIT ?",
+            (now_ms, limit),
+        )
+        return [(AccountId(str(account_id)), JobId(str(job_id))) for account_id, job_id in rows]
+
+    def retained_outputs(self) -> frozenset[Digest]:
+        """Output blocks small enough to be inline, of all jobs that are not deleted."""
+        rows = self._rows(_RETAINED, (INLINE_PAYLOAD_BYTES_MAX,))
         return frozenset(Digest(row[0]) for row in rows)
 
     def close(self) -> None:
@@ -79,20 +112,39 @@ class SqliteViews:
 
     def _rows(self, question: str, values: tuple[object, ...]) -> list[tuple[bytes, ...]]:
         with self._lock, storage_failures(self._path):
-            if self._connection is None:
-                if not self._path.exists():
-                    return []
-                self._connection = sqlite3.connect(
-                    f"{self._path.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None, check_same_thread=False
-                )
-            try:
-                return self._connection.execute(question, values).fetchall()
-            except sqlite3.OperationalError as error:
-                # The follower has made the file and not yet its tables.
-                if "no such table" in str(error):
-                    return []
-                raise
+            connection = self._connected()
+            return [] if connection is None else self._ask(connection, question, values)
+
+    def _connected(self) -> sqlite3.Connection | None:
+        """The connection; None while the follower has not made the file. The caller holds the lock."""
+        if self._connection is None and self._path.exists():
+            self._connection = sqlite3.connect(
+                f"{self._path.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None, check_same_thread=False
+            )
+        return self._connection
+
+    @staticmethod
+    def _ask(connection: sqlite3.Connection, question: str, values: tuple[object, ...]) -> list[tuple[bytes, ...]]:
+        try:
+            return connection.execute(question, values).fetchall()
+        except sqlite3.OperationalError as error:
+            # The follower has made the file and not yet its tables, or they are those of an older version.
+            if "no such table" in str(error):
+                return []
+            raise
 
 
-def _status(data: bytes) -> JobStatus:
-    return status_from_message(job_pb2.JobStatus.FromString(data))
+def _status(row: tuple[object, ...]) -> JobStatus:
+    data, deleted_at_ms, reason = row
+    assert isinstance(data, bytes)
+    status = status_from_message(job_pb2.JobStatus.FromString(data))
+    if not isinstance(deleted_at_ms, int):
+        return status
+    return replace(
+        status,
+        deleted_at_ms=deleted_at_ms,
+        reason=str(reason),
+        reason_code=Reason.JOB_DELETED.value,
+        results=0,
+        kept=None,
+    )

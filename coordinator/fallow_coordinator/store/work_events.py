@@ -249,6 +249,24 @@ KINDS: tuple[AnyKind, ...] = (
         lambda event: pb.JobArchived(job_id=event.job_id),
         lambda message: ev.JobArchived(JobId(message.job_id)),
     ),
+    Kind(
+        "job_deleted",
+        ev.JobDeleted,
+        lambda event: pb.JobDeleted(job_id=event.job_id, account_id=event.account_id, reason=event.reason),
+        lambda message: ev.JobDeleted(JobId(message.job_id), AccountId(message.account_id), message.reason),
+    ),
+    Kind(
+        "blobs_forgotten",
+        ev.BlobsForgotten,
+        lambda event: pb.BlobsForgotten(digests=event.digests),
+        lambda message: ev.BlobsForgotten(tuple([Digest(digest) for digest in message.digests])),
+    ),
+    Kind(
+        "blob_quota_set",
+        ev.BlobQuotaSet,
+        lambda event: pb.BlobQuotaSet(account_id=event.account_id, bytes_max=event.bytes_max),
+        lambda message: ev.BlobQuotaSet(AccountId(message.account_id), message.bytes_max),
+    ),
     Kind("task_created", ev.TaskCreated, _task_created_to, _task_created_from),
     Kind(
         "pack_requested",

@@ -47,6 +47,7 @@ def status_facts(status: JobStatus) -> dict[str, Any]:
         "finished_at_ms": status.finished_at_ms,
         "progress": status.progress,
         "results": status.results,
+        "deleted_at_ms": status.deleted_at_ms,
     }
 
 

@@ -1,4 +1,4 @@
-"""`fallow job …`: list, show, watch, wait, results, cancel."""
+"""`fallow job …`: list, show, watch, wait, results, cancel, delete."""
 
 from __future__ import annotations
 
@@ -139,6 +139,22 @@ def cancel_command(job_id: str, login: Path | None, as_json: bool) -> None:
         async with await connect_async(login) as client:
             status = await (await client.job(job_id)).cancel()
         output.result(status_facts(status), f"job {job_id}: {status.state.value}")
+
+    run(output, work())
+
+
+@job_group.command("delete")
+@click.argument("job_id")
+@login_option
+@json_option
+def delete_command(job_id: str, login: Path | None, as_json: bool) -> None:
+    """Let go of a finished job's results, dataset and kept columns, for good."""
+    output = Output(as_json=as_json)
+
+    async def work() -> None:
+        async with await connect_async(login) as client:
+            status = await (await client.job(job_id)).delete()
+        output.result(status_facts(status), f"job {job_id}: its results are deleted")
 
     run(output, work())
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Callable, Coroutine, Mapping
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import click
 
@@ -18,12 +19,30 @@ from fallow.roles import DataClass
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
+_UNIT_SECONDS: Final = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
+_DURATION_DIGITS_MAX: Final = 9
+
 json_option = click.option("--json", "as_json", is_flag=True, help="JSON on stdout, one object a line.")
 login_option = click.option(
     "--login",
     type=click.Path(path_type=Path),
     help="Folder with credentials made by `fallow login`. [default: found by itself]",
 )
+
+
+class DurationType(click.ParamType):  # type: ignore[type-arg]  # generic in newer click only
+    """A duration such as `90s`, `15m`, `24h` or `7d`."""
+
+    name = "duration"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> timedelta:
+        """The time span."""
+        if isinstance(value, timedelta):
+            return value
+        number, unit = str(value)[:-1], str(value)[-1:]
+        if unit not in _UNIT_SECONDS or not number.isdecimal() or len(number) > _DURATION_DIGITS_MAX:
+            self.fail(f"{value!r} is no duration; write 90s, 15m, 24h or 7d", param, ctx)
+        return timedelta(seconds=int(number) * _UNIT_SECONDS[unit])
 
 
 def run(output: Output, work: Coroutine[Any, Any, None]) -> None:

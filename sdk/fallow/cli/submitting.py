@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from contextlib import aclosing
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +16,7 @@ import click
 from fallow.bundle_file import Bundle
 from fallow.cli.describing import saved_facts, saved_text, status_facts
 from fallow.cli.options import (
+    DurationType,
     bundle_of,
     input_columns,
     json_option,
@@ -49,6 +51,7 @@ class Submission:
     cast: bool
     title: str
     failed_rows_max: int
+    retention: timedelta | None
     idempotency_key: str | None
     pool: str
     login: Path | None
@@ -75,6 +78,7 @@ class Submission:
                 cast=self.cast,
                 title=self.title,
                 failed_rows_max=self.failed_rows_max,
+                retention=self.retention,
                 idempotency_key=self.idempotency_key,
                 pool=self.pool,
                 on_rows=bar.uploaded,
@@ -114,6 +118,12 @@ def submission_options(command: Command) -> Command:
                 default=FAILED_ROWS_MAX_DEFAULT,
                 show_default=True,
                 help="Rows that may fail before the job does.",
+            ),
+            click.option(
+                "--retention",
+                type=DurationType(),
+                metavar="DURATION",
+                help="How long results, dataset and kept columns stay after the end: 90s, 15m, 24h, 7d. [default: 30d]",
             ),
             click.option("--idempotency-key", help="The same key within 24 hours gives the same job."),
             click.option("--pool", default="", help="Pool to run in. [default: your own]"),

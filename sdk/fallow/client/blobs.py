@@ -20,6 +20,8 @@ from fallow.wire.blob import BLOB_KINDS, BlobKind, grant_from_message, receipt_t
 Result = TypeVar("Result")
 
 UPLOADS_AT_ONCE: Final = 4
+RECORD_WITHIN_S: Final = 60.0
+"""Receipts of one batch are recorded together, unless the first of them has waited so long when another comes."""
 GRANTS_RENEWED_MAX: Final = 5
 """How often one transfer may ask for a new grant."""
 
@@ -50,11 +52,9 @@ class BlobTransfers:
             part = uploads[first : first + GRANTS_PER_REQUEST_MAX]
             grants = await self._upload_grants(part)
             wanted = [(upload, grant) for upload, grant in zip(part, grants, strict=True) if grant is not None]
-            receipts = await _all(self._put(upload, grant) for upload, grant in wanted)
-            found = [receipt_to_message(receipt) for receipt in receipts if receipt is not None]
-            if found:
-                request = job_service_pb2.RecordUploadsRequest(receipts=found)
-                await self._connection.call(lambda jobs: jobs.RecordUploads(request, timeout=CALL_TIMEOUT_S))  # noqa: B023
+            recorder = _Recorder(self._connection)
+            await _all(self._put(upload, grant, recorder) for upload, grant in wanted)
+            await recorder.flush()
 
     async def download(self, blob: BlobReference) -> bytes:
         """The content of a blob, checked against its digest. Raises BLOB_UNKNOWN, DIGEST_MISMATCH."""
@@ -68,8 +68,8 @@ class BlobTransfers:
             lambda client, grant: client.get_to_file(grant, blob, path), lambda: self._download_grant(blob), None
         )
 
-    async def _put(self, upload: Upload, grant: SignedBytes) -> SignedBytes | None:
-        """The receipt of a finished upload; None when somebody of the account was faster."""
+    async def _put(self, upload: Upload, grant: SignedBytes, recorder: _Recorder) -> None:
+        """Finishes an upload, unless somebody of the account was faster."""
 
         async def renewed() -> SignedBytes:
             (fresh,) = await self._upload_grants([upload])
@@ -79,9 +79,10 @@ class BlobTransfers:
 
         async with self._slots:
             try:
-                return await self._persist(lambda client, held: client.put(held, upload.source), renewed, grant)
+                receipt = await self._persist(lambda client, held: client.put(held, upload.source), renewed, grant)
             except _AlreadyThereError:
-                return None
+                return
+        await recorder.add(receipt)
 
     async def _persist(
         self,
@@ -120,6 +121,33 @@ class BlobTransfers:
         )
         answer = await self._connection.call(lambda jobs: jobs.GrantUploads(request, timeout=CALL_TIMEOUT_S))
         return [None if granted.have else grant_from_message(granted.grant) for granted in answer.uploads]
+
+
+class _Recorder:
+    """Has receipts recorded, several at once, and none later than a while after it came: receipts grow old."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._receipts: list[SignedBytes] = []
+        self._oldest_at_s = 0.0
+
+    async def add(self, receipt: SignedBytes) -> None:
+        """Takes a receipt, and sends all when the first of them waits for long."""
+        now_s = asyncio.get_running_loop().time()
+        if not self._receipts:
+            self._oldest_at_s = now_s
+        self._receipts.append(receipt)
+        if now_s - self._oldest_at_s > RECORD_WITHIN_S:
+            await self.flush()
+
+    async def flush(self) -> None:
+        """Sends all; on return they are durable."""
+        receipts, self._receipts = self._receipts, []
+        if receipts:
+            request = job_service_pb2.RecordUploadsRequest(
+                receipts=[receipt_to_message(receipt) for receipt in receipts]
+            )
+            await self._connection.call(lambda jobs: jobs.RecordUploads(request, timeout=CALL_TIMEOUT_S))
 
 
 class _AlreadyThereError(Exception):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 
@@ -69,6 +70,7 @@ class Client:
         cast: bool = False,
         title: str = "",
         failed_rows_max: int | None = None,
+        retention: timedelta | None = None,
         idempotency_key: str | bytes | None = None,
         options: JobOptions | None = None,
         pool: str = "",
@@ -84,6 +86,7 @@ class Client:
             cast=cast,
             title=title,
             failed_rows_max=failed_rows_max,
+            retention=retention,
             idempotency_key=idempotency_key,
             options=options,
             pool=pool,
@@ -145,6 +148,10 @@ class Job:
     def cancel(self) -> JobStatus:
         """Ends the job; rows that are done stay readable. Cancelling a finished job changes nothing."""
         return self._loop.run(self._job.cancel())
+
+    def delete(self) -> JobStatus:
+        """Lets go of the job's results, dataset and kept columns, for good; see `AsyncJob.delete`."""
+        return self._loop.run(self._job.delete())
 
     def results(self, order: Order = "row") -> Iterator[RowResult]:
         """Every row of the job, while it runs: values, or why there are none; see `AsyncJob.results`."""

@@ -12,6 +12,7 @@ import secrets
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Final
@@ -150,6 +151,7 @@ class AsyncClient:
         cast: bool = False,
         title: str = "",
         failed_rows_max: int | None = None,
+        retention: timedelta | None = None,
         idempotency_key: str | bytes | None = None,
         options: JobOptions | None = None,
         pool: str = "",
@@ -161,7 +163,8 @@ class AsyncClient:
         `data` states who may see the rows: `public`, `internal` or `sensitive`; there is no default. `keep` names
         columns of the rows to carry to the result. `inputs` maps an input of the bundle to the column, or the several
         columns side by side, that it is made of. `cast` allows conversions that may round. `failed_rows_max` rows may
-        fail before the job does (1,000 when None). The same `idempotency_key` within 24 hours gives the same job.
+        fail before the job does (1,000 when None). Results, dataset and kept columns stay for `retention` after the end
+        (30 days when None). The same `idempotency_key` within 24 hours gives the same job.
         `on_rows` is told how many rows are uploaded so far.
 
         Raises what is wrong by name: SCHEMA_MISMATCH, DATASET_EMPTY, ROW_TOO_LARGE, PROGRAM_REFUSED, PROGRAM_HELD,
@@ -170,6 +173,8 @@ class AsyncClient:
         options = options or JobOptions()
         if failed_rows_max is not None:
             options = replace(options, failed_rows_max=failed_rows_max)
+        if retention is not None:
+            options = replace(options, retention_ms=_milliseconds(retention))
         request = MapRequest(
             bundle=bundle,
             rows=rows,
@@ -315,3 +320,17 @@ def _key(given: str | bytes | None) -> bytes:
     if given is None:
         return secrets.token_bytes(IDEMPOTENCY_KEY_BYTES)
     return hashlib.sha256(given.encode()).digest() if isinstance(given, str) else given
+
+
+def _milliseconds(retention: timedelta) -> int:
+    """A retention in milliseconds. Raises FIELD_INVALID unless it is positive."""
+    milliseconds = retention // timedelta(milliseconds=1)
+    if milliseconds < 1:
+        raise FallowError(
+            Reason.FIELD_INVALID,
+            f"a retention of {retention}",
+            field="retention",
+            limit="1 second to 366 days",
+            hint="`job.delete()` lets go of results at once",
+        )
+    return milliseconds

@@ -106,6 +106,16 @@ class AsyncJob:
         answer = await self._connection.call(lambda jobs: jobs.CancelJob(request, timeout=CALL_TIMEOUT_S))
         return self._seen(status_from_message(answer.job))
 
+    async def delete(self) -> JobStatus:
+        """Lets go of the job's results, dataset and kept columns, for good; its status stays.
+
+        Deleting a deleted job changes nothing. Raises JOB_UNFINISHED while it runs.
+        """
+        request = job_service_pb2.DeleteJobRequest(job_id=self.id)
+        answer = await self._connection.call(lambda jobs: jobs.DeleteJob(request, timeout=CALL_TIMEOUT_S))
+        self._kept, self._has_kept = None, None
+        return self._seen(status_from_message(answer.job))
+
     async def results(self, order: Order = "row") -> AsyncGenerator[RowResult, None]:
         """Every row of the job, while it runs: values, or why there are none.
 

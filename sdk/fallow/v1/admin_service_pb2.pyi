@@ -264,6 +264,55 @@ class CreateAccountResponse(_message.Message):
 Global___CreateAccountResponse: _TypeAlias = CreateAccountResponse  # noqa: Y015
 
 @_typing.final
+class SetBlobQuotaRequest(_message.Message):
+    """An account and its bound."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ACCOUNT_ID_FIELD_NUMBER: _builtins.int
+    BYTES_MAX_FIELD_NUMBER: _builtins.int
+    account_id: _builtins.str
+    bytes_max: _builtins.int
+    """0: the coordinator's default. Below what is recorded: nothing is lost, and nothing more is taken."""
+    def __init__(
+        self,
+        *,
+        account_id: _builtins.str = ...,
+        bytes_max: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_id", b"account_id", "bytes_max", b"bytes_max"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetBlobQuotaRequest: _TypeAlias = SetBlobQuotaRequest  # noqa: Y015
+
+@_typing.final
+class SetBlobQuotaResponse(_message.Message):
+    """What counts now."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BYTES_RECORDED_FIELD_NUMBER: _builtins.int
+    BYTES_MAX_FIELD_NUMBER: _builtins.int
+    bytes_recorded: _builtins.int
+    bytes_max: _builtins.int
+    def __init__(
+        self,
+        *,
+        bytes_recorded: _builtins.int = ...,
+        bytes_max: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_max", b"bytes_max", "bytes_recorded", b"bytes_recorded"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetBlobQuotaResponse: _TypeAlias = SetBlobQuotaResponse  # noqa: Y015
+
+@_typing.final
 class CreatePoolRequest(_message.Message):
     """Names a new pool."""
 

@@ -57,6 +57,11 @@ class AdminServiceStub(object):
                 request_serializer=fallow_dot_v1_dot_admin__service__pb2.CreateAccountRequest.SerializeToString,
                 response_deserializer=fallow_dot_v1_dot_admin__service__pb2.CreateAccountResponse.FromString,
                 _registered_method=True)
+        self.SetBlobQuota = channel.unary_unary(
+                '/fallow.v1.AdminService/SetBlobQuota',
+                request_serializer=fallow_dot_v1_dot_admin__service__pb2.SetBlobQuotaRequest.SerializeToString,
+                response_deserializer=fallow_dot_v1_dot_admin__service__pb2.SetBlobQuotaResponse.FromString,
+                _registered_method=True)
         self.CreatePool = channel.unary_unary(
                 '/fallow.v1.AdminService/CreatePool',
                 request_serializer=fallow_dot_v1_dot_admin__service__pb2.CreatePoolRequest.SerializeToString,
@@ -128,6 +133,17 @@ class AdminServiceServicer(object):
         """Makes an account.
 
         Statuses: INVALID_ARGUMENT: bad name. ALREADY_EXISTS: the name is taken.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetBlobQuota(self, request, context):
+        """Says how many bytes of uploads an account may have recorded, and tells how many it has.
+
+        Statuses:
+        INVALID_ARGUMENT  out of range.
+        NOT_FOUND         account unknown.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -209,6 +225,11 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.CreateAccount,
                     request_deserializer=fallow_dot_v1_dot_admin__service__pb2.CreateAccountRequest.FromString,
                     response_serializer=fallow_dot_v1_dot_admin__service__pb2.CreateAccountResponse.SerializeToString,
+            ),
+            'SetBlobQuota': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetBlobQuota,
+                    request_deserializer=fallow_dot_v1_dot_admin__service__pb2.SetBlobQuotaRequest.FromString,
+                    response_serializer=fallow_dot_v1_dot_admin__service__pb2.SetBlobQuotaResponse.SerializeToString,
             ),
             'CreatePool': grpc.unary_unary_rpc_method_handler(
                     servicer.CreatePool,
@@ -352,6 +373,33 @@ class AdminService(object):
             '/fallow.v1.AdminService/CreateAccount',
             fallow_dot_v1_dot_admin__service__pb2.CreateAccountRequest.SerializeToString,
             fallow_dot_v1_dot_admin__service__pb2.CreateAccountResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetBlobQuota(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fallow.v1.AdminService/SetBlobQuota',
+            fallow_dot_v1_dot_admin__service__pb2.SetBlobQuotaRequest.SerializeToString,
+            fallow_dot_v1_dot_admin__service__pb2.SetBlobQuotaResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -58,6 +58,13 @@ class AdminServiceStub:
 
     Statuses: INVALID_ARGUMENT: bad name. ALREADY_EXISTS: the name is taken.
     """
+    SetBlobQuota: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.SetBlobQuotaRequest, _admin_service_pb2.SetBlobQuotaResponse]
+    """Says how many bytes of uploads an account may have recorded, and tells how many it has.
+
+    Statuses:
+      INVALID_ARGUMENT  out of range.
+      NOT_FOUND         account unknown.
+    """
     CreatePool: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.CreatePoolRequest, _admin_service_pb2.CreatePoolResponse]
     """Makes a pool.
 
@@ -118,6 +125,13 @@ class AdminServiceAsyncStub(AdminServiceStub):
     """Makes an account.
 
     Statuses: INVALID_ARGUMENT: bad name. ALREADY_EXISTS: the name is taken.
+    """
+    SetBlobQuota: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.SetBlobQuotaRequest, _admin_service_pb2.SetBlobQuotaResponse]  # type: ignore[assignment]
+    """Says how many bytes of uploads an account may have recorded, and tells how many it has.
+
+    Statuses:
+      INVALID_ARGUMENT  out of range.
+      NOT_FOUND         account unknown.
     """
     CreatePool: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.CreatePoolRequest, _admin_service_pb2.CreatePoolResponse]  # type: ignore[assignment]
     """Makes a pool.
@@ -200,6 +214,19 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         """Makes an account.
 
         Statuses: INVALID_ARGUMENT: bad name. ALREADY_EXISTS: the name is taken.
+        """
+
+    @_abc_1.abstractmethod
+    def SetBlobQuota(
+        self,
+        request: _admin_service_pb2.SetBlobQuotaRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_service_pb2.SetBlobQuotaResponse, _abc.Awaitable[_admin_service_pb2.SetBlobQuotaResponse]]:
+        """Says how many bytes of uploads an account may have recorded, and tells how many it has.
+
+        Statuses:
+          INVALID_ARGUMENT  out of range.
+          NOT_FOUND         account unknown.
         """
 
     @_abc_1.abstractmethod

@@ -162,6 +162,7 @@ class BlobReceipt(_message.Message):
     SCHEMA_DIGEST_FIELD_NUMBER: _builtins.int
     SIZE_FEATURE_SUMS_FIELD_NUMBER: _builtins.int
     ROWS_FAILED_FIELD_NUMBER: _builtins.int
+    ISSUED_AT_FIELD_NUMBER: _builtins.int
     kind: Global___BlobKind.ValueType
     account_id: _builtins.str
     rows: _builtins.int
@@ -177,6 +178,10 @@ class BlobReceipt(_message.Message):
     def size_feature_sums(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Sum of each size feature over all rows, in the schema's order."""
 
+    @_builtins.property
+    def issued_at(self) -> _timestamp_pb2.Timestamp:
+        """When the blob service gave it out: for uploads it is good for an hour. Ask for a fresh one with GetUpload."""
+
     def __init__(
         self,
         *,
@@ -188,10 +193,11 @@ class BlobReceipt(_message.Message):
         schema_digest: _builtins.bytes = ...,
         size_feature_sums: _abc.Iterable[_builtins.int] | None = ...,
         rows_failed: _builtins.int = ...,
+        issued_at: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["blob", b"blob"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["blob", b"blob", "issued_at", b"issued_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_id", b"account_id", "blob", b"blob", "kind", b"kind", "root", b"root", "rows", b"rows", "rows_failed", b"rows_failed", "schema_digest", b"schema_digest", "size_feature_sums", b"size_feature_sums"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_id", b"account_id", "blob", b"blob", "issued_at", b"issued_at", "kind", b"kind", "root", b"root", "rows", b"rows", "rows_failed", b"rows_failed", "schema_digest", b"schema_digest", "size_feature_sums", b"size_feature_sums"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

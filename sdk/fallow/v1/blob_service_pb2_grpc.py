@@ -55,6 +55,16 @@ class BlobServiceStub(object):
                 request_serializer=fallow_dot_v1_dot_blob__service__pb2.PackRequest.SerializeToString,
                 response_deserializer=fallow_dot_v1_dot_blob__service__pb2.PackResponse.FromString,
                 _registered_method=True)
+        self.ListBlobs = channel.unary_unary(
+                '/fallow.v1.BlobService/ListBlobs',
+                request_serializer=fallow_dot_v1_dot_blob__service__pb2.ListBlobsRequest.SerializeToString,
+                response_deserializer=fallow_dot_v1_dot_blob__service__pb2.ListBlobsResponse.FromString,
+                _registered_method=True)
+        self.DeleteBlobs = channel.unary_unary(
+                '/fallow.v1.BlobService/DeleteBlobs',
+                request_serializer=fallow_dot_v1_dot_blob__service__pb2.DeleteBlobsRequest.SerializeToString,
+                response_deserializer=fallow_dot_v1_dot_blob__service__pb2.DeleteBlobsResponse.FromString,
+                _registered_method=True)
 
 
 class BlobServiceServicer(object):
@@ -108,6 +118,24 @@ class BlobServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListBlobs(self, request, context):
+        """Blobs of one shelf that were stored before a moment, by digest. For the coordinator only.
+
+        Statuses: PERMISSION_DENIED: not the coordinator.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteBlobs(self, request, context):
+        """Deletes those of the named blobs that are old enough. For the coordinator only.
+
+        Statuses: PERMISSION_DENIED: not the coordinator.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_BlobServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -130,6 +158,16 @@ def add_BlobServiceServicer_to_server(servicer, server):
                     servicer.Pack,
                     request_deserializer=fallow_dot_v1_dot_blob__service__pb2.PackRequest.FromString,
                     response_serializer=fallow_dot_v1_dot_blob__service__pb2.PackResponse.SerializeToString,
+            ),
+            'ListBlobs': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListBlobs,
+                    request_deserializer=fallow_dot_v1_dot_blob__service__pb2.ListBlobsRequest.FromString,
+                    response_serializer=fallow_dot_v1_dot_blob__service__pb2.ListBlobsResponse.SerializeToString,
+            ),
+            'DeleteBlobs': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteBlobs,
+                    request_deserializer=fallow_dot_v1_dot_blob__service__pb2.DeleteBlobsRequest.FromString,
+                    response_serializer=fallow_dot_v1_dot_blob__service__pb2.DeleteBlobsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -241,6 +279,60 @@ class BlobService(object):
             '/fallow.v1.BlobService/Pack',
             fallow_dot_v1_dot_blob__service__pb2.PackRequest.SerializeToString,
             fallow_dot_v1_dot_blob__service__pb2.PackResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListBlobs(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fallow.v1.BlobService/ListBlobs',
+            fallow_dot_v1_dot_blob__service__pb2.ListBlobsRequest.SerializeToString,
+            fallow_dot_v1_dot_blob__service__pb2.ListBlobsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteBlobs(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fallow.v1.BlobService/DeleteBlobs',
+            fallow_dot_v1_dot_blob__service__pb2.DeleteBlobsRequest.SerializeToString,
+            fallow_dot_v1_dot_blob__service__pb2.DeleteBlobsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -64,6 +64,16 @@ class BlobServiceStub:
       INVALID_ARGUMENT     a source is no row block or a span is out of range.
       RESOURCE_EXHAUSTED   storage full.
     """
+    ListBlobs: _grpc.UnaryUnaryMultiCallable[_blob_service_pb2.ListBlobsRequest, _blob_service_pb2.ListBlobsResponse]
+    """Blobs of one shelf that were stored before a moment, by digest. For the coordinator only.
+
+    Statuses: PERMISSION_DENIED: not the coordinator.
+    """
+    DeleteBlobs: _grpc.UnaryUnaryMultiCallable[_blob_service_pb2.DeleteBlobsRequest, _blob_service_pb2.DeleteBlobsResponse]
+    """Deletes those of the named blobs that are old enough. For the coordinator only.
+
+    Statuses: PERMISSION_DENIED: not the coordinator.
+    """
 
 @_typing.type_check_only
 class BlobServiceAsyncStub(BlobServiceStub):
@@ -100,6 +110,16 @@ class BlobServiceAsyncStub(BlobServiceStub):
       NOT_FOUND            a source is not here.
       INVALID_ARGUMENT     a source is no row block or a span is out of range.
       RESOURCE_EXHAUSTED   storage full.
+    """
+    ListBlobs: _aio.UnaryUnaryMultiCallable[_blob_service_pb2.ListBlobsRequest, _blob_service_pb2.ListBlobsResponse]  # type: ignore[assignment]
+    """Blobs of one shelf that were stored before a moment, by digest. For the coordinator only.
+
+    Statuses: PERMISSION_DENIED: not the coordinator.
+    """
+    DeleteBlobs: _aio.UnaryUnaryMultiCallable[_blob_service_pb2.DeleteBlobsRequest, _blob_service_pb2.DeleteBlobsResponse]  # type: ignore[assignment]
+    """Deletes those of the named blobs that are old enough. For the coordinator only.
+
+    Statuses: PERMISSION_DENIED: not the coordinator.
     """
 
 class BlobServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -158,6 +178,28 @@ class BlobServiceServicer(metaclass=_abc_1.ABCMeta):
           NOT_FOUND            a source is not here.
           INVALID_ARGUMENT     a source is no row block or a span is out of range.
           RESOURCE_EXHAUSTED   storage full.
+        """
+
+    @_abc_1.abstractmethod
+    def ListBlobs(
+        self,
+        request: _blob_service_pb2.ListBlobsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_blob_service_pb2.ListBlobsResponse, _abc.Awaitable[_blob_service_pb2.ListBlobsResponse]]:
+        """Blobs of one shelf that were stored before a moment, by digest. For the coordinator only.
+
+        Statuses: PERMISSION_DENIED: not the coordinator.
+        """
+
+    @_abc_1.abstractmethod
+    def DeleteBlobs(
+        self,
+        request: _blob_service_pb2.DeleteBlobsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_blob_service_pb2.DeleteBlobsResponse, _abc.Awaitable[_blob_service_pb2.DeleteBlobsResponse]]:
+        """Deletes those of the named blobs that are old enough. For the coordinator only.
+
+        Statuses: PERMISSION_DENIED: not the coordinator.
         """
 
 def add_BlobServiceServicer_to_server(servicer: BlobServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

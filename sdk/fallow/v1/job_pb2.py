@@ -25,34 +25,35 @@ _sym_db = _symbol_database.Default()
 from fallow.v1 import blob_pb2 as fallow_dot_v1_dot_blob__pb2
 from fallow.v1 import bundle_pb2 as fallow_dot_v1_dot_bundle__pb2
 from fallow.v1 import session_pb2 as fallow_dot_v1_dot_session__pb2
+from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13\x66\x61llow/v1/job.proto\x12\tfallow.v1\x1a\x14\x66\x61llow/v1/blob.proto\x1a\x16\x66\x61llow/v1/bundle.proto\x1a\x17\x66\x61llow/v1/session.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"Z\n\x0c\x44\x61tasetBlock\x12&\n\x04\x62lob\x18\x01 \x01(\x0b\x32\x18.fallow.v1.BlobReference\x12\x0c\n\x04rows\x18\x02 \x01(\r\x12\x14\n\x0cinline_block\x18\x03 \x01(\x0c\"\xfc\x02\n\nJobOptions\x12\x1c\n\x0f\x66\x61iled_rows_max\x18\x01 \x01(\x04H\x00\x88\x01\x01\x12\'\n\tprecision\x18\x02 \x01(\x0e\x32\x14.fallow.v1.Precision\x12\x16\n\x0elatency_ms_max\x18\x03 \x01(\r\x12\x10\n\x08priority\x18\x04 \x01(\r\x12,\n\x08\x64\x65\x61\x64line\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12#\n\x1blimit_microcredits_per_unit\x18\x06 \x01(\x04\x12\x1b\n\x13\x62udget_microcredits\x18\x07 \x01(\x04\x12\'\n\tobjective\x18\x08 \x01(\x0e\x32\x14.fallow.v1.Objective\x12\x0e\n\x06region\x18\t \x01(\t\x12\x13\n\x0b\x64\x65vice_kind\x18\n \x01(\t\x12\x18\n\x10memory_bytes_min\x18\x0b \x01(\x04\x12\x11\n\tassurance\x18\x0c \x01(\tB\x12\n\x10_failed_rows_max\"@\n\x07RowSpan\x12\x14\n\x0cjob_position\x18\x01 \x01(\x04\x12\x11\n\tblock_row\x18\x02 \x01(\r\x12\x0c\n\x04rows\x18\x03 \x01(\r\"\x84\x02\n\nTaskResult\x12\x0e\n\x06\x63ursor\x18\x01 \x01(\x04\x12!\n\x05spans\x18\x02 \x03(\x0b\x32\x12.fallow.v1.RowSpan\x12(\n\x06output\x18\x03 \x01(\x0b\x32\x18.fallow.v1.BlobReference\x12\x15\n\rinline_output\x18\x04 \x01(\x0c\x12*\n\x08\x66\x61ilures\x18\x05 \x03(\x0b\x32\x18.fallow.v1.JobRowFailure\x12\x11\n\tworker_id\x18\x06 \x01(\t\x12\x0c\n\x04node\x18\x07 \x01(\r\x12\x13\n\x0boutput_root\x18\x08 \x01(\x0c\x12\x0e\n\x06status\x18\t \x01(\t\x12\x10\n\x08\x63orrects\x18\n \x01(\x04\"V\n\rJobRowFailure\x12\x14\n\x0cjob_position\x18\x01 \x01(\x04\x12\x1f\n\x05\x63\x61use\x18\x02 \x01(\x0e\x32\x10.fallow.v1.Cause\x12\x0e\n\x06reason\x18\x03 \x01(\t\"\x86\x01\n\x0bJobProgress\x12\x12\n\nrows_total\x18\x01 \x01(\x04\x12\x11\n\trows_done\x18\x02 \x01(\x04\x12\x13\n\x0brows_failed\x18\x03 \x01(\x04\x12\x13\n\x0brows_leased\x18\x04 \x01(\x04\x12\x15\n\rtasks_settled\x18\x05 \x01(\r\x12\x0f\n\x07workers\x18\x06 \x01(\r\"\xe2\x03\n\tJobStatus\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x12\n\naccount_id\x18\x02 \x01(\t\x12\x0f\n\x07pool_id\x18\x03 \x01(\t\x12\"\n\x05state\x18\x04 \x01(\x0e\x32\x13.fallow.v1.JobState\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12\x13\n\x0breason_code\x18\x06 \x01(\t\x12(\n\x08progress\x18\x07 \x01(\x0b\x32\x16.fallow.v1.JobProgress\x12\x15\n\rbundle_digest\x18\x08 \x01(\x0c\x12\r\n\x05title\x18\t \x01(\t\x12(\n\ndata_class\x18\n \x01(\x0e\x32\x14.fallow.v1.DataClass\x12\x0e\n\x06policy\x18\x0b \x01(\t\x12\x1a\n\x12price_microcredits\x18\x0c \x01(\x04\x12\x30\n\x0csubmitted_at\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x66inished_at\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\routput_schema\x18\x0f \x01(\x0c\x12&\n\x04kept\x18\x10 \x01(\x0b\x32\x18.fallow.v1.BlobReference\x12\x0f\n\x07results\x18\x11 \x01(\x04*q\n\tDataClass\x12\x1a\n\x16\x44\x41TA_CLASS_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44\x41TA_CLASS_PUBLIC\x10\x01\x12\x17\n\x13\x44\x41TA_CLASS_INTERNAL\x10\x02\x12\x18\n\x14\x44\x41TA_CLASS_SENSITIVE\x10\x03*\xe0\x01\n\x08JobState\x12\x19\n\x15JOB_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11JOB_STATE_PENDING\x10\x01\x12\x14\n\x10JOB_STATE_QUEUED\x10\x02\x12\x15\n\x11JOB_STATE_RUNNING\x10\x03\x12\x17\n\x13JOB_STATE_VERIFYING\x10\x04\x12\x17\n\x13JOB_STATE_SUCCEEDED\x10\x05\x12\x14\n\x10JOB_STATE_FAILED\x10\x06\x12\x17\n\x13JOB_STATE_CANCELLED\x10\x07\x12\x14\n\x10JOB_STATE_PAUSED\x10\x08*e\n\tObjective\x12\x19\n\x15OBJECTIVE_UNSPECIFIED\x10\x00\x12\x12\n\x0eOBJECTIVE_COST\x10\x01\x12\x13\n\x0fOBJECTIVE_SPEED\x10\x02\x12\x14\n\x10OBJECTIVE_CARBON\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13\x66\x61llow/v1/job.proto\x12\tfallow.v1\x1a\x14\x66\x61llow/v1/blob.proto\x1a\x16\x66\x61llow/v1/bundle.proto\x1a\x17\x66\x61llow/v1/session.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"Z\n\x0c\x44\x61tasetBlock\x12&\n\x04\x62lob\x18\x01 \x01(\x0b\x32\x18.fallow.v1.BlobReference\x12\x0c\n\x04rows\x18\x02 \x01(\r\x12\x14\n\x0cinline_block\x18\x03 \x01(\x0c\"\xaa\x03\n\nJobOptions\x12\x1c\n\x0f\x66\x61iled_rows_max\x18\x01 \x01(\x04H\x00\x88\x01\x01\x12\'\n\tprecision\x18\x02 \x01(\x0e\x32\x14.fallow.v1.Precision\x12\x16\n\x0elatency_ms_max\x18\x03 \x01(\r\x12\x10\n\x08priority\x18\x04 \x01(\r\x12,\n\x08\x64\x65\x61\x64line\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12#\n\x1blimit_microcredits_per_unit\x18\x06 \x01(\x04\x12\x1b\n\x13\x62udget_microcredits\x18\x07 \x01(\x04\x12\'\n\tobjective\x18\x08 \x01(\x0e\x32\x14.fallow.v1.Objective\x12\x0e\n\x06region\x18\t \x01(\t\x12\x13\n\x0b\x64\x65vice_kind\x18\n \x01(\t\x12\x18\n\x10memory_bytes_min\x18\x0b \x01(\x04\x12\x11\n\tassurance\x18\x0c \x01(\t\x12,\n\tretention\x18\r \x01(\x0b\x32\x19.google.protobuf.DurationB\x12\n\x10_failed_rows_max\"@\n\x07RowSpan\x12\x14\n\x0cjob_position\x18\x01 \x01(\x04\x12\x11\n\tblock_row\x18\x02 \x01(\r\x12\x0c\n\x04rows\x18\x03 \x01(\r\"\x84\x02\n\nTaskResult\x12\x0e\n\x06\x63ursor\x18\x01 \x01(\x04\x12!\n\x05spans\x18\x02 \x03(\x0b\x32\x12.fallow.v1.RowSpan\x12(\n\x06output\x18\x03 \x01(\x0b\x32\x18.fallow.v1.BlobReference\x12\x15\n\rinline_output\x18\x04 \x01(\x0c\x12*\n\x08\x66\x61ilures\x18\x05 \x03(\x0b\x32\x18.fallow.v1.JobRowFailure\x12\x11\n\tworker_id\x18\x06 \x01(\t\x12\x0c\n\x04node\x18\x07 \x01(\r\x12\x13\n\x0boutput_root\x18\x08 \x01(\x0c\x12\x0e\n\x06status\x18\t \x01(\t\x12\x10\n\x08\x63orrects\x18\n \x01(\x04\"V\n\rJobRowFailure\x12\x14\n\x0cjob_position\x18\x01 \x01(\x04\x12\x1f\n\x05\x63\x61use\x18\x02 \x01(\x0e\x32\x10.fallow.v1.Cause\x12\x0e\n\x06reason\x18\x03 \x01(\t\"\x86\x01\n\x0bJobProgress\x12\x12\n\nrows_total\x18\x01 \x01(\x04\x12\x11\n\trows_done\x18\x02 \x01(\x04\x12\x13\n\x0brows_failed\x18\x03 \x01(\x04\x12\x13\n\x0brows_leased\x18\x04 \x01(\x04\x12\x15\n\rtasks_settled\x18\x05 \x01(\r\x12\x0f\n\x07workers\x18\x06 \x01(\r\"\x92\x04\n\tJobStatus\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x12\n\naccount_id\x18\x02 \x01(\t\x12\x0f\n\x07pool_id\x18\x03 \x01(\t\x12\"\n\x05state\x18\x04 \x01(\x0e\x32\x13.fallow.v1.JobState\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12\x13\n\x0breason_code\x18\x06 \x01(\t\x12(\n\x08progress\x18\x07 \x01(\x0b\x32\x16.fallow.v1.JobProgress\x12\x15\n\rbundle_digest\x18\x08 \x01(\x0c\x12\r\n\x05title\x18\t \x01(\t\x12(\n\ndata_class\x18\n \x01(\x0e\x32\x14.fallow.v1.DataClass\x12\x0e\n\x06policy\x18\x0b \x01(\t\x12\x1a\n\x12price_microcredits\x18\x0c \x01(\x04\x12\x30\n\x0csubmitted_at\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x66inished_at\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\routput_schema\x18\x0f \x01(\x0c\x12&\n\x04kept\x18\x10 \x01(\x0b\x32\x18.fallow.v1.BlobReference\x12\x0f\n\x07results\x18\x11 \x01(\x04\x12.\n\ndeleted_at\x18\x12 \x01(\x0b\x32\x1a.google.protobuf.Timestamp*q\n\tDataClass\x12\x1a\n\x16\x44\x41TA_CLASS_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44\x41TA_CLASS_PUBLIC\x10\x01\x12\x17\n\x13\x44\x41TA_CLASS_INTERNAL\x10\x02\x12\x18\n\x14\x44\x41TA_CLASS_SENSITIVE\x10\x03*\xe0\x01\n\x08JobState\x12\x19\n\x15JOB_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11JOB_STATE_PENDING\x10\x01\x12\x14\n\x10JOB_STATE_QUEUED\x10\x02\x12\x15\n\x11JOB_STATE_RUNNING\x10\x03\x12\x17\n\x13JOB_STATE_VERIFYING\x10\x04\x12\x17\n\x13JOB_STATE_SUCCEEDED\x10\x05\x12\x14\n\x10JOB_STATE_FAILED\x10\x06\x12\x17\n\x13JOB_STATE_CANCELLED\x10\x07\x12\x14\n\x10JOB_STATE_PAUSED\x10\x08*e\n\tObjective\x12\x19\n\x15OBJECTIVE_UNSPECIFIED\x10\x00\x12\x12\n\x0eOBJECTIVE_COST\x10\x01\x12\x13\n\x0fOBJECTIVE_SPEED\x10\x02\x12\x14\n\x10OBJECTIVE_CARBON\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'fallow.v1.job_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DATACLASS']._serialized_start=1652
-  _globals['_DATACLASS']._serialized_end=1765
-  _globals['_JOBSTATE']._serialized_start=1768
-  _globals['_JOBSTATE']._serialized_end=1992
-  _globals['_OBJECTIVE']._serialized_start=1994
-  _globals['_OBJECTIVE']._serialized_end=2095
-  _globals['_DATASETBLOCK']._serialized_start=138
-  _globals['_DATASETBLOCK']._serialized_end=228
-  _globals['_JOBOPTIONS']._serialized_start=231
-  _globals['_JOBOPTIONS']._serialized_end=611
-  _globals['_ROWSPAN']._serialized_start=613
-  _globals['_ROWSPAN']._serialized_end=677
-  _globals['_TASKRESULT']._serialized_start=680
-  _globals['_TASKRESULT']._serialized_end=940
-  _globals['_JOBROWFAILURE']._serialized_start=942
-  _globals['_JOBROWFAILURE']._serialized_end=1028
-  _globals['_JOBPROGRESS']._serialized_start=1031
-  _globals['_JOBPROGRESS']._serialized_end=1165
-  _globals['_JOBSTATUS']._serialized_start=1168
-  _globals['_JOBSTATUS']._serialized_end=1650
+  _globals['_DATACLASS']._serialized_start=1778
+  _globals['_DATACLASS']._serialized_end=1891
+  _globals['_JOBSTATE']._serialized_start=1894
+  _globals['_JOBSTATE']._serialized_end=2118
+  _globals['_OBJECTIVE']._serialized_start=2120
+  _globals['_OBJECTIVE']._serialized_end=2221
+  _globals['_DATASETBLOCK']._serialized_start=170
+  _globals['_DATASETBLOCK']._serialized_end=260
+  _globals['_JOBOPTIONS']._serialized_start=263
+  _globals['_JOBOPTIONS']._serialized_end=689
+  _globals['_ROWSPAN']._serialized_start=691
+  _globals['_ROWSPAN']._serialized_end=755
+  _globals['_TASKRESULT']._serialized_start=758
+  _globals['_TASKRESULT']._serialized_end=1018
+  _globals['_JOBROWFAILURE']._serialized_start=1020
+  _globals['_JOBROWFAILURE']._serialized_end=1106
+  _globals['_JOBPROGRESS']._serialized_start=1109
+  _globals['_JOBPROGRESS']._serialized_end=1243
+  _globals['_JOBSTATUS']._serialized_start=1246
+  _globals['_JOBSTATUS']._serialized_end=1776
 # @@protoc_insertion_point(module_scope)

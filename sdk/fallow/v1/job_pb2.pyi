@@ -8,6 +8,7 @@ from fallow.v1 import blob_pb2 as _blob_pb2
 from fallow.v1 import bundle_pb2 as _bundle_pb2
 from fallow.v1 import session_pb2 as _session_pb2
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
@@ -146,6 +147,7 @@ class JobOptions(_message.Message):
     DEVICE_KIND_FIELD_NUMBER: _builtins.int
     MEMORY_BYTES_MIN_FIELD_NUMBER: _builtins.int
     ASSURANCE_FIELD_NUMBER: _builtins.int
+    RETENTION_FIELD_NUMBER: _builtins.int
     failed_rows_max: _builtins.int
     """Rows that may fail before the job fails. Unset: 1,000."""
     precision: _bundle_pb2.Precision.ValueType
@@ -164,6 +166,10 @@ class JobOptions(_message.Message):
     """`basic`, `standard`, `strict`; empty: the pool's policy."""
     @_builtins.property
     def deadline(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def retention(self) -> _duration_pb2.Duration:
+        """How long results, dataset and kept columns outlive the end of the job, 1 second to 366 days. Unset: 30 days."""
+
     def __init__(
         self,
         *,
@@ -179,10 +185,11 @@ class JobOptions(_message.Message):
         device_kind: _builtins.str = ...,
         memory_bytes_min: _builtins.int = ...,
         assurance: _builtins.str = ...,
+        retention: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_failed_rows_max", b"_failed_rows_max", "deadline", b"deadline", "failed_rows_max", b"failed_rows_max"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_failed_rows_max", b"_failed_rows_max", "deadline", b"deadline", "failed_rows_max", b"failed_rows_max", "retention", b"retention"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_failed_rows_max", b"_failed_rows_max", "assurance", b"assurance", "budget_microcredits", b"budget_microcredits", "deadline", b"deadline", "device_kind", b"device_kind", "failed_rows_max", b"failed_rows_max", "latency_ms_max", b"latency_ms_max", "limit_microcredits_per_unit", b"limit_microcredits_per_unit", "memory_bytes_min", b"memory_bytes_min", "objective", b"objective", "precision", b"precision", "priority", b"priority", "region", b"region"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_failed_rows_max", b"_failed_rows_max", "assurance", b"assurance", "budget_microcredits", b"budget_microcredits", "deadline", b"deadline", "device_kind", b"device_kind", "failed_rows_max", b"failed_rows_max", "latency_ms_max", b"latency_ms_max", "limit_microcredits_per_unit", b"limit_microcredits_per_unit", "memory_bytes_min", b"memory_bytes_min", "objective", b"objective", "precision", b"precision", "priority", b"priority", "region", b"region", "retention", b"retention"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__failed_rows_max: _TypeAlias = _typing.Literal["failed_rows_max"]  # noqa: Y015
     _WhichOneofArgType__failed_rows_max: _TypeAlias = _typing.Literal["_failed_rows_max", b"_failed_rows_max"]  # noqa: Y015
@@ -364,6 +371,7 @@ class JobStatus(_message.Message):
     OUTPUT_SCHEMA_FIELD_NUMBER: _builtins.int
     KEPT_FIELD_NUMBER: _builtins.int
     RESULTS_FIELD_NUMBER: _builtins.int
+    DELETED_AT_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     account_id: _builtins.str
     pool_id: _builtins.str
@@ -393,6 +401,10 @@ class JobStatus(_message.Message):
     def kept(self) -> _blob_pb2.BlobReference:
         """Kept columns, an Arrow file in job order; unset: none."""
 
+    @_builtins.property
+    def deleted_at(self) -> _timestamp_pb2.Timestamp:
+        """When its results, dataset and kept columns were let go; unset: they are there."""
+
     def __init__(
         self,
         *,
@@ -413,10 +425,11 @@ class JobStatus(_message.Message):
         output_schema: _builtins.bytes = ...,
         kept: _blob_pb2.BlobReference | None = ...,
         results: _builtins.int = ...,
+        deleted_at: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["finished_at", b"finished_at", "kept", b"kept", "progress", b"progress", "submitted_at", b"submitted_at"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["deleted_at", b"deleted_at", "finished_at", b"finished_at", "kept", b"kept", "progress", b"progress", "submitted_at", b"submitted_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_id", b"account_id", "bundle_digest", b"bundle_digest", "data_class", b"data_class", "finished_at", b"finished_at", "job_id", b"job_id", "kept", b"kept", "output_schema", b"output_schema", "policy", b"policy", "pool_id", b"pool_id", "price_microcredits", b"price_microcredits", "progress", b"progress", "reason", b"reason", "reason_code", b"reason_code", "results", b"results", "state", b"state", "submitted_at", b"submitted_at", "title", b"title"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_id", b"account_id", "bundle_digest", b"bundle_digest", "data_class", b"data_class", "deleted_at", b"deleted_at", "finished_at", b"finished_at", "job_id", b"job_id", "kept", b"kept", "output_schema", b"output_schema", "policy", b"policy", "pool_id", b"pool_id", "price_microcredits", b"price_microcredits", "progress", b"progress", "reason", b"reason", "reason_code", b"reason_code", "results", b"results", "state", b"state", "submitted_at", b"submitted_at", "title", b"title"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

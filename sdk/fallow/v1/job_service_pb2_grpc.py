@@ -92,6 +92,11 @@ class JobServiceStub(object):
                 request_serializer=fallow_dot_v1_dot_job__service__pb2.CancelJobRequest.SerializeToString,
                 response_deserializer=fallow_dot_v1_dot_job__service__pb2.CancelJobResponse.FromString,
                 _registered_method=True)
+        self.DeleteJob = channel.unary_unary(
+                '/fallow.v1.JobService/DeleteJob',
+                request_serializer=fallow_dot_v1_dot_job__service__pb2.DeleteJobRequest.SerializeToString,
+                response_deserializer=fallow_dot_v1_dot_job__service__pb2.DeleteJobResponse.FromString,
+                _registered_method=True)
         self.WatchJob = channel.unary_stream(
                 '/fallow.v1.JobService/WatchJob',
                 request_serializer=fallow_dot_v1_dot_job__service__pb2.WatchJobRequest.SerializeToString,
@@ -207,11 +212,23 @@ class JobServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DeleteJob(self, request, context):
+        """Lets go of a finished job's results, dataset and kept columns, for good. Its status stays, without them. Repeating
+        it is harmless.
+
+        Statuses:
+        NOT_FOUND            not in this account.
+        FAILED_PRECONDITION  the job has not ended: cancel it first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def WatchJob(self, request, context):
         """Results after a cursor and changes of state, until the job has ended and all is sent.
 
         Statuses:
-        NOT_FOUND      not in this account.
+        NOT_FOUND      not in this account, or deleted: the detail says when.
         OUT_OF_RANGE   the cursor is beyond the last result.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -270,6 +287,11 @@ def add_JobServiceServicer_to_server(servicer, server):
                     servicer.CancelJob,
                     request_deserializer=fallow_dot_v1_dot_job__service__pb2.CancelJobRequest.FromString,
                     response_serializer=fallow_dot_v1_dot_job__service__pb2.CancelJobResponse.SerializeToString,
+            ),
+            'DeleteJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteJob,
+                    request_deserializer=fallow_dot_v1_dot_job__service__pb2.DeleteJobRequest.FromString,
+                    response_serializer=fallow_dot_v1_dot_job__service__pb2.DeleteJobResponse.SerializeToString,
             ),
             'WatchJob': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchJob,
@@ -555,6 +577,33 @@ class JobService(object):
             '/fallow.v1.JobService/CancelJob',
             fallow_dot_v1_dot_job__service__pb2.CancelJobRequest.SerializeToString,
             fallow_dot_v1_dot_job__service__pb2.CancelJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fallow.v1.JobService/DeleteJob',
+            fallow_dot_v1_dot_job__service__pb2.DeleteJobRequest.SerializeToString,
+            fallow_dot_v1_dot_job__service__pb2.DeleteJobResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -98,11 +98,19 @@ class JobServiceStub:
 
     Statuses: NOT_FOUND: not in this account.
     """
+    DeleteJob: _grpc.UnaryUnaryMultiCallable[_job_service_pb2.DeleteJobRequest, _job_service_pb2.DeleteJobResponse]
+    """Lets go of a finished job's results, dataset and kept columns, for good. Its status stays, without them. Repeating
+    it is harmless.
+
+    Statuses:
+      NOT_FOUND            not in this account.
+      FAILED_PRECONDITION  the job has not ended: cancel it first.
+    """
     WatchJob: _grpc.UnaryStreamMultiCallable[_job_service_pb2.WatchJobRequest, _job_service_pb2.WatchJobResponse]
     """Results after a cursor and changes of state, until the job has ended and all is sent.
 
     Statuses:
-      NOT_FOUND      not in this account.
+      NOT_FOUND      not in this account, or deleted: the detail says when.
       OUT_OF_RANGE   the cursor is beyond the last result.
     """
 
@@ -176,11 +184,19 @@ class JobServiceAsyncStub(JobServiceStub):
 
     Statuses: NOT_FOUND: not in this account.
     """
+    DeleteJob: _aio.UnaryUnaryMultiCallable[_job_service_pb2.DeleteJobRequest, _job_service_pb2.DeleteJobResponse]  # type: ignore[assignment]
+    """Lets go of a finished job's results, dataset and kept columns, for good. Its status stays, without them. Repeating
+    it is harmless.
+
+    Statuses:
+      NOT_FOUND            not in this account.
+      FAILED_PRECONDITION  the job has not ended: cancel it first.
+    """
     WatchJob: _aio.UnaryStreamMultiCallable[_job_service_pb2.WatchJobRequest, _job_service_pb2.WatchJobResponse]  # type: ignore[assignment]
     """Results after a cursor and changes of state, until the job has ended and all is sent.
 
     Statuses:
-      NOT_FOUND      not in this account.
+      NOT_FOUND      not in this account, or deleted: the detail says when.
       OUT_OF_RANGE   the cursor is beyond the last result.
     """
 
@@ -313,6 +329,20 @@ class JobServiceServicer(metaclass=_abc_1.ABCMeta):
         """
 
     @_abc_1.abstractmethod
+    def DeleteJob(
+        self,
+        request: _job_service_pb2.DeleteJobRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_job_service_pb2.DeleteJobResponse, _abc.Awaitable[_job_service_pb2.DeleteJobResponse]]:
+        """Lets go of a finished job's results, dataset and kept columns, for good. Its status stays, without them. Repeating
+        it is harmless.
+
+        Statuses:
+          NOT_FOUND            not in this account.
+          FAILED_PRECONDITION  the job has not ended: cancel it first.
+        """
+
+    @_abc_1.abstractmethod
     def WatchJob(
         self,
         request: _job_service_pb2.WatchJobRequest,
@@ -321,7 +351,7 @@ class JobServiceServicer(metaclass=_abc_1.ABCMeta):
         """Results after a cursor and changes of state, until the job has ended and all is sent.
 
         Statuses:
-          NOT_FOUND      not in this account.
+          NOT_FOUND      not in this account, or deleted: the detail says when.
           OUT_OF_RANGE   the cursor is beyond the last result.
         """
 

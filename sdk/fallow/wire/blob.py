@@ -58,6 +58,8 @@ class Receipt:
     schema_digest: Digest | None = None
     size_feature_sums: tuple[int, ...] = ()
     rows_failed: int = 0
+    issued_at_ms: int = 0
+    """When the blob service gave it out."""
 
 
 def digest_from(data: bytes, field: str) -> Digest:
@@ -125,6 +127,7 @@ def encode_receipt(receipt: Receipt) -> bytes:
         schema_digest=receipt.schema_digest or b"",
         size_feature_sums=receipt.size_feature_sums,
         rows_failed=receipt.rows_failed,
+        issued_at=moment_to_message(receipt.issued_at_ms) if receipt.issued_at_ms else None,
     ).SerializeToString(deterministic=True)
 
 
@@ -143,6 +146,7 @@ def decode_receipt(data: bytes) -> Receipt:
             else None,
             size_feature_sums=tuple(message.size_feature_sums),
             rows_failed=message.rows_failed,
+            issued_at_ms=moment_from_message(message.issued_at),
         )
     except (DecodeError, FallowError) as error:
         raise FallowError(Reason.MALFORMED_MESSAGE, f"this is no receipt: {error}", field="receipt") from None

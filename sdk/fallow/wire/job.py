@@ -18,7 +18,7 @@ from fallow.roles import DataClass
 from fallow.v1 import job_pb2
 from fallow.wire.blob import digest_from, reference_from_message, reference_to_message
 from fallow.wire.enums import CAUSES, DATA_CLASSES, JOB_STATES, OBJECTIVES, PRECISIONS
-from fallow.wire.moments import moment_from_message, moment_to_message
+from fallow.wire.moments import duration_from_message, duration_to_message, moment_from_message, moment_to_message
 
 
 def options_to_message(options: JobOptions) -> job_pb2.JobOptions:
@@ -36,6 +36,7 @@ def options_to_message(options: JobOptions) -> job_pb2.JobOptions:
         device_kind=options.device_kind,
         memory_bytes_min=options.memory_bytes_min,
         assurance=options.assurance,
+        retention=duration_to_message(options.retention_ms) if options.retention_ms else None,
     )
 
 
@@ -54,6 +55,7 @@ def options_from_message(message: job_pb2.JobOptions) -> JobOptions:
         device_kind=message.device_kind,
         memory_bytes_min=message.memory_bytes_min,
         assurance=message.assurance,
+        retention_ms=duration_from_message(message.retention),
     )
 
 
@@ -134,6 +136,7 @@ def status_to_message(status: JobStatus) -> job_pb2.JobStatus:
         output_schema=status.output_schema,
         kept=reference_to_message(status.kept) if status.kept else None,
         results=status.results,
+        deleted_at=moment_to_message(status.deleted_at_ms) if status.deleted_at_ms else None,
     )
 
 
@@ -157,6 +160,7 @@ def status_from_message(message: job_pb2.JobStatus) -> JobStatus:
         output_schema=message.output_schema,
         kept=reference_from_message(message.kept, "job.kept") if message.HasField("kept") else None,
         results=message.results,
+        deleted_at_ms=moment_from_message(message.deleted_at),
         progress=JobProgress(
             rows_total=progress.rows_total,
             rows_done=progress.rows_done,

@@ -135,6 +135,9 @@ class Event(_message.Message):
     BUNDLE_INSPECTED_FIELD_NUMBER: _builtins.int
     BUNDLE_HELD_FIELD_NUMBER: _builtins.int
     BUNDLE_CRASHED_FIELD_NUMBER: _builtins.int
+    JOB_DELETED_FIELD_NUMBER: _builtins.int
+    BLOBS_FORGOTTEN_FIELD_NUMBER: _builtins.int
+    BLOB_QUOTA_SET_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def task_created(self) -> Global___TaskCreated: ...
     @_builtins.property
@@ -199,6 +202,12 @@ class Event(_message.Message):
     def bundle_held(self) -> Global___BundleHeld: ...
     @_builtins.property
     def bundle_crashed(self) -> Global___BundleCrashed: ...
+    @_builtins.property
+    def job_deleted(self) -> Global___JobDeleted: ...
+    @_builtins.property
+    def blobs_forgotten(self) -> Global___BlobsForgotten: ...
+    @_builtins.property
+    def blob_quota_set(self) -> Global___BlobQuotaSet: ...
     def __init__(
         self,
         *,
@@ -234,12 +243,15 @@ class Event(_message.Message):
         bundle_inspected: Global___BundleInspected | None = ...,
         bundle_held: Global___BundleHeld | None = ...,
         bundle_crashed: Global___BundleCrashed | None = ...,
+        job_deleted: Global___JobDeleted | None = ...,
+        blobs_forgotten: Global___BlobsForgotten | None = ...,
+        blob_quota_set: Global___BlobQuotaSet | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["account_created", b"account_created", "blob_recorded", b"blob_recorded", "bundle_crashed", b"bundle_crashed", "bundle_held", b"bundle_held", "bundle_inspected", b"bundle_inspected", "bundle_registered", b"bundle_registered", "capability_reported", b"capability_reported", "certificate_issued", b"certificate_issued", "commitment_recorded", b"commitment_recorded", "job_archived", b"job_archived", "job_state_changed", b"job_state_changed", "job_submitted", b"job_submitted", "journal_started", b"journal_started", "kind", b"kind", "lease_ended", b"lease_ended", "lease_granted", b"lease_granted", "pack_requested", b"pack_requested", "packing_failed", b"packing_failed", "party_enrolled", b"party_enrolled", "party_revoked", b"party_revoked", "pool_created", b"pool_created", "restarted", b"restarted", "session_closed", b"session_closed", "session_opened", b"session_opened", "task_abandoned", b"task_abandoned", "task_created", b"task_created", "task_dropped", b"task_dropped", "task_input_packed", b"task_input_packed", "task_settled", b"task_settled", "token_issued", b"token_issued", "token_revoked", b"token_revoked", "worker_quarantined", b"worker_quarantined", "worker_released", b"worker_released"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["account_created", b"account_created", "blob_quota_set", b"blob_quota_set", "blob_recorded", b"blob_recorded", "blobs_forgotten", b"blobs_forgotten", "bundle_crashed", b"bundle_crashed", "bundle_held", b"bundle_held", "bundle_inspected", b"bundle_inspected", "bundle_registered", b"bundle_registered", "capability_reported", b"capability_reported", "certificate_issued", b"certificate_issued", "commitment_recorded", b"commitment_recorded", "job_archived", b"job_archived", "job_deleted", b"job_deleted", "job_state_changed", b"job_state_changed", "job_submitted", b"job_submitted", "journal_started", b"journal_started", "kind", b"kind", "lease_ended", b"lease_ended", "lease_granted", b"lease_granted", "pack_requested", b"pack_requested", "packing_failed", b"packing_failed", "party_enrolled", b"party_enrolled", "party_revoked", b"party_revoked", "pool_created", b"pool_created", "restarted", b"restarted", "session_closed", b"session_closed", "session_opened", b"session_opened", "task_abandoned", b"task_abandoned", "task_created", b"task_created", "task_dropped", b"task_dropped", "task_input_packed", b"task_input_packed", "task_settled", b"task_settled", "token_issued", b"token_issued", "token_revoked", b"token_revoked", "worker_quarantined", b"worker_quarantined", "worker_released", b"worker_released"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_created", b"account_created", "blob_recorded", b"blob_recorded", "bundle_crashed", b"bundle_crashed", "bundle_held", b"bundle_held", "bundle_inspected", b"bundle_inspected", "bundle_registered", b"bundle_registered", "capability_reported", b"capability_reported", "certificate_issued", b"certificate_issued", "commitment_recorded", b"commitment_recorded", "job_archived", b"job_archived", "job_state_changed", b"job_state_changed", "job_submitted", b"job_submitted", "journal_started", b"journal_started", "kind", b"kind", "lease_ended", b"lease_ended", "lease_granted", b"lease_granted", "pack_requested", b"pack_requested", "packing_failed", b"packing_failed", "party_enrolled", b"party_enrolled", "party_revoked", b"party_revoked", "pool_created", b"pool_created", "restarted", b"restarted", "session_closed", b"session_closed", "session_opened", b"session_opened", "task_abandoned", b"task_abandoned", "task_created", b"task_created", "task_dropped", b"task_dropped", "task_input_packed", b"task_input_packed", "task_settled", b"task_settled", "token_issued", b"token_issued", "token_revoked", b"token_revoked", "worker_quarantined", b"worker_quarantined", "worker_released", b"worker_released"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_created", b"account_created", "blob_quota_set", b"blob_quota_set", "blob_recorded", b"blob_recorded", "blobs_forgotten", b"blobs_forgotten", "bundle_crashed", b"bundle_crashed", "bundle_held", b"bundle_held", "bundle_inspected", b"bundle_inspected", "bundle_registered", b"bundle_registered", "capability_reported", b"capability_reported", "certificate_issued", b"certificate_issued", "commitment_recorded", b"commitment_recorded", "job_archived", b"job_archived", "job_deleted", b"job_deleted", "job_state_changed", b"job_state_changed", "job_submitted", b"job_submitted", "journal_started", b"journal_started", "kind", b"kind", "lease_ended", b"lease_ended", "lease_granted", b"lease_granted", "pack_requested", b"pack_requested", "packing_failed", b"packing_failed", "party_enrolled", b"party_enrolled", "party_revoked", b"party_revoked", "pool_created", b"pool_created", "restarted", b"restarted", "session_closed", b"session_closed", "session_opened", b"session_opened", "task_abandoned", b"task_abandoned", "task_created", b"task_created", "task_dropped", b"task_dropped", "task_input_packed", b"task_input_packed", "task_settled", b"task_settled", "token_issued", b"token_issued", "token_revoked", b"token_revoked", "worker_quarantined", b"worker_quarantined", "worker_released", b"worker_released"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["task_created", "pack_requested", "task_input_packed", "lease_granted", "lease_ended", "commitment_recorded", "task_settled", "task_abandoned", "task_dropped", "job_submitted", "job_state_changed", "job_archived", "blob_recorded", "packing_failed", "session_opened", "session_closed", "capability_reported", "journal_started", "restarted", "account_created", "pool_created", "token_issued", "token_revoked", "party_enrolled", "certificate_issued", "party_revoked", "worker_quarantined", "worker_released", "bundle_registered", "bundle_inspected", "bundle_held", "bundle_crashed"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["task_created", "pack_requested", "task_input_packed", "lease_granted", "lease_ended", "commitment_recorded", "task_settled", "task_abandoned", "task_dropped", "job_submitted", "job_state_changed", "job_archived", "blob_recorded", "packing_failed", "session_opened", "session_closed", "capability_reported", "journal_started", "restarted", "account_created", "pool_created", "token_issued", "token_revoked", "party_enrolled", "certificate_issued", "party_revoked", "worker_quarantined", "worker_released", "bundle_registered", "bundle_inspected", "bundle_held", "bundle_crashed", "job_deleted", "blobs_forgotten", "blob_quota_set"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -1349,3 +1361,78 @@ class TaskDropped(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___TaskDropped: _TypeAlias = TaskDropped  # noqa: Y015
+
+@_typing.final
+class JobDeleted(_message.Message):
+    """A finished job's results, dataset and kept columns are let go; the job may have left the state before."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    ACCOUNT_ID_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    job_id: _builtins.str
+    account_id: _builtins.str
+    reason: _builtins.str
+    """For people: who or what wanted it."""
+    def __init__(
+        self,
+        *,
+        job_id: _builtins.str = ...,
+        account_id: _builtins.str = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_id", b"account_id", "job_id", b"job_id", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___JobDeleted: _TypeAlias = JobDeleted  # noqa: Y015
+
+@_typing.final
+class BlobsForgotten(_message.Message):
+    """Nothing refers to these blobs: no account has them from here on, and the blob service may delete them."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIGESTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def digests(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
+    def __init__(
+        self,
+        *,
+        digests: _abc.Iterable[_builtins.bytes] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digests", b"digests"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BlobsForgotten: _TypeAlias = BlobsForgotten  # noqa: Y015
+
+@_typing.final
+class BlobQuotaSet(_message.Message):
+    """How many bytes of uploads the account may have recorded."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ACCOUNT_ID_FIELD_NUMBER: _builtins.int
+    BYTES_MAX_FIELD_NUMBER: _builtins.int
+    account_id: _builtins.str
+    bytes_max: _builtins.int
+    """0: the coordinator's default."""
+    def __init__(
+        self,
+        *,
+        account_id: _builtins.str = ...,
+        bytes_max: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_id", b"account_id", "bytes_max", b"bytes_max"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BlobQuotaSet: _TypeAlias = BlobQuotaSet  # noqa: Y015
