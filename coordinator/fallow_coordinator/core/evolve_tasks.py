@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from typing import assert_never
 
-from fallow.ids import LeaseId
+from fallow.ids import AccountId, LeaseId
 from fallow.job import JobRowFailure, RowSpan, TaskResult
 from fallow.limits import ROW_FAILURES_LISTED_PER_TASK_MAX
 from fallow.session import Cause, RowFailure, TaskKind
@@ -191,6 +191,13 @@ def _grant(state: State, event: e.LeaseGranted, at_ms: int) -> None:
     hold(state, worker, lease_id=event.lease_id, unit_micros=task.unit_micros, holds=True)
     if task.job_id is not None:
         state.jobs[task.job_id].rows_leased += task.rows
+    if task.kind is TaskKind.INSPECT:
+        state.accounts[submitter_of(state, task)].inspected_last = state.sequence
+
+
+def submitter_of(state: State, task: Task) -> AccountId:
+    """The account on whose behalf a bundle is inspected: who registered it first."""
+    return next(iter(state.bundles[task.bundle_digest].owners))
 
 
 def _commit(state: State, event: e.CommitmentRecorded, at_ms: int) -> None:

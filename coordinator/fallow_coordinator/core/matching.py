@@ -9,6 +9,7 @@ from fallow.job import JobState
 from fallow.session import TaskKind
 from fallow_coordinator.core import events as e
 from fallow_coordinator.core.cutting import Cost, Layout, cut_size, unit_micros
+from fallow_coordinator.core.evolve_tasks import submitter_of
 from fallow_coordinator.core.groups import groups_of_lane
 from fallow_coordinator.core.limits import (
     INSPECTION_RUNTIME_MS,
@@ -61,13 +62,27 @@ def _first_pair(state: State, key: LaneKey, lane: Lane, now_ms: int) -> tuple[Ta
         return None
     task_ids: Iterable[TaskId] = lane.ready
     if key.kind is TaskKind.INSPECT:
-        task_ids = (task_id for not_before_ms, _, task_id in lane.waiting if not_before_ms <= now_ms)
+        task_ids = _inspections(state, lane, now_ms)
     for task_id in task_ids:
         task = state.tasks[task_id]
         worker_id = _pick(state, groups, task)
         if worker_id is not None:
             return task, state.workers[worker_id]
     return None
+
+
+def _inspections(state: State, lane: Lane, now_ms: int) -> list[TaskId]:
+    """Inspections that may begin, those of the account that was served longest ago first.
+
+    Whoever registers many slow programs waits behind everybody else, each time anew.
+    """
+    due = [(number, task_id) for not_before_ms, number, task_id in lane.waiting if not_before_ms <= now_ms]
+
+    def turn(entry: tuple[int, TaskId]) -> tuple[int, int]:
+        number, task_id = entry
+        return state.accounts[submitter_of(state, state.tasks[task_id])].inspected_last, number
+
+    return [task_id for _, task_id in sorted(due, key=turn)]
 
 
 def _pick(state: State, groups: list[WorkerGroup], task: Task) -> PartyId | None:

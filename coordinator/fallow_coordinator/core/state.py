@@ -57,6 +57,8 @@ class Account:
     blocks_unfinished: int = 0
     """Dataset blocks of its unfinished jobs."""
     idempotency_keys: int = 0
+    inspected_last: int = 0
+    """Journal sequence at which a bundle of its own was last leased for inspection; 0: never."""
 
 
 @dataclass(slots=True)
