@@ -74,6 +74,7 @@ from fallow.errors import Reason
 from fallow.ids import Digest
 from fallow.limits import BLOCK_BYTES_MAX, GIB, KIB, MIB, ROW_FAILURE_REASON_BYTES_MAX, ROW_FAILURES_LISTED_PER_TASK_MAX
 from fallow.session import Cause, RowFailure, SandboxLevel, Usage
+from fallow.shown_text import shown_line
 
 CONTROL_FRAME_BYTES_MAX: Final = 1 * MIB
 PLACEMENT_ALIGNMENT_BYTES: Final = 64 * KIB
@@ -327,9 +328,13 @@ def cause_of_exit(return_code: int, *, program_loaded: bool) -> Cause:
     return Cause.PLATFORM
 
 
+_REASON_CHARACTERS_READ: Final = 16 * ROW_FAILURE_REASON_BYTES_MAX
+"""How far into a text its reason is looked for: a program's names may have megabytes."""
+
+
 def clipped_reason(text: str) -> str:
-    """`text` cut to at most `ROW_FAILURE_REASON_BYTES_MAX` bytes of UTF-8, on one line."""
-    line = " ".join(text.split())
+    """`text` cut to at most `ROW_FAILURE_REASON_BYTES_MAX` bytes of UTF-8, on one line that prints."""
+    line = shown_line(" ".join(text[:_REASON_CHARACTERS_READ].split()))
     data = line.encode("utf-8", "replace")
     if len(data) <= ROW_FAILURE_REASON_BYTES_MAX:
         return data.decode()
