@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from fallow.limits import BLOCK_BYTES_MAX, BLOCK_ROWS_MAX, JOB_TASKS_MAX
 from fallow_coordinator.core.limits import (
     TASK_BLOCKS_MAX,
+    TASK_UNITS_FIRST,
     TASK_UNITS_MIN,
     TASK_UNITS_TARGET,
     UNIT_MICROS,
@@ -15,6 +16,7 @@ from fallow_coordinator.core.limits import (
 
 _TARGET = TASK_UNITS_TARGET * UNIT_MICROS
 _SMALLEST = TASK_UNITS_MIN * UNIT_MICROS
+_FIRST = TASK_UNITS_FIRST * UNIT_MICROS
 _ROW_OVERHEAD_BYTES = 64
 """Offsets, size features and length prefixes of an output row, generously."""
 
@@ -59,14 +61,17 @@ def cut_size(layout: Layout, cost: Cost, *, start: int, batch_rows: int, leases:
 
     About one in `leases` of what is left, where `leases` is how many the workers are ready to hold, between
     `TASK_UNITS_MIN` and `TASK_UNITS_TARGET` (guided self-scheduling: Polychronopoulos and Kuck, 1987), in whole
-    canonical batches but for the end; never so much that the packed block could exceed `BLOCK_BYTES_MAX` even if the
-    large rows of every block it touches were its own. At least one in `JOB_TASKS_MAX` / 2 of the job unless a block
-    ends before: no job has more than `JOB_TASKS_MAX` tasks.
+    canonical batches but for the end. The first ones are no larger than `TASK_UNITS_FIRST`, so that work begins while
+    the next is being packed. Never so much that the packed block could exceed `BLOCK_BYTES_MAX` even if the large rows
+    of every block it touches were its own. At least one in `JOB_TASKS_MAX` / 2 of the job unless a block ends before:
+    no job has more than `JOB_TASKS_MAX` tasks.
     """
     total = layout.row_starts[-1]
     assert 0 <= start < total and batch_rows > 0 and leases > 0, "there is something to cut"
     left = unit_micros(layout, cost, start, total)
     target = min(_TARGET, max(_SMALLEST, left // leases))
+    if start == 0 or unit_micros(layout, cost, 0, start) < leases * _FIRST:
+        target = min(target, _FIRST)
     ceiling = _ceiling(layout, start, output_row_bytes)
     least = max(batch_rows, -(-total // (JOB_TASKS_MAX // 2)))
     rows = max(least, _rows_for(layout, cost, start, ceiling, target))

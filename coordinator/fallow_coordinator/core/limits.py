@@ -61,6 +61,8 @@ PACK_PATIENCE_MS = 120 * SECOND_MS
 UNIT_MICROS = 1_000_000
 TASK_UNITS_TARGET = 30
 """Largest task, in units: seconds of a reference core."""
+TASK_UNITS_FIRST = 4
+"""Largest task while a job begins: small blocks are packed and fetched soon."""
 TASK_UNITS_MIN = 1
 """Smallest task worth its overhead."""
 SLOTS_PER_WORKER_MAX = 1_024

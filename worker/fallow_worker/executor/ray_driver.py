@@ -42,7 +42,7 @@ from fallow_worker.executor.ray_settings import RaySettings
 
 END_SECONDS_MAX: Final = 8.0
 """Between the end of the control socket and the end of this process."""
-PROGRESS_SECONDS: Final = 0.5
+PROGRESS_SECONDS: Final = 2.0
 EXIT_DAEMON_GONE: Final = 71
 EXIT_NO_RAY: Final = 72
 
