@@ -1,4 +1,4 @@
-"""What one account or one report may make the state hold, and how the journal survives the largest numbers there are."""
+"""What one account or one report may make the state hold, and that the largest numbers fit the journal."""
 
 from __future__ import annotations
 
