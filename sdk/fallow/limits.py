@@ -53,7 +53,7 @@ IDENTIFIER_BYTES_MAX = 64
 """Longest name of a lease that anybody may say."""
 NAMED_FACT_BYTES_MAX = 256
 """Longest name of a software or an execution class."""
-CAPABILITY_BYTES_MAX = 16 * KIB
+CAPABILITY_BYTES_MAX = 32 * KIB
 """A worker's whole capability: every change of it goes into the journal."""
 GRANTS_PER_REQUEST_MAX = 1_000
 TOKEN_USES_MAX = 10_000

@@ -79,7 +79,7 @@ RESUME_TOKEN_BYTES: Final = 32
 SILENT_HEARTBEATS_MAX: Final = 3
 """Heartbeat intervals without any message after which a stream is half-open and closed."""
 GOODBYE_PATIENCE_S: Final = 2.0
-CHANGES_PER_S: Final = 2.0
+CHANGES_PER_S: Final = 0.5
 CHANGES_BURST: Final = 128
 """Changes of capability, and requests for grants, of one session: the first fill the journal, the second need
 signatures. As many at once as a worker may hold leases, twice."""
