@@ -31,7 +31,7 @@ REGION = "us-east-1"
 @contextlib.contextmanager
 def s3_server() -> Iterator[str]:
     """The server's endpoint while the block runs."""
-    from moto.server import DomainDispatcherApplication, create_backend_app
+    from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
     from werkzeug.serving import make_server
 
     server = make_server("127.0.0.1", 0, Gate(DomainDispatcherApplication(create_backend_app)), threaded=True)
