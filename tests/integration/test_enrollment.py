@@ -129,7 +129,7 @@ async def test_wrong_secret_unknown_token_and_foreign_proof_are_told_the_same(
 
 
 async def test_expired_and_revoked_tokens_let_nobody_in(shared_coordinator: CoordinatorService, tmp_path: Path) -> None:
-    short = shared_coordinator.new_token("--role", "worker", "--valid-for", "1s", "--uses", "5")
+    short = shared_coordinator.new_token("--role", "worker", "--valid-for", "1s", "--uses", "10000")
     made = shared_coordinator.cli("token", "new", "--role", "worker")
     shared_coordinator.cli("token", "revoke", made["token_id"])
     with pytest.raises(FallowError) as revoked:

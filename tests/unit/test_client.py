@@ -620,6 +620,8 @@ def test_an_interrupted_caller_is_detached_and_told_the_id(
 def interrupt_when_waiting(stream: Iterator[Any]) -> None:
     """Takes what is there, and sends this process a Ctrl-C while the next value is waited for."""
     next(stream)
+    # A test run in the background inherits SIGINT ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     timer = threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT))
     timer.start()
     try:
@@ -627,6 +629,7 @@ def interrupt_when_waiting(stream: Iterator[Any]) -> None:
             pass
     finally:
         timer.join()
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_forked_process_is_told_that_it_has_no_connection(tmp_path: Path) -> None:
