@@ -46,11 +46,13 @@ SETTINGS = RaySettings(supervisor=SupervisorSettings(cores=2))
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def executor() -> AsyncIterator[RayExecutor]:
+    # Another file's coordinator may be running below the same test process.
+    before = set(descendants())
     made = RayExecutor(SETTINGS)
     await made.start()
     yield made
     await made.stop()
-    assert descendants() == []
+    assert set(descendants()) <= before
 
 
 def listening_addresses(pids: set[int]) -> set[str]:
