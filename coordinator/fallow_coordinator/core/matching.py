@@ -8,7 +8,7 @@ from fallow.ids import LeaseId, PartyId, TaskId
 from fallow.job import JobState
 from fallow.session import TaskKind
 from fallow_coordinator.core import events as e
-from fallow_coordinator.core.cutting import Cost, Layout, cut_size, unit_micros
+from fallow_coordinator.core.cutting import Layout, cost_of, cut_size, unit_micros
 from fallow_coordinator.core.evolve_tasks import submitter_of
 from fallow_coordinator.core.groups import groups_of_lane
 from fallow_coordinator.core.limits import (
@@ -148,7 +148,7 @@ def _cut(state: State, job: Job, leases: int, names: Names) -> tuple[e.Event, ..
     report = bundle.report
     assert report is not None, "a job is queued when its bundle is inspected"
     layout = Layout(job.row_starts, job.byte_starts)
-    cost = Cost(report.unit_micros_per_row, report.unit_micros_per_kib)
+    cost = cost_of(job, report)
     rows = cut_size(
         layout,
         cost,
