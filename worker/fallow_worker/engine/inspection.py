@@ -45,10 +45,10 @@ GEMM_ROUNDS: Final = 3
 COST_ROUNDS: Final = (3, 100)
 """Repeats of each size, at least and at most."""
 COST_ROUNDS_ENOUGH: Final = 9
-COST_SECONDS: Final = 2.0
-"""How long cost is measured when there are `COST_ROUNDS_ENOUGH` repeats by then: long enough to meet quiet moments."""
+COST_SECONDS: Final = 1.5
+"""CPU time for measuring cost when there are `COST_ROUNDS_ENOUGH` repeats by then: enough to meet quiet moments."""
 COST_SECONDS_MAX: Final = 6.0
-"""How long cost is measured, unless the least number of repeats takes longer."""
+"""How long cost is measured at most, by the clock, unless the least number of repeats takes longer."""
 COST_SHARES: Final = (0.0, 0.0625, 0.125, 0.25, 0.5, 0.75, 1.0)
 """Sizes of measured rows, as shares of the largest."""
 COST_SHARES_FEW: Final = (0.0, 0.5, 1.0)
@@ -398,10 +398,11 @@ class _Inspection:
             once[size] = max(time.thread_time() - started, 1e-6)
         seconds: dict[int, list[float]] = {size: [] for size in rows_of}
         flops = [reference.flops()]
-        began = time.monotonic()
+        began, began_cpu = time.monotonic(), time.thread_time()
         for turn in range(COST_ROUNDS[1]):
-            passed = time.monotonic() - began
-            if turn >= COST_ROUNDS[0] and passed > (COST_SECONDS_MAX if turn < COST_ROUNDS_ENOUGH else COST_SECONDS):
+            if turn >= COST_ROUNDS[0] and time.monotonic() - began > COST_SECONDS_MAX:
+                break
+            if turn >= COST_ROUNDS_ENOUGH and time.thread_time() - began_cpu > COST_SECONDS:
                 break
             for size, rows in rows_of.items():
                 repeats = max(1, round(TIMED_SECONDS_MIN / once[size]))
