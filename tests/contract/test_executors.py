@@ -46,7 +46,7 @@ pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="the lock-down is Linux's"),
 ]
 
-SETTINGS = SupervisorSettings(cores=2)
+SETTINGS = SupervisorSettings(cores=2, still_share=0.2)
 SECONDS_LONG = 100_000_000
 """Turns of the looping program that take minutes."""
 BOMB_FLOATS = (3 * GIB // 2) // 4
@@ -174,9 +174,9 @@ async def test_a_row_that_its_program_does_not_survive_fails_alone(executor: Exe
 async def test_a_row_that_hangs_fails_alone_and_in_time(executor: Executor, tmp_path: Path) -> None:
     bundle = looping_bundle(tmp_path, batch_rows=2)
     begun = time.monotonic()
-    work = bundle.work(looping_rows(1, 2, 3, SECONDS_LONG, 4), runtime_max_ms=8_000)
+    work = bundle.work(looping_rows(1, 2, 3, SECONDS_LONG, 4), runtime_max_ms=15_000)
     outcome = await executor.run(work, silent)
-    assert time.monotonic() - begun < 20
+    assert time.monotonic() - begun < 60
     [failure] = outcome.failures
     assert (failure.row, failure.cause) == (3, Cause.ROW) and "did not end within" in failure.reason
     assert bundle.decoded(outcome).positions.tolist() == [0, 1, 2, 4]

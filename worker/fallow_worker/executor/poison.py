@@ -34,7 +34,7 @@ POISON_ROWS_MAX: Final = 8
 POISON_ROWS_ALONE_MAX: Final = 4
 """The same while no row has had a value: a program that dies on every row is no matter of rows."""
 STILL_SHARE: Final = 0.5
-"""Part of a lease's time after which a batch that does not end is taken for stuck."""
+"""Part of a lease's time after which a batch that does not end is taken for stuck, unless the owner says otherwise."""
 _DEATHS_OF_OTHERS_MAX: Final = 2
 """Children that may end through no fault of the program before the worker is to blame."""
 

@@ -75,6 +75,8 @@ class SupervisorSettings:
     allow_spinning: bool = False
     spares: int = 1
     """Children kept ready for the next bundle while nothing is at work; 0 or 1."""
+    still_share: float = STILL_SHARE
+    """Part of a lease's time after which a batch that does not end is taken for stuck."""
 
 
 class Supervisor:
@@ -297,7 +299,7 @@ class Supervisor:
         shard.settle()
         if len(shard.lease.shards) == 1 and len(shard.rows) == 1:
             return  # a lone row may take all there is
-        seconds = shard.lease.work.runtime_max_ms / 1000 * STILL_SHARE
+        seconds = shard.lease.work.runtime_max_ms / 1000 * self._settings.still_share
         reason = f"no batch ended within {seconds:.3g} s"
         shard.still = asyncio.get_running_loop().call_later(seconds, child.kill, Cause.PROGRAM, reason)
 
