@@ -24,6 +24,8 @@ from scripts.benches.load_generator import Counts, Generators, Load
 from scripts.benches.report import Report, percentile, say
 from scripts.benches.system import cpu_seconds, resident_mb
 
+from fallow_coordinator.latency import quantile_ms
+
 BUDGET_TASKS_PER_S = 2_000.0
 BUDGET_ASSIGN_P99_MS = 50.0
 BUDGET_RSS_MB = 400.0
@@ -52,6 +54,8 @@ class _Moment:
     settled: int
     commitments: int
     commits: int
+    signatures: int
+    assigns: list[int]
     cpu_s: dict[str, float]
 
 
@@ -110,7 +114,15 @@ async def _moment(coordinator: RunningCoordinator, generators: Generators) -> tu
     cpu_s = {"coordinator": cpu_seconds([coordinator.process]), "generators": sum(one.cpu_s for one in counts)}
     cpu_s |= {name.rpartition(".")[2]: cpu_seconds([child]) for name, child in coordinator.children().items()}
     cpu_s["bench"] = cpu_seconds([psutil.Process()])
-    moment = _Moment(at_s, sum(one.settled for one in counts), status.commitments, status.commits, cpu_s)
+    moment = _Moment(
+        at_s,
+        sum(one.settled for one in counts),
+        status.commitments,
+        status.commits,
+        status.signatures_checked,
+        list(status.assign_buckets),
+        cpu_s,
+    )
     return moment, turnarounds_ms
 
 
@@ -144,6 +156,10 @@ def _report(
     events = coordinator.events()
     in_journal = events.get("task_settled", 0)
     commits = last.commits - first.commits
+    signatures = last.signatures - first.signatures
+    commitments = last.commitments - first.commitments
+    assigns = [after - before for before, after in zip(first.assigns, last.assigns, strict=True)]
+    assign_p99_ms = quantile_ms(assigns, 0.99)
     cpu_s = {name: last.cpu_s[name] - first.cpu_s.get(name, 0.0) for name in last.cpu_s}
     tasks_per_s = settled / elapsed_s
     void = [
@@ -156,18 +172,30 @@ def _report(
             (events.get("commitment_recorded", 0) == total.settled, "commitments in the journal and settled differ"),
             (total.checked > 0, "no signature of the coordinator was checked"),
             (commits > 0, "nothing was synced to disk"),
+            (signatures >= commitments > 0, f"{signatures} signatures checked for {commitments} commitments"),
+            (sum(assigns) > 0, "no lease was sent"),
             (not total.broken and not total.refused, f"{total.broken} broken, {total.refused} refused: {total.trouble}"),
         )
         if not holds
     ]
     facts: dict[str, Any] = {
         "settled_tasks_per_s": round(tasks_per_s, 1),
+        "assign_p99_ms": round(assign_p99_ms, 2),
+        "assign_p50_ms": round(quantile_ms(assigns, 0.5), 2),
         "coordinator_rss_mb": rss_mb,
         "coordinator_cpu_us_per_task": round(1e6 * cpu_s["coordinator"] / max(1, settled), 1),
         "cpu_share": {name: round(seconds / elapsed_s, 3) for name, seconds in cpu_s.items()},
         "turnaround_p50_ms": round(percentile(turnarounds_ms, 0.5), 1) if turnarounds_ms else None,
         "turnaround_p99_ms": round(percentile(turnarounds_ms, 0.99), 1) if turnarounds_ms else None,
+        "budget": f"settled_tasks_per_s >= {BUDGET_TASKS_PER_S:g}, assign_p99_ms <= {BUDGET_ASSIGN_P99_MS:g}, "
+        f"coordinator_rss_mb <= {BUDGET_RSS_MB:g}",
+        "holds": tasks_per_s >= BUDGET_TASKS_PER_S
+        and assign_p99_ms <= BUDGET_ASSIGN_P99_MS
+        and rss_mb <= BUDGET_RSS_MB
+        and not void,
         "settled": settled,
+        "signatures_checked": signatures,
+        "leases_sent": sum(assigns),
         "commits": commits,
         "tasks_per_commit": round(settled / max(1, commits), 1),
         "settled_in_journal": in_journal,
