@@ -13,7 +13,7 @@ import logging
 import os
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from typing import NoReturn, TypeVar
 
@@ -78,7 +78,7 @@ class EngineCounters:
     signatures_checked: int = 0
     """Of workers, and found good."""
     assigns: Latencies = field(default_factory=Latencies)
-    """From the arrival of the oldest command of a batch that granted a lease until the lease was sent."""
+    """From the moment at which a batch began that found a task and room for it, until the transport had the lease."""
 
 
 @dataclass(slots=True)
@@ -88,8 +88,6 @@ class _Waiting:
     command: Command
     payloads: Mapping[Digest, bytes]
     answer: asyncio.Future[Decision] | None
-    since_s: float = field(default_factory=time.monotonic)
-    """When it came."""
 
 
 @dataclass(slots=True)
@@ -97,8 +95,8 @@ class _Batch:
     """What a batch brought about, before it is durable."""
 
     now_ms: int
-    since_s: float
-    """When the oldest of its commands came."""
+    began_s: float
+    """When deciding began, on `time.monotonic`."""
     events: list[tuple[int, ev.Event]] = field(default_factory=list[tuple[int, ev.Event]])
     payloads: dict[Digest, bytes] = field(default_factory=dict[Digest, bytes])
     effects: list[Effect] = field(default_factory=list[Effect])
@@ -203,7 +201,7 @@ class Engine:
 
     @property
     def effects_since_s(self) -> float:
-        """For the sink while `apply` runs: when the oldest command behind the effects came, on `time.monotonic`."""
+        """For the sink while `apply` runs: when deciding began that led to the effects, on `time.monotonic`."""
         return self._effects_since_s
 
     async def submit(self, command: Command, payloads: Mapping[Digest, bytes] = _NO_PAYLOADS) -> Decision:
@@ -256,7 +254,8 @@ class Engine:
         if replayed:
             # Time since the last record, in which the writer may have been up and idle: leases end later, never sooner.
             down_time_ms = max(0, self._clock() - self._last_at_ms)
-            self._process([_Waiting(Restart(self._store.epoch, down_time_ms), _NO_PAYLOADS, None)])
+            self._enqueue(_Waiting(Restart(self._store.epoch, down_time_ms), _NO_PAYLOADS, None))
+            self._process()
         self._spawn("run", self._run())
         self._spawn("tick", self._tick())
         for number in range(self._settings.packs_at_once):
@@ -313,9 +312,7 @@ class Engine:
         while True:
             await self._queued.wait()
             await self._gather()
-            batch = [self._queue.popleft() for _ in range(min(len(self._queue), self._settings.batch_max))]
-            self._last_batch = len(batch)
-            self._process(batch)
+            self._last_batch = self._process()
             if self._queue:
                 await asyncio.sleep(0)
             else:
@@ -337,12 +334,21 @@ class Engine:
             quiet = quiet + 1 if len(self._queue) == seen else 0
             seen = len(self._queue)
 
-    def _process(self, waiting: Sequence[_Waiting]) -> None:
-        """Decides a batch, makes it durable, answers and acts: one step, nothing in between."""
-        batch = _Batch(self._now_ms(), min(one.since_s for one in waiting))
-        for one in waiting:
-            self._decide(one, batch)
+    def _process(self) -> int:
+        """Decides a batch, makes it durable, answers and acts: one step, nothing in between. Gives how many it took.
+
+        Whoever was decided first waits for the last: a batch takes no more commands once it took `batch_ms_max`.
+        """
+        batch = _Batch(self._now_ms(), time.monotonic())
+        until_s = batch.began_s + self._settings.batch_ms_max / 1_000
+        taken = 0
+        while self._queue and taken < self._settings.batch_max:
+            self._decide(self._queue.popleft(), batch)
+            taken += 1
+            if time.monotonic() > until_s:
+                break
         self._commit(batch)
+        return taken
 
     def _now_ms(self) -> int:
         """The journal's clock: the wall clock, but never back."""
@@ -401,7 +407,7 @@ class Engine:
             else:
                 future.set_exception(outcome)
         if batch.effects:
-            self._effects_since_s = batch.since_s
+            self._effects_since_s = batch.began_s
             try:
                 self._sink.apply(batch.effects)
             except Exception:

@@ -37,7 +37,7 @@ def bucket_of(duration_ms: float) -> int:
 
 def upper_bound_ms(bucket: int) -> float:
     """The longest duration of a bucket."""
-    return LOWEST_MS * 2.0 ** (bucket / BUCKETS_PER_OCTAVE)
+    return LOWEST_MS * math.pow(2.0, bucket / BUCKETS_PER_OCTAVE)
 
 
 def quantile_ms(counts: Sequence[int], share: float) -> float:

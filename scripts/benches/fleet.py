@@ -1,4 +1,4 @@
-"""A coordinator as its operator starts it, and jobs of many small tasks: rows that are dear by inspection, one a task."""
+"""A coordinator as its operator starts it, and jobs of many small tasks: each row is dear by inspection, one a task."""
 
 from __future__ import annotations
 
@@ -109,13 +109,12 @@ def _field_number(head: bytes) -> int:
 
 
 @contextlib.asynccontextmanager
-async def running_coordinator(
-    folder: Path, *arguments: str
-) -> AsyncGenerator[RunningCoordinator, None]:
+async def running_coordinator(folder: Path, *arguments: str) -> AsyncGenerator[RunningCoordinator, None]:
     """`fallow-coordinator start` on a state folder in `folder`, without an operator worker of its own."""
     state, log = folder / "coordinator", folder / "coordinator.log"
     with running_process(
-        log, "fallow-coordinator", "start", "--state", state, "--port", "0", "--json", "--no-operator-worker", *arguments
+        log,
+        "fallow-coordinator", "start", "--state", state, "--port", "0", "--json", "--no-operator-worker", *arguments,
     ) as process:  # fmt: skip
         assert process.stdout is not None
         line = await asyncio.wait_for(asyncio.to_thread(process.stdout.readline), START_PATIENCE_S)
@@ -218,4 +217,3 @@ def descriptors_needed(sessions: int) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = min(hard, max(soft, 2 * sessions + 512))
     resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-

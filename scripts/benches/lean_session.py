@@ -68,7 +68,7 @@ class StreamEnded(Exception):
 
 
 class LeanStream:
-    """One bidirectional gRPC stream on a connection of its own. Nothing here waits; whoever owns it polls the socket."""
+    """One bidirectional gRPC stream on its own connection. Nothing here waits: whoever owns it polls the socket."""
 
     __slots__ = (
         "_buffer",

@@ -14,7 +14,6 @@ import selectors
 import socket
 import ssl
 import time
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -103,10 +102,8 @@ class _Worker:
     session_id: SessionId = NO_SESSION
     resume_token: bytes = b""
     sent: int = 0
-    committed: deque[float] = field(default_factory=deque[float])
-    """When each commitment that no lease has followed yet went out."""
-    held: dict[str, Commitment] = field(default_factory=dict[str, Commitment])
-    """Leases that are not settled yet, and what was committed for them."""
+    held: dict[str, float] = field(default_factory=dict[str, float])
+    """Leases that are not settled yet, and when a commitment for them went out (0: not yet)."""
 
 
 class LoadGenerator:
@@ -208,7 +205,6 @@ class LoadGenerator:
             self._lost(worker, f"no connection: {error}")
             return
         worker.sent, worker.session_id = 0, NO_SESSION
-        worker.committed.clear()
         worker.stream = LeanStream(tls, lambda data: self._take(worker, data))
         self._selector.register(tls, selectors.EVENT_READ, worker)
         capability = Capability(
@@ -225,6 +221,7 @@ class LoadGenerator:
                 worker.resume_token,
                 capability,
                 self._load.window,
+                takes_several=True,
             ),
         )
 
@@ -258,21 +255,29 @@ class LoadGenerator:
         stream.send(pb.SessionRequest(sequence=worker.sent, payload=payload, signature=signature))
         if isinstance(message, Commitment):
             self._counts.commitments += 1
-            worker.committed.append(time.monotonic())
+            worker.held[message.lease_id] = time.monotonic()
 
     def _take(self, worker: _Worker, data: bytes) -> None:
         response = pb.SessionResponse.FromString(data)
         message = session_pb2.CoordinatorMessage.FromString(response.payload)
         kind = message.WhichOneof("kind")
+        if kind == "several":
+            for one in message.several.messages:
+                self._hear(worker, one, one.WhichOneof("kind"))
+        else:
+            self._hear(worker, message, kind)
+        self._check(worker, response, kind)
+
+    def _hear(self, worker: _Worker, message: session_pb2.CoordinatorMessage, kind: str | None) -> None:
         if kind == "settled":
             self._counts.settled += 1
-            worker.held.pop(message.settled.lease_id, None)
+            committed_s = worker.held.pop(message.settled.lease_id, 0.0)
+            if committed_s:
+                self._turnarounds_ms.append((time.monotonic() - committed_s) * 1e3)
             if self._settled_ids is not None:
                 self._settled_ids.append(message.settled.lease_id)
         elif kind == "lease":
             self._counts.leases += 1
-            if worker.committed:
-                self._turnarounds_ms.append((time.monotonic() - worker.committed.popleft()) * 1e3)
             self._work(worker, message.lease)
         elif kind == "welcome":
             worker.session_id = SessionId(message.welcome.session_id)
@@ -286,10 +291,9 @@ class LoadGenerator:
             worker.held.pop(message.lease_revoked.lease_id, None)
         elif kind == "goodbye":
             self._counts.trouble = f"{message.goodbye.error.reason}: {message.goodbye.error.message}"
-        self._check(worker, response, kind)
 
     def _check(self, worker: _Worker, response: pb.SessionResponse, kind: str | None) -> None:
-        if kind not in ("settled", "lease", "welcome"):
+        if kind not in ("settled", "lease", "welcome", "several"):
             return
         self._number_received += 1
         if self._number_received % CHECKED_ONE_IN and kind != "welcome":
@@ -323,7 +327,7 @@ class LoadGenerator:
             execution_class="bench",
             inline_output=output,
         )
-        worker.held[lease.lease_id] = commitment
+        worker.held[lease.lease_id] = 0.0
         if self._paused:
             return
         if self._load.task_ms:

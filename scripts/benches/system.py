@@ -121,7 +121,8 @@ async def running_system(*worker_arguments: str) -> AsyncGenerator[System, None]
             try:
                 yield system
             except BaseException:
-                say(f"coordinator: {process_tail(state / 'coordinator.log')}\nworker: {process_tail(state / 'worker.log')}")
+                for name in ("coordinator", "worker"):
+                    say(f"{name}: {process_tail(state / f'{name}.log')}")
                 raise
 
 

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
@@ -16,20 +16,22 @@ import grpc
 from fallow.errors import FallowError, Reason
 from fallow.identity import PrivateKey
 from fallow.ids import Digest, LeaseId, SessionId
-from fallow.limits import KIB, SESSION_MESSAGE_BYTES_MAX
+from fallow.limits import KIB, MESSAGES_TOGETHER_MAX, SESSION_MESSAGE_BYTES_MAX
 from fallow.session import (
     SIGNED_COORDINATOR_MESSAGES,
     SIGNED_WORKER_MESSAGES,
     CoordinatorMessage,
+    GrantsRenewed,
     Lease,
     LeaseRevoked,
     Refused,
     Settled,
+    Welcome,
     WorkerMessage,
 )
 from fallow.session_signature import check_worker_signature, sign_coordinator_payload
 from fallow.v1 import worker_service_pb2 as pb
-from fallow.wire.session import decode_worker_message, encode_coordinator_message
+from fallow.wire.session import decode_worker_message, encode_coordinator_messages
 from fallow_coordinator.core.answers import Decision
 from fallow_coordinator.core.effects import EndSession, SendLease, SendRevoked, SendSettled, SendUploadOffer
 from fallow_coordinator.engine import Engine
@@ -51,6 +53,9 @@ MESSAGES_PER_S: Final = 1_000
 MESSAGES_BURST: Final = 4_000
 BYTES_OF_ONE_MESSAGE: Final = 16 * KIB
 """A longer message counts as several: a worker that sends faster than this is read later, not refused."""
+TOGETHER_BYTES_MAX: Final = 32 * KIB
+"""Bytes after which no further message joins those that travel as one: with the largest message there is they stay
+below `SESSION_MESSAGE_BYTES_MAX`."""
 REFUSALS_LOGGED_MAX: Final = 20
 """Refusals of one session that the log shows; a worker must not fill the disk with its mistakes."""
 
@@ -91,9 +96,11 @@ class WorkerSession:
         leases: LeaseMessages,
         session_id: SessionId,
         last_sequence: int,
+        takes_several: bool,
     ) -> None:
-        """`key` is the coordinator's; `last_sequence` is the Hello's."""
+        """`key` is the coordinator's; `last_sequence` and `takes_several` are the Hello's."""
         self._engine = engine
+        self._together_max = MESSAGES_TOGETHER_MAX if takes_several else 1
         self.session_id = session_id
         self.caller = caller
         self.stream = stream
@@ -136,19 +143,43 @@ class WorkerSession:
             await self._outbound_ready.wait()
             self._outbound_ready.clear()
             while self._outbound:
-                since_s, item = self._outbound.popleft()
-                message = self._message(item)
-                if message is not None:
-                    await self.write_now(message)
-                    if isinstance(message, Lease):
-                        self._engine.counters.assigns.add(time.monotonic() - since_s)
+                messages, leases_since_s = self._next_outbound()
+                if messages:
+                    response = self._signed(messages)
+                    now_s = time.monotonic()
+                    for since_s in leases_since_s:
+                        self._engine.counters.assigns.add(now_s - since_s)
+                    await self._context.write(response)
+
+    def _next_outbound(self) -> tuple[list[CoordinatorMessage], list[float]]:
+        """What is queued, as far as it may travel as one, and when its leases were decided: one signature for all."""
+        messages: list[CoordinatorMessage] = []
+        leases_since_s: list[float] = []
+        length_bytes = 0
+        while self._outbound and len(messages) < self._together_max and length_bytes < TOGETHER_BYTES_MAX:
+            since_s, item = self._outbound[0]
+            if messages and isinstance(item, Welcome):
+                break
+            self._outbound.popleft()
+            message = self._message(item)
+            if message is None:
+                continue
+            messages.append(message)
+            length_bytes += _bulk_bytes(message)
+            if isinstance(message, Lease):
+                leases_since_s.append(since_s)
+        return messages, leases_since_s
 
     async def write_now(self, message: CoordinatorMessage) -> None:
         """Sends one message past the queue."""
-        payload = encode_coordinator_message(message)
+        await self._context.write(self._signed([message]))
+
+    def _signed(self, messages: Sequence[CoordinatorMessage]) -> bytes:
+        """Messages as they travel, as one."""
+        payload = encode_coordinator_messages(messages)
         self._sent += 1
         signature = b""
-        if isinstance(message, SIGNED_COORDINATOR_MESSAGES):
+        if any(isinstance(message, SIGNED_COORDINATOR_MESSAGES) for message in messages):
             signature = sign_coordinator_payload(
                 self._key,
                 payload,
@@ -156,8 +187,7 @@ class WorkerSession:
                 sequence=self._sent,
                 worker=self.caller.key_fingerprint,
             )
-        response = pb.SessionResponse(sequence=self._sent, payload=payload, signature=signature)
-        await self._context.write(response.SerializeToString())
+        return pb.SessionResponse(sequence=self._sent, payload=payload, signature=signature).SerializeToString()
 
     def _message(self, item: Outgoing) -> CoordinatorMessage | None:
         """The message for an item; None when its lease has ended in the meantime, which has a message of its own."""
@@ -236,9 +266,7 @@ class WorkerSession:
 
     def _failed(self, sequence: int, lease_id: LeaseId | None, error: BaseException) -> None:
         if not isinstance(error, FallowError):
-            _log.error(
-                "session.failed session=%s worker=%s", self.session_id, self.caller.party_id, exc_info=error
-            )
+            _log.error("session.failed session=%s worker=%s", self.session_id, self.caller.party_id, exc_info=error)
             self.stream.end(told(error))
             return
         if error.reason in _ENDS_THE_SESSION:
@@ -251,6 +279,17 @@ class WorkerSession:
             self.session_id, self.caller.party_id, lease_id, error.reason.value, error.message,
         )  # fmt: skip
         self.send(Refused(sequence, lease_id, error.reason.value, str(error)))
+
+
+def _bulk_bytes(message: CoordinatorMessage) -> int:
+    """About how long the message is, its few hundred bytes of names and numbers not counted."""
+    match message:
+        case Lease():
+            return len(message.inline_input) + (len(message.offer.manifest) if message.offer is not None else 0)
+        case GrantsRenewed():
+            return len(message.offer.manifest) if message.offer is not None else 0
+        case _:
+            return 0
 
 
 _ENDS_THE_SESSION: Final = frozenset(

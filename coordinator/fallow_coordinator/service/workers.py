@@ -147,6 +147,7 @@ class WorkerService:
                     leases=self._leases,
                     session_id=granted.session_id,
                     last_sequence=sequence,
+                    takes_several=hello.takes_several,
                 )
                 session.send(
                     Welcome(
@@ -327,9 +328,7 @@ class WorkerService:
                 assert_never(incoming.message)
         return None
 
-    def _commit(
-        self, session: WorkerSession, incoming: Incoming, commitment: Commitment
-    ) -> asyncio.Future[Decision]:
+    def _commit(self, session: WorkerSession, incoming: Incoming, commitment: Commitment) -> asyncio.Future[Decision]:
         if commitment.partial:
             raise FallowError(
                 Reason.FIELD_INVALID, "partial results are not taken yet", field="commitment.partial", limit="false"

@@ -626,8 +626,8 @@ class GetStatusResponse(_message.Message):
     def started_at(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
     def assign_buckets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """How long leases took since start, from the arrival of what made them possible until they were sent: bucket i counts
-        those of up to 0.1 × 2^(i/8) milliseconds.
+        """How long leases took since start, from the decision (a task waits and a worker has room) until they were handed
+        to the transport: bucket i counts those of up to 0.1 × 2^(i/8) milliseconds.
         """
 
     def __init__(
