@@ -108,6 +108,8 @@ MEMORY_BYTES_MIN_MAX = 1 << 50
 PRICE_MICROCREDITS_MAX = 10**12
 """Highest limit, and highest ask, for a unit: a million credits."""
 BUDGET_MICROCREDITS_MAX = 10**18
+QUOTE_MS_MAX = 10 * 366 * DAY_MS
+"""Longest waiting or running time that a quote tells."""
 DEADLINE_MS_MAX = 366 * DAY_MS
 """How far ahead a deadline may lie."""
 LATENCY_MS_MAX_MAX = HOUR_MS
