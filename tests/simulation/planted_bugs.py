@@ -29,6 +29,7 @@ from fallow_coordinator.core import (
 )
 from fallow_coordinator.core import events as e
 from fallow_coordinator.core.answers import Decision
+from fallow_coordinator.core.funding import Terms
 from fallow_coordinator.core.names import Names
 from fallow_coordinator.core.state import Job, Lease, State, Task, TaskPhase, Token, Worker
 from simulation.coordinator_side import EngineBugs
@@ -54,8 +55,8 @@ def fence_does_not_grow(patch: pytest.MonkeyPatch) -> EngineBugs:
     """A task's next lease carries the fence of the one before."""
     right_grant, right_evolve = matching._grant, evolve_tasks._grant
 
-    def wrong(state: State, task: Task, worker: Worker, now_ms: int, names: Names) -> tuple[e.Event, ...]:
-        granted, *rest = right_grant(state, task, worker, now_ms, names)
+    def wrong(state: State, task: Task, worker: Worker, terms: Terms, now_ms: int, names: Names) -> tuple[e.Event, ...]:
+        granted, *rest = right_grant(state, task, worker, terms, now_ms, names)
         assert isinstance(granted, e.LeaseGranted)
         return (replace(granted, fence=max(1, task.fence)), *rest)
 

@@ -156,6 +156,12 @@ def test_numbers_of_kinds_are_for_ever() -> None:
         "job_deleted": 34,
         "blobs_forgotten": 35,
         "blob_quota_set": 36,
+        "pool_mode_changed": 50,
+        "credits_granted": 51,
+        "credits_released": 52,
+        "allotment_set": 53,
+        "allotment_renewed": 54,
+        "job_funded": 55,
     }
 
 

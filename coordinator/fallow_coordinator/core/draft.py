@@ -19,6 +19,7 @@ from fallow_coordinator.core.events import (
     TaskSettled,
 )
 from fallow_coordinator.core.evolve_tasks import counts_as_attempt
+from fallow_coordinator.core.funding import settlement
 from fallow_coordinator.core.limits import TASK_LOSSES_MAX
 from fallow_coordinator.core.state import Job, Lease, State, Task
 
@@ -88,6 +89,7 @@ class Draft:
             tally.rows_done += task.rows
             tally.rows_failed += rows_failed
             cursor = tally.results
+        got = settlement(self._state, task, lease, rows_failed=rows_failed)
         self.events.append(
             TaskSettled(
                 task_id=task.task_id,
@@ -95,7 +97,9 @@ class Draft:
                 cursor=cursor,
                 rows=task.rows,
                 rows_failed=rows_failed,
-                microcredits=0,
+                microcredits=got.microcredits,
+                released=got.released,
+                contribution_microcredits=got.contribution_microcredits,
             )
         )
         if task.job_id is not None and tally is not None:

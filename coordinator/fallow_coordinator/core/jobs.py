@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from fallow.credits import ASK_MICROCREDITS_PER_UNIT_MAX, PoolMode, check_amount
 from fallow.errors import FallowError, Reason
 from fallow.ids import Digest, JobId, PoolId, TaskId
 from fallow.job import JOB_STATES_FINAL, JobState
@@ -40,6 +41,7 @@ from fallow_coordinator.core.limits import (
 )
 from fallow_coordinator.core.names import Names
 from fallow_coordinator.core.state import Account, Bundle, State, Task, TaskPhase
+from fallow_coordinator.core.treasury import check_funds
 
 DELETED_BY_OWNER = "deleted by its owner"
 DELETED_BY_TIME = "its retention is over"
@@ -49,8 +51,8 @@ def submit_map_job(state: State, command: c.SubmitMapJob, now_ms: int, names: Na
     """A map job; the same idempotency key with the same request gives the same job for 24 hours.
 
     Raises ACCOUNT_UNKNOWN, POOL_UNKNOWN, BUNDLE_UNKNOWN, PROGRAM_REFUSED, PROGRAM_HELD, BUNDLE_INVALID, DATASET_EMPTY,
-    LIMIT_EXCEEDED, BLOCK_TOO_LARGE, BLOB_UNKNOWN, SCHEMA_MISMATCH, ROW_BLOCK_MALFORMED, FIELD_INVALID,
-    IDEMPOTENCY_CONFLICT, OVERLOADED.
+    LIMIT_EXCEEDED, FIELD_MISSING, INSUFFICIENT_CREDITS, BLOCK_TOO_LARGE, BLOB_UNKNOWN, SCHEMA_MISMATCH,
+    ROW_BLOCK_MALFORMED, FIELD_INVALID, IDEMPOTENCY_CONFLICT, OVERLOADED.
     """
     account = account_of(state, command.account_id)
     repeated = _repeated(state, command, now_ms)
@@ -81,6 +83,7 @@ def submit_map_job(state: State, command: c.SubmitMapJob, now_ms: int, names: Na
         )
     pool_id = _pool_of(state, command)
     _check_options(command)
+    held_microcredits = _budget(state, command, pool_id)
     bundle = usable_bundle(state, account, command.bundle_digest)
     sums = _check_blocks(account, bundle, command)
     job_id = JobId(names.new("job"))
@@ -103,6 +106,7 @@ def submit_map_job(state: State, command: c.SubmitMapJob, now_ms: int, names: Na
             kept=command.kept,
             policy=state.pools[pool_id].policy,
             price_microcredits=0,
+            held_microcredits=held_microcredits,
         )
     ]
     if bundle.report is not None:
@@ -236,6 +240,27 @@ def _pool_of(state: State, command: c.SubmitMapJob) -> PoolId:
     if command.pool_id not in state.pools:
         raise FallowError(Reason.POOL_UNKNOWN, f"there is no pool {command.pool_id}", field="pool_id")
     return command.pool_id
+
+
+def _budget(state: State, command: c.SubmitMapJob, pool_id: PoolId) -> int:
+    """What the job holds of its account's credits: its budget where somebody is paid."""
+    options = command.options
+    check_amount(options.budget_microcredits, "options.budget_microcredits")
+    check_amount(
+        options.limit_microcredits_per_unit, "options.limit_microcredits_per_unit", most=ASK_MICROCREDITS_PER_UNIT_MAX
+    )
+    if state.pools[pool_id].mode is not PoolMode.MARKET:
+        return 0
+    if options.limit_microcredits_per_unit and not options.budget_microcredits:
+        raise FallowError(
+            Reason.FIELD_MISSING,
+            "the job has a limit and no budget to pay from",
+            field="options.budget_microcredits",
+            limit="more than 0 micro-credits",
+            hint="state a budget as well; without both only workers that ask nothing, and your own, do the work",
+        )
+    check_funds(state, command.account_id, options.budget_microcredits, "options.budget_microcredits")
+    return options.budget_microcredits
 
 
 def _check_options(command: c.SubmitMapJob) -> None:

@@ -92,3 +92,11 @@ FORGOTTEN_PER_COMMAND_MAX = 2_000
 BLOB_BYTES_PER_ACCOUNT_DEFAULT = 100 * 1024 * 1024 * 1024
 """Bytes of uploads that an account may have recorded, unless an operator says otherwise: 100 GiB."""
 BLOB_BYTES_PER_ACCOUNT_MAX = 1 << 50
+
+TRANSFERS_REMEMBERED_MAX = 20_000
+"""Transfers of credits that people asked for and that may be asked for again without harm; older ones are unknown."""
+TREASURY_MICROCREDITS_MAX = 9 * 10**18
+"""Most that is ever made in one purse: what a signed number of 64 bits can count."""
+ALLOTMENTS_MAX = 100_000
+ALLOTMENT_PERIOD_MS_MIN = MINUTE_MS
+ALLOTMENT_PERIOD_MS_MAX = 366 * DAY_MS

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from fallow.ids import LeaseId, PartyId, TaskId
+from fallow.credits import PoolMode
+from fallow.ids import JobId, LeaseId, PartyId, TaskId
 from fallow.job import JobState
 from fallow.session import TaskKind
 from fallow_coordinator.core import events as e
 from fallow_coordinator.core.cutting import Cost, Layout, cut_size, unit_micros
 from fallow_coordinator.core.evolve_tasks import submitter_of
+from fallow_coordinator.core.funding import Shortage, Terms, ask_of, is_affordable, is_own, lease_terms, pausing
 from fallow_coordinator.core.groups import groups_of_lane
 from fallow_coordinator.core.limits import (
     INSPECTION_RUNTIME_MS,
@@ -26,15 +28,20 @@ from fallow_coordinator.core.state import Job, Lane, LaneKey, State, Task, Worke
 
 def next_step(state: State, now_ms: int, names: Names) -> tuple[e.Event, ...]:
     """Events that start one more piece of work: a lease, or a packing, or a fresh task; none when nothing can start."""
-    chosen: tuple[Task, Worker] | None = None
+    chosen: tuple[Task, Worker, Terms] | None = None
+    short: dict[JobId, Shortage] = {}
     for key, lane in state.lanes.items():
         if not lane.ready and key.kind is not TaskKind.INSPECT:
             continue
-        pair = _first_pair(state, key, lane, now_ms)
+        pair = _first_pair(state, key, lane, now_ms, short)
         if pair is not None and (chosen is None or pair[0].number < chosen[0].number):
             chosen = pair
     if chosen is not None:
-        return _grant(state, chosen[0], chosen[1], now_ms, names)
+        return _grant(state, *chosen, now_ms, names)
+    for job_id, shortage in short.items():
+        paused = pausing(state, job_id, shortage)
+        if paused is not None:
+            return (paused,)
     for key, lane in state.lanes.items():
         if key.kind is TaskKind.INSPECT or not (lane.waiting or lane.accounts):
             continue
@@ -55,8 +62,13 @@ def _groups(state: State, key: LaneKey) -> list[WorkerGroup]:
     return [state.groups[group] for group in groups_of_lane(key) if group in state.groups]
 
 
-def _first_pair(state: State, key: LaneKey, lane: Lane, now_ms: int) -> tuple[Task, Worker] | None:
-    """The first task of a lane that a free worker may take, and that worker."""
+def _first_pair(
+    state: State, key: LaneKey, lane: Lane, now_ms: int, short: dict[JobId, Shortage]
+) -> tuple[Task, Worker, Terms] | None:
+    """The first task of a lane that a free worker may take and its job can pay, that worker, and what it costs.
+
+    Jobs that can't pay are added to `short`.
+    """
     groups = _groups(state, key)
     if not any(group.free for group in groups):
         return None
@@ -65,10 +77,42 @@ def _first_pair(state: State, key: LaneKey, lane: Lane, now_ms: int) -> tuple[Ta
         task_ids = _inspections(state, lane, now_ms)
     for task_id in task_ids:
         task = state.tasks[task_id]
-        worker_id = _pick(state, groups, task)
-        if worker_id is not None:
-            return task, state.workers[worker_id]
+        job = state.jobs[task.job_id] if task.job_id is not None else None
+        if job is not None and job.job_id in short:
+            continue
+        runner_up_ask = None
+        if job is not None and job.mode is PoolMode.MARKET:
+            worker_id, runner_up_ask = _pick_by_ask(state, groups, task, job)
+        else:
+            worker_id = _pick(state, groups, task)
+        if worker_id is None:
+            continue
+        worker = state.workers[worker_id]
+        terms = lease_terms(state, task, worker, runner_up_ask)
+        if isinstance(terms, Terms):
+            return task, worker, terms
+        assert job is not None, "only jobs pay"
+        short[job.job_id] = terms
     return None
+
+
+def _pick_by_ask(state: State, groups: list[WorkerGroup], task: Task, job: Job) -> tuple[PartyId | None, int | None]:
+    """The cheapest free worker within the job's limit, the least loaded among equals, and the next one's ask.
+
+    Own workers, which ask nothing, come first. A worker on which the task failed gets it again only when no other
+    would take it.
+    """
+    entries = [
+        (ask_of(job, worker), not is_own(job, worker), worker.load, worker.worker_id)
+        for group in groups
+        for worker in (state.workers[worker_id] for worker_id in group.members)
+        if worker.window and is_affordable(job, worker)
+    ]
+    willing = [entry for entry in entries if entry[3] not in task.avoid] or entries
+    free = sorted(entry for entry in willing if state.workers[entry[3]].free)
+    if not free:
+        return None, None
+    return free[0][3], free[1][0] if len(free) > 1 else None
 
 
 def _inspections(state: State, lane: Lane, now_ms: int) -> list[TaskId]:
@@ -105,7 +149,7 @@ def _pick(state: State, groups: list[WorkerGroup], task: Task) -> PartyId | None
     return next((group.free[0][1] for group in groups if group.free), None)
 
 
-def _grant(state: State, task: Task, worker: Worker, now_ms: int, names: Names) -> tuple[e.Event, ...]:
+def _grant(state: State, task: Task, worker: Worker, terms: Terms, now_ms: int, names: Names) -> tuple[e.Event, ...]:
     assert worker.session_id is not None, "free workers are connected"
     runtime_max_ms = runtime_limit_ms(task)
     granted = e.LeaseGranted(
@@ -116,6 +160,8 @@ def _grant(state: State, task: Task, worker: Worker, now_ms: int, names: Names) 
         fence=task.fence + 1,
         deadline_ms=now_ms + runtime_max_ms + _queue_ms(worker) + _transfer_ms(task),
         runtime_max_ms=runtime_max_ms,
+        price_microcredits_per_unit=terms.price_microcredits_per_unit,
+        reserved_microcredits=terms.reserved_microcredits,
     )
     if task.job_id is not None and state.jobs[task.job_id].state is JobState.QUEUED:
         running = e.JobStateChanged(job_id=task.job_id, state=JobState.RUNNING, reason="", reason_code="")

@@ -7,14 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fallow.bundle import InspectionReport, Precision
+from fallow.credits import BUDGET_WARNING_PERCENT, credits_text, price_per_hour
 from fallow.errors import Reason
 from fallow.ids import AccountId, Digest, JobId, LeaseId, PartyId, PoolId, SessionId, TaskId
-from fallow.job import JobProgress, JobState, JobStatus, TaskResult
+from fallow.job import JOB_STATES_FINAL, JobProgress, JobState, JobStatus, TaskResult
 from fallow.limits import BLOCK_BYTES_MAX
 from fallow.roles import Tier
 from fallow.session import BlobReference, Capability, TaskKind
+from fallow_coordinator.core.funding import ask_of, is_affordable, limit_of
 from fallow_coordinator.core.groups import groups_of_lane
-from fallow_coordinator.core.state import ANY_POOL, Job, LaneKey, State, TaskPhase
+from fallow_coordinator.core.state import ANY_POOL, Job, LaneKey, State, TaskPhase, WorkerGroup
 
 
 def job_status(state: State, job_id: JobId) -> JobStatus | None:
@@ -57,6 +59,24 @@ def job_status(state: State, job_id: JobId) -> JobStatus | None:
             workers=_workers_of(state, job),
         ),
         deleted_at_ms=job.deleted_at_ms,
+        pool_mode=job.mode,
+        budget_microcredits=job.budget_microcredits,
+        spent_microcredits=job.microcredits,
+        reserved_microcredits=job.reserved_microcredits,
+        warnings=budget_warnings(job),
+    )
+
+
+def budget_warnings(job: Job) -> tuple[str, ...]:
+    """What its owner should know of its budget before it is used up."""
+    if job.state in JOB_STATES_FINAL or not job.budget_microcredits:
+        return ()
+    if job.microcredits * 100 < job.budget_microcredits * BUDGET_WARNING_PERCENT:
+        return ()
+    percent = job.microcredits * 100 // job.budget_microcredits
+    return (
+        f"{percent} % of its budget of {credits_text(job.budget_microcredits)} credits is spent, "
+        f"{len(job.done) * 100 // job.rows} % of its rows are done",
     )
 
 
@@ -81,6 +101,7 @@ INSPECTING = "INSPECTING"
 NO_WORKER = "NO_WORKER"
 BUSY = "BUSY"
 PACKING = "PACKING"
+LIMIT_BELOW_ASKS = "LIMIT_BELOW_ASKS"
 
 
 def waiting_reason(state: State, job_id: JobId) -> tuple[str, str]:
@@ -105,10 +126,30 @@ def _why_waiting(state: State, job: Job) -> tuple[str, str]:
             f"no worker is connected that may take {job.data_class.value} rows in pool {pool} (tiers: {allowed})",
             NO_WORKER,
         )
+    asks = _asks_above_limit(state, job, groups)
+    if asks is not None:
+        return asks, LIMIT_BELOW_ASKS
     phases = {state.tasks[task_id].phase for task_id in job.tasks}
     if TaskPhase.READY in phases or not any(group.free_total for group in groups):
         return "all workers are busy with other work", BUSY
     return "its rows are being packed", PACKING
+
+
+def _asks_above_limit(state: State, job: Job, groups: list[WorkerGroup]) -> str | None:
+    """Why nobody takes it for what its owner would pay; None when somebody does."""
+    limit = limit_of(job)
+    if limit is None:
+        return None
+    workers = [state.workers[worker_id] for group in groups for worker_id in group.members]
+    taking = [worker for worker in workers if worker.window]
+    if any(is_affordable(job, worker) for worker in taking):
+        return None
+    lowest = min(ask_of(job, worker) for worker in taking)
+    return (
+        f"each of the {len(taking)} workers asks more than the job's limit: the lowest ask is "
+        f"{credits_text(price_per_hour(lowest))} credits for an hour of a reference core, the limit is "
+        f"{credits_text(price_per_hour(limit))}"
+    )
 
 
 def _why_pending(state: State, job: Job) -> tuple[str, str]:

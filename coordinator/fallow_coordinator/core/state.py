@@ -8,6 +8,7 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from fallow.bundle import InspectionReport
+from fallow.credits import PoolMode
 from fallow.ids import AccountId, Digest, JobId, KeyFingerprint, LeaseId, PartyId, PoolId, SessionId, TaskId, TokenId
 from fallow.job import DatasetBlock, JobOptions, JobState, TaskResult
 from fallow.ranges import RangeSet
@@ -15,6 +16,7 @@ from fallow.roles import DataClass, Role, Tier
 from fallow.session import BlobReference, Capability, Cause, RowFailure, TaskKind
 from fallow_coordinator.core.commands import StoredBlob
 from fallow_coordinator.core.events import LeaseOutcome
+from fallow_coordinator.core.ledger import Ledger
 
 ANY_POOL = PoolId("")
 """Stands for the pool where trust does not depend on one: inspections go to operators' workers of every pool."""
@@ -68,7 +70,7 @@ class Pool:
     pool_id: PoolId
     account_id: AccountId
     name: str
-    mode: str
+    mode: PoolMode
     policy: str
 
 
@@ -214,6 +216,12 @@ class Job:
     policy: str
     price_microcredits: int
     submitted_at_ms: int
+    mode: PoolMode = PoolMode.DONATION
+    """Its pool's when it was submitted: how it is paid until it ends."""
+    budget_microcredits: int = 0
+    """All that was ever set aside for it; 0 in a quota pool: no bound of its own."""
+    reserved_microcredits: int = 0
+    """Sum of the reservations of its live leases."""
     state: JobState = JobState.PENDING
     reason: str = ""
     reason_code: str = ""
@@ -227,6 +235,7 @@ class Job:
     rows_leased: int = 0
     tasks_settled: int = 0
     microcredits: int = 0
+    """What it has paid."""
     results: list[TaskResult] = field(default_factory=list[TaskResult])
     """Result n has cursor n + 1; none are left once the job is deleted."""
     deleted_at_ms: int = 0
@@ -311,6 +320,8 @@ class Lease:
     deadline_ms: int
     runtime_max_ms: int
     commitment: CommitmentFacts | None = None
+    price_microcredits_per_unit: int = 0
+    reserved_microcredits: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -396,4 +407,5 @@ class State:
     """(grace_until_ms, worker) of every worker away that holds leases, sorted."""
     groups: dict[GroupKey, WorkerGroup] = field(default_factory=dict[GroupKey, WorkerGroup])
     lanes: dict[LaneKey, Lane] = field(default_factory=dict[LaneKey, Lane])
+    ledger: Ledger = field(default_factory=Ledger)
     tasks_created: int = 0

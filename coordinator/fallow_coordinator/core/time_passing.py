@@ -9,6 +9,7 @@ from fallow_coordinator.core.answers import Decision
 from fallow_coordinator.core.draft import Draft
 from fallow_coordinator.core.limits import DUE_PER_TICK_MAX, PACK_PATIENCE_MS
 from fallow_coordinator.core.state import State
+from fallow_coordinator.core.treasury import renewals_due
 
 
 def restart(state: State, command: c.Restart) -> Decision:
@@ -39,4 +40,4 @@ def tick(state: State, now_ms: int) -> Decision:
                 break
             if task_id not in gone:
                 draft.events.append(e.PackRequested(task_id=task_id, pack_number=task.pack_number + 1))
-    return Decision(tuple(draft.events))
+    return Decision((*draft.events, *renewals_due(state, now_ms)))

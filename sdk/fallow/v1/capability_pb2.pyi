@@ -186,7 +186,7 @@ class Capability(_message.Message):
     network_down_bytes_per_s: _builtins.int
     network_up_bytes_per_s: _builtins.int
     ask_microcredits_per_unit: _builtins.int
-    """Asked price, micro-credits for each unit; 0: donates."""
+    """Asked price, micro-credits for each unit, at most 10⁹; 0: donates."""
     @_builtins.property
     def devices(self) -> _containers.RepeatedCompositeFieldContainer[Global___Device]: ...
     @_builtins.property
