@@ -37,7 +37,7 @@ def check(state: State) -> None:
     _check_groups(state)
     _check_lanes(state)
     _check_counts(state)
-    _check_ledger(state)
+    check_ledger(state)
 
 
 def _must(holds: bool, what: str) -> None:
@@ -200,7 +200,8 @@ def _check_counts(state: State) -> None:
     _must(list(state.finished.values()) == sorted(state.finished.values()), "finished jobs stand in order")
 
 
-def _check_ledger(state: State) -> None:
+def check_ledger(state: State) -> None:
+    """Raises InvariantError or LedgerError when the books don't add up, or don't hold what leases may cost."""
     ledger = state.ledger
     ledger.check()
     reserved: Counter[JobId] = Counter()
