@@ -60,6 +60,7 @@ class JobOptions:
     priority: int = 0
     deadline_ms: int = 0
     limit_microcredits_per_unit: int = 0
+    """0: any price that the budget pays; without a budget, only work that costs nothing."""
     budget_microcredits: int = 0
     objective: Objective = Objective.COST
     region: str = ""
@@ -68,6 +69,8 @@ class JobOptions:
     assurance: str = ""
     retention_ms: int = 0
     """How long results, dataset and kept columns outlive the end of the job; 0: the coordinator's 30 days."""
+    all_rows_may_fail: bool = False
+    """True: a job none of whose rows has a value counts as done, if `failed_rows_max` allows it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fallow.credits import PoolMode
 from fallow.errors import Reason
 from fallow.ids import Digest, JobId, LeaseId, TaskId
 from fallow.job import JOB_STATES_FINAL, JobState
 from fallow.limits import ROW_FAILURE_REASON_BYTES_MAX, TASK_ATTEMPTS_MAX
 from fallow.session import Cause
 from fallow_coordinator.core.events import (
+    CommitmentRecorded,
     Event,
     JobStateChanged,
     LeaseEnded,
@@ -19,7 +21,7 @@ from fallow_coordinator.core.events import (
     TaskSettled,
 )
 from fallow_coordinator.core.evolve_tasks import counts_as_attempt
-from fallow_coordinator.core.funding import settlement
+from fallow_coordinator.core.funding import is_short, resumed, settlement, short_of_allotment
 from fallow_coordinator.core.limits import TASK_LOSSES_MAX
 from fallow_coordinator.core.state import Job, Lease, State, Task
 
@@ -43,6 +45,7 @@ class Draft:
         self._tallies: dict[JobId, _Tally] = {}
         self._leases_ended: set[LeaseId] = set()
         self._tasks_gone: set[TaskId] = set()
+        self._resumed: set[JobId] = set()
 
     def end_lease(self, lease: Lease, outcome: LeaseOutcome, cause: Cause, reason: str) -> None:
         """Ends a lease without result; its task is tried again, or given up when it has been tried often enough."""
@@ -52,6 +55,7 @@ class Draft:
         task = self._state.tasks[lease.task_id]
         self._leases_ended.add(lease.lease_id)
         self.events.append(LeaseEnded(lease_id=lease.lease_id, outcome=outcome, cause=cause, reason=reason))
+        self._given_back(task, lease.reserved_microcredits)
         if counts_as_attempt(outcome, cause):
             if task.attempts + 1 >= TASK_ATTEMPTS_MAX:
                 self.abandon(task, cause, reason)
@@ -102,8 +106,22 @@ class Draft:
                 contribution_microcredits=got.contribution_microcredits,
             )
         )
+        self._given_back(task, lease.reserved_microcredits - got.microcredits)
         if task.job_id is not None and tally is not None:
             self._judge(self._state.jobs[task.job_id], tally)
+
+    def _given_back(self, task: Task, microcredits: int) -> None:
+        """A lease ended and left something of what it could have cost: jobs that lacked it try again."""
+        if not microcredits or task.job_id is None:
+            return
+        job = self._state.jobs[task.job_id]
+        waiting = [job] if is_short(job) else []
+        if job.mode is PoolMode.QUOTA:
+            waiting += [other for other in short_of_allotment(self._state, job.pool_id, job.account_id) if other != job]
+        for one in waiting:
+            if one.job_id not in self._resumed and not self._tally(one.job_id).ended:
+                self._resumed.add(one.job_id)
+                self.events.append(resumed(one))
 
     def finish(self, job: Job, state: JobState, reason: str, code: Reason | None) -> None:
         """Ends a job: its leases are revoked, its tasks dropped."""
@@ -150,8 +168,25 @@ class Draft:
                 f"allowed: {job.options.failed_rows_max} failed rows"
             )
             self.finish(job, JobState.FAILED, reason, Reason.JOB_FAILED)
+        elif tally.rows_done == job.rows and tally.rows_failed == job.rows and not job.options.all_rows_may_fail:
+            reason = shortened(f"none of its {job.rows} rows has a value: {self._last_reason()}")
+            self.finish(job, JobState.FAILED, reason, Reason.JOB_FAILED)
         elif tally.rows_done == job.rows:
             self.finish(job, JobState.SUCCEEDED, "", None)
+
+    def _last_reason(self) -> str:
+        """Why a row failed, the last that is known."""
+        for event in reversed(self.events):
+            if isinstance(event, TaskAbandoned):
+                return event.reason
+            if isinstance(event, TaskSettled):
+                commitment = self._state.leases[event.lease_id].commitment
+                failures = commitment.failures if commitment is not None else ()
+                if failures:
+                    return failures[-1].reason
+            if isinstance(event, CommitmentRecorded) and event.failures:
+                return event.failures[-1].reason
+        return "the rows' failures say why"
 
     def _tally(self, job_id: JobId) -> _Tally:
         tally = self._tallies.get(job_id)

@@ -8,9 +8,10 @@ from typing import assert_never
 from fallow.credits import PoolMode
 from fallow.ids import AccountId, PoolId
 from fallow_coordinator.core import events as e
+from fallow_coordinator.core.groups import place, unplace
 from fallow_coordinator.core.ledger import Allotment, Ledger, TransferFacts
 from fallow_coordinator.core.limits import TRANSFERS_REMEMBERED_MAX
-from fallow_coordinator.core.state import State
+from fallow_coordinator.core.state import NO_GROUP, State
 
 LedgerEvent = (
     e.PoolModeChanged | e.CreditsGranted | e.CreditsReleased | e.AllotmentSet | e.AllotmentRenewed | e.JobFunded
@@ -22,7 +23,7 @@ def evolve_ledger(state: State, event: LedgerEvent) -> None:
     ledger = state.ledger
     match event:
         case e.PoolModeChanged():
-            state.pools[event.pool_id].mode = PoolMode(event.mode)
+            _change_mode(state, event.pool_id, PoolMode(event.mode))
         case e.CreditsGranted() | e.CreditsReleased() | e.JobFunded():
             if isinstance(event, e.JobFunded):
                 state.jobs[event.job_id].budget_microcredits += event.microcredits
@@ -42,6 +43,16 @@ def evolve_ledger(state: State, event: LedgerEvent) -> None:
             insort(ledger.renewals, (event.renews_at_ms, event.pool_id, event.account_id))
         case _:
             assert_never(event)
+
+
+def _change_mode(state: State, pool_id: PoolId, mode: PoolMode) -> None:
+    """Workers' asks count in a market alone: they are placed anew."""
+    members = [worker for worker in state.workers.values() if worker.pool_id == pool_id and worker.group != NO_GROUP]
+    for worker in members:
+        unplace(state, worker)
+    state.pools[pool_id].mode = mode
+    for worker in members:
+        place(state, worker)
 
 
 def transfer_facts(event: e.CreditsGranted | e.CreditsReleased | e.JobFunded) -> TransferFacts:

@@ -11,7 +11,7 @@ from fallow.roles import Tier
 from fallow_coordinator.core.events import JobStateChanged
 from fallow_coordinator.core.ledger import allotment, held, treasury
 from fallow_coordinator.core.limits import TREASURY_MICROCREDITS_MAX
-from fallow_coordinator.core.prices import QUOTA_MICROCREDITS_PER_UNIT, is_within, pay, price_paid, reservation
+from fallow_coordinator.core.prices import QUOTA_MICROCREDITS_PER_UNIT, pay, price_paid, reservation
 from fallow_coordinator.core.state import Job, Lease, State, Task, Worker
 
 BUDGET_EXHAUSTED = "BUDGET_EXHAUSTED"
@@ -48,16 +48,6 @@ class Settlement:
     contribution_microcredits: int = 0
 
 
-def limit_of(job: Job) -> int | None:
-    """Most that a unit may cost the job; None: any price.
-
-    A budget without a limit allows any price; without either only what costs nothing is wanted.
-    """
-    if job.mode is not PoolMode.MARKET:
-        return None
-    return job.options.limit_microcredits_per_unit or (None if job.budget_microcredits else 0)
-
-
 def is_own(job: Job, worker: Worker) -> bool:
     """Whether the worker belongs to who submitted the job: such work is free and outside the market."""
     return job.account_id == worker.account_id
@@ -66,11 +56,6 @@ def is_own(job: Job, worker: Worker) -> bool:
 def ask_of(job: Job, worker: Worker) -> int:
     """What the worker asks of this job for a unit."""
     return 0 if is_own(job, worker) else worker.capability.ask_microcredits_per_unit
-
-
-def is_affordable(job: Job, worker: Worker) -> bool:
-    """Whether the job's limit allows the worker's ask."""
-    return is_within(ask_of(job, worker), limit_of(job))
 
 
 def lease_terms(state: State, task: Task, worker: Worker, runner_up_ask: int | None) -> Terms | Shortage:
@@ -84,7 +69,9 @@ def lease_terms(state: State, task: Task, worker: Worker, runner_up_ask: int | N
     if job.mode is PoolMode.QUOTA:
         price = QUOTA_MICROCREDITS_PER_UNIT
     else:
-        price = price_paid(ask=ask_of(job, worker), runner_up_ask=runner_up_ask, limit=limit_of(job))
+        price = price_paid(
+            ask=ask_of(job, worker), runner_up_ask=runner_up_ask, limit=job.options.limit_microcredits_per_unit
+        )
     reserved = reservation(price, task.unit_micros)
     shortage = _shortage(state, job, reserved)
     return shortage or Terms(price, reserved)
@@ -119,18 +106,17 @@ def unreserved(state: State, job: Job) -> int:
     return state.ledger.balance(held(job.job_id, Purse.CREDITS)) - job.reserved_microcredits
 
 
-def pausing(state: State, job_id: JobId, shortage: Shortage) -> JobStateChanged | None:
-    """The pause of a job that can't pay, unless something under way may still give back what it lacks."""
-    job = state.jobs[job_id]
-    if job.reserved_microcredits or job.rows_leased:
-        return None
-    if shortage.code == ALLOTMENT_EXHAUSTED and any(
-        other.reserved_microcredits
-        for other in state.jobs.values()
-        if other.account_id == job.account_id and other.pool_id == job.pool_id
-    ):
-        return None
+def paused(job_id: JobId, shortage: Shortage) -> JobStateChanged:
+    """The pause of a job that can't pay; what it has under way goes on and is paid.
+
+    At once, because its packed tasks would hold up those of others until its last lease ends.
+    """
     return JobStateChanged(job_id, JobState.PAUSED, shortage.reason, shortage.code)
+
+
+def is_short(job: Job) -> bool:
+    """Whether it is paused because it could not pay."""
+    return job.state is JobState.PAUSED and job.reason_code in (BUDGET_EXHAUSTED, ALLOTMENT_EXHAUSTED)
 
 
 def resumed(job: Job) -> JobStateChanged:
@@ -139,10 +125,10 @@ def resumed(job: Job) -> JobStateChanged:
     return JobStateChanged(job.job_id, JobState.RUNNING if begun else JobState.QUEUED, "", "")
 
 
-def resumed_by_allotment(state: State, pool_id: PoolId, account_id: AccountId) -> list[JobStateChanged]:
-    """Jobs that waited for this allotment."""
+def short_of_allotment(state: State, pool_id: PoolId, account_id: AccountId) -> list[Job]:
+    """Jobs that wait for this allotment."""
     return [
-        resumed(job)
+        job
         for job in state.jobs.values()
         if job.state is JobState.PAUSED
         and job.reason_code == ALLOTMENT_EXHAUSTED

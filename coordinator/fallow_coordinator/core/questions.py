@@ -7,16 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fallow.bundle import InspectionReport, Precision
-from fallow.credits import BUDGET_WARNING_PERCENT, credits_text, price_per_hour
+from fallow.credits import BUDGET_WARNING_PERCENT, PoolMode, credits_text, price_per_hour
 from fallow.errors import Reason
 from fallow.ids import AccountId, Digest, JobId, LeaseId, PartyId, PoolId, SessionId, TaskId
 from fallow.job import JOB_STATES_FINAL, JobProgress, JobState, JobStatus, TaskResult
 from fallow.limits import BLOCK_BYTES_MAX
-from fallow.roles import Tier
+from fallow.roles import TIERS_ALLOWED, Tier
 from fallow.session import BlobReference, Capability, TaskKind
-from fallow_coordinator.core.funding import ask_of, is_affordable, limit_of
-from fallow_coordinator.core.groups import groups_of_lane
-from fallow_coordinator.core.state import ANY_POOL, Job, LaneKey, State, TaskPhase, WorkerGroup
+from fallow_coordinator.core.needs import INSPECTION, Misfit, misfit
+from fallow_coordinator.core.state import Job, State, TaskPhase
 
 
 def job_status(state: State, job_id: JobId) -> JobStatus | None:
@@ -118,35 +117,38 @@ def waiting_reason(state: State, job_id: JobId) -> tuple[str, str]:
 
 
 def _why_waiting(state: State, job: Job) -> tuple[str, str]:
-    groups = [state.groups[key] for key in groups_of_lane(job.lane) if key in state.groups]
-    if not any(group.window_total for group in groups):
-        allowed = ", ".join(key.tier.value for key in groups_of_lane(job.lane))
+    lane = state.lanes[job.lane]
+    asks = _asks_above_limit(state, job)
+    if asks is not None:
+        return asks, LIMIT_BELOW_ASKS
+    if not lane.window_total:
+        allowed = ", ".join(tier.value for tier in Tier if tier in TIERS_ALLOWED[job.data_class])
         pool = state.pools[job.pool_id].name
         return (
             f"no worker is connected that may take {job.data_class.value} rows in pool {pool} (tiers: {allowed})",
             NO_WORKER,
         )
-    asks = _asks_above_limit(state, job, groups)
-    if asks is not None:
-        return asks, LIMIT_BELOW_ASKS
     phases = {state.tasks[task_id].phase for task_id in job.tasks}
-    if TaskPhase.READY in phases or not any(group.free_total for group in groups):
+    if TaskPhase.READY in phases or not lane.groups & state.free_groups:
         return "all workers are busy with other work", BUSY
     return "its rows are being packed", PACKING
 
 
-def _asks_above_limit(state: State, job: Job, groups: list[WorkerGroup]) -> str | None:
-    """Why nobody takes it for what its owner would pay; None when somebody does."""
-    limit = limit_of(job)
-    if limit is None:
+def _asks_above_limit(state: State, job: Job) -> str | None:
+    """Why nobody takes it for what its owner would pay; None when that is not why."""
+    if job.mode is not PoolMode.MARKET:
         return None
-    workers = [state.workers[worker_id] for group in groups for worker_id in group.members]
-    taking = [worker for worker in workers if worker.window]
-    if any(is_affordable(job, worker) for worker in taking):
+    limit = job.options.limit_microcredits_per_unit
+    fitting = [
+        group.asks
+        for group in state.groups.values()
+        if group.asks and misfit(job.lane, group.ability) in (None, Misfit.ASK)
+    ]
+    lowest = min((asks[0] for asks in fitting), default=0)
+    if lowest <= limit:
         return None
-    lowest = min(ask_of(job, worker) for worker in taking)
     return (
-        f"each of the {len(taking)} workers asks more than the job's limit: the lowest ask is "
+        f"each of the {sum(map(len, fitting))} workers that fit asks more than the job's limit: the lowest ask is "
         f"{credits_text(price_per_hour(lowest))} credits for an hour of a reference core, the limit is "
         f"{credits_text(price_per_hour(limit))}"
     )
@@ -157,12 +159,13 @@ def _why_pending(state: State, job: Job) -> tuple[str, str]:
     task = state.tasks.get(bundle.inspection_task_id) if bundle.inspection_task_id is not None else None
     if task is not None and task.phase is TaskPhase.LEASED:
         return "its bundle is being inspected", INSPECTING
-    groups = [
-        state.groups[key] for key in groups_of_lane(LaneKey(TaskKind.INSPECT, ANY_POOL, None)) if key in state.groups
-    ]
-    if not any(group.window_total for group in groups):
+    if not _inspectors_take_work(state):
         return "its bundle waits for inspection, and no operator worker that inspects is connected", NO_OPERATOR_WORKER
     return "its bundle waits for inspection", INSPECTING
+
+
+def _inspectors_take_work(state: State) -> bool:
+    return any(group.window_total for group in state.groups.values() if misfit(INSPECTION, group.ability) is None)
 
 
 def _workers_of(state: State, job: Job) -> int:
@@ -192,8 +195,7 @@ def bundle_status(state: State, account_id: AccountId, bundle_digest: Digest) ->
     if bundle.report is None and bundle.inspection_task_id is None:
         reason, code = f"it could not be inspected: {bundle.obstacle}", "INSPECTION_FAILED"
     elif bundle.report is None:
-        groups = groups_of_lane(LaneKey(TaskKind.INSPECT, ANY_POOL, None))
-        if any(state.groups[key].window_total for key in groups if key in state.groups):
+        if _inspectors_take_work(state):
             reason, code = "it is being inspected", INSPECTING
         else:
             reason, code = "no operator worker that inspects is connected", NO_OPERATOR_WORKER

@@ -10,7 +10,7 @@ from fallow_coordinator.core import commands as c
 from fallow_coordinator.core import events as e
 from fallow_coordinator.core.answers import Decision, Moved
 from fallow_coordinator.core.evolve_ledger import transfer_facts
-from fallow_coordinator.core.funding import BUDGET_EXHAUSTED, resumed, resumed_by_allotment
+from fallow_coordinator.core.funding import BUDGET_EXHAUSTED, resumed, short_of_allotment
 from fallow_coordinator.core.ledger import TransferFacts, allotment, available, pending, treasury
 from fallow_coordinator.core.limits import (
     ALLOTMENT_PERIOD_MS_MAX,
@@ -127,8 +127,8 @@ def set_allotment(state: State, command: c.SetAllotment, now_ms: int) -> Decisio
         granted_microcredits=min(command.microcredits, room),
         lapsed_microcredits=state.ledger.balance(allotment(command.pool_id, command.account_id)),
     )
-    going_on = resumed_by_allotment(state, command.pool_id, command.account_id) if command.microcredits else []
-    return Decision((event, *going_on), Moved(event.granted_microcredits, repeated=False))
+    waiting = short_of_allotment(state, command.pool_id, command.account_id) if command.microcredits else []
+    return Decision((event, *map(resumed, waiting)), Moved(event.granted_microcredits, repeated=False))
 
 
 def renewals_due(state: State, now_ms: int) -> list[e.Event]:
@@ -151,7 +151,7 @@ def renewals_due(state: State, now_ms: int) -> list[e.Event]:
                 lapsed_microcredits=state.ledger.balance(allotment(pool_id, account_id)),
             )
         )
-        events.extend(resumed_by_allotment(state, pool_id, account_id))
+        events.extend(map(resumed, short_of_allotment(state, pool_id, account_id)))
     return events
 
 
