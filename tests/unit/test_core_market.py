@@ -162,7 +162,7 @@ def test_a_limit_without_a_budget_is_refused(world: World) -> None:
     assert refused(world, world.submission(4, options=options(limit=5))).reason is Reason.FIELD_MISSING
 
 
-def test_a_job_out_of_budget_pauses_when_nothing_is_live_and_a_top_up_lets_it_finish(world: World) -> None:
+def test_a_job_out_of_budget_pauses_and_a_top_up_lets_it_finish(world: World) -> None:
     asking(world, "worker", 100, window=2)
     job_id = world.submit(40, options=options(budget=1_000))
     world.work_off()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fallow.credits import ASK_MICROCREDITS_PER_UNIT_MAX
@@ -12,25 +12,25 @@ from fallow_coordinator.core.prices import is_within, pay, price_paid, reservati
 ASKS = st.integers(0, ASK_MICROCREDITS_PER_UNIT_MAX)
 
 
-@given(ASKS, st.none() | ASKS, st.none() | ASKS)
+@given(st.lists(ASKS, min_size=2, max_size=2).map(sorted), st.none() | ASKS, st.booleans())
 def test_a_winner_gets_its_ask_at_least_and_the_limit_at_most(
-    ask: int, runner_up_ask: int | None, limit: int | None
+    rising: list[int], runner_up_ask: int | None, limited: bool
 ) -> None:
-    assume(is_within(ask, limit))
+    ask, limit = rising[0], rising[1] if limited else None
+    assert is_within(ask, limit)
     price = price_paid(ask=ask, runner_up_ask=runner_up_ask, limit=limit)
     assert price >= ask
     assert limit is None or price <= limit
     assert price in {ask, runner_up_ask, limit}
 
 
-@given(ASKS, ASKS, st.none() | ASKS, st.integers(0, 10**9))
-def test_a_winner_gains_nothing_by_asking_more_as_long_as_it_wins(
-    ask: int, runner_up_ask: int, limit: int | None, more: int
-) -> None:
-    higher = ask + more
-    assume(higher <= runner_up_ask and is_within(higher, limit))
-    first = price_paid(ask=ask, runner_up_ask=runner_up_ask, limit=limit)
-    assert first == price_paid(ask=higher, runner_up_ask=runner_up_ask, limit=limit)
+@given(st.lists(ASKS, min_size=4, max_size=4).map(sorted), st.booleans())
+def test_a_winner_gains_nothing_by_asking_more_as_long_as_it_wins(rising: list[int], limited: bool) -> None:
+    ask, higher, low, high = rising
+    for runner_up_ask, limit in ((low, high), (high, low)):
+        bound = limit if limited else None
+        first = price_paid(ask=ask, runner_up_ask=runner_up_ask, limit=bound)
+        assert first == price_paid(ask=higher, runner_up_ask=runner_up_ask, limit=bound)
 
 
 @given(ASKS, st.integers(1, TASK_UNIT_MICROS_MAX), st.integers(1, 65_536), st.data())
