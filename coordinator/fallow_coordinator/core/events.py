@@ -273,6 +273,8 @@ class JobSubmitted:
     price_microcredits: int
     held_microcredits: int = 0
     """Its budget, which its account can spend on nothing else until it ends."""
+    block_size_sums: tuple[tuple[int, ...], ...] = ()
+    """Sums of the size features of each block, in order; empty in events from before they were recorded."""
 
 
 @dataclass(frozen=True, slots=True)

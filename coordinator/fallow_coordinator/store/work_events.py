@@ -82,6 +82,7 @@ def _job_submitted_to(event: ev.JobSubmitted) -> pb.JobSubmitted:
         policy=event.policy,
         price_microcredits=event.price_microcredits,
         held_microcredits=event.held_microcredits,
+        block_size_sums=[pb.SizeSums(sums=sums) for sums in event.block_size_sums],
     )
 
 
@@ -106,6 +107,7 @@ def _job_submitted_from(message: pb.JobSubmitted) -> ev.JobSubmitted:
         policy=message.policy,
         price_microcredits=message.price_microcredits,
         held_microcredits=message.held_microcredits,
+        block_size_sums=tuple([tuple(sizes.sums) for sizes in message.block_size_sums]),
     )
 
 
