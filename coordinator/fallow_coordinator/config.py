@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from fallow_coordinator.core.commands import MeasuringRules
 
 MIB = 1024 * 1024
 
@@ -25,6 +27,10 @@ class EngineSettings:
     collect_ms_max: float = 5.0
     """Longest time for which a busy writer lets commands gather into a batch."""
     tick_ms: int = 250
+    measure_ms: int = 1_000
+    """How often devices are looked at: who is to be challenged, whose answer is to be checked."""
+    measuring: MeasuringRules | None = field(default_factory=MeasuringRules)
+    """None: devices are never challenged."""
     archive_ms: int = 10_000
     """How often finished jobs that are in the views leave the memory."""
     collect_ms: int = 3_600_000

@@ -443,10 +443,15 @@ class Engine:
 
     async def _tick(self) -> None:
         """Lets what is due fall due. A tick that changes nothing writes nothing."""
+        loop = asyncio.get_running_loop()
+        looked_at = loop.time()
         while True:
             await asyncio.sleep(self._settings.tick_ms / 1_000)
-            if not self._queue:
-                self._enqueue(_Waiting(Tick(), _NO_PAYLOADS, None))
+            if self._queue:
+                continue
+            looks = loop.time() - looked_at >= self._settings.measure_ms / 1_000
+            looked_at = loop.time() if looks else looked_at
+            self._enqueue(_Waiting(Tick(self._settings.measuring if looks else None), _NO_PAYLOADS, None))
 
     async def _archive(self, views: Views) -> None:
         """Lets finished jobs go that were in the views one round ago, so that nobody who asks at once misses them."""

@@ -28,6 +28,8 @@ def groups_of_worker(worker: Worker) -> tuple[GroupKey, ...]:
         groups.append(GroupKey(TaskKind.MAP, worker.pool_id, worker.tier))
     if worker.tier is Tier.OPERATOR and TaskKind.INSPECT in worker.capability.task_kinds:
         groups.extend(_INSPECTORS)
+    if worker.tier is Tier.OPERATOR and TaskKind.CHECK in worker.capability.task_kinds:
+        groups.append(GroupKey(TaskKind.CHECK, ANY_POOL, Tier.OPERATOR))
     return tuple(groups)
 
 

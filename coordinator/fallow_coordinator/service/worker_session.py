@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import grpc
@@ -19,15 +19,24 @@ from fallow.session import (
     SIGNED_COORDINATOR_MESSAGES,
     SIGNED_WORKER_MESSAGES,
     CoordinatorMessage,
+    Lease,
     LeaseRevoked,
     Refused,
     Settled,
+    TaskKind,
     WorkerMessage,
 )
 from fallow.session_signature import check_worker_signature, sign_coordinator_payload
 from fallow.v1 import worker_service_pb2 as pb
 from fallow.wire.session import decode_worker_message, encode_coordinator_message
-from fallow_coordinator.core.effects import EndSession, SendLease, SendRevoked, SendSettled, SendUploadOffer
+from fallow_coordinator.core.effects import (
+    EndSession,
+    SendLease,
+    SendRevoked,
+    SendSettled,
+    SendStanding,
+    SendUploadOffer,
+)
 from fallow_coordinator.service.auth import Caller
 from fallow_coordinator.service.calls import Context, decoded
 from fallow_coordinator.service.errors import told
@@ -65,6 +74,8 @@ class Incoming:
     payload: bytes
     signature: bytes
     sequence: int
+    heard_at: float = 0.0
+    """When it came, on the loop's clock."""
 
 
 Outgoing = CoordinatorMessage | SessionEffect | Regrant
@@ -99,6 +110,9 @@ class WorkerSession:
         self._refusals = 0
         self.last_heard = asyncio.get_running_loop().time()
         """When the last message came, on the loop's clock."""
+        self._challenges_sent: dict[LeaseId, float] = {}
+        """When the lease of each challenge of this session went out; the core has one at a time for a device."""
+        self._round_trip_s = 0.0
 
     # ------------------------------------------------------------------------------------------- out
 
@@ -140,6 +154,8 @@ class WorkerSession:
                 sequence=self._sent,
                 worker=self.caller.key_fingerprint,
             )
+        if isinstance(message, Lease) and message.kind is TaskKind.CHALLENGE:
+            self._challenges_sent[message.lease_id] = asyncio.get_running_loop().time()
         response = pb.SessionResponse(sequence=self._sent, payload=payload, signature=signature)
         await self._context.write(response.SerializeToString())
 
@@ -159,12 +175,31 @@ class WorkerSession:
                 return self._leases.upload_offer(self.session_id, lease_id, self.caller.key_fingerprint)
             case SendSettled(_, lease_id, fence, microcredits):
                 return Settled(lease_id, fence, microcredits)
+            case SendStanding(_, worker_id, device_id):
+                return self._leases.standing(worker_id, device_id)
             case SendRevoked(_, lease_id, fence, reason):
+                self._challenges_sent.pop(lease_id, None)
                 return LeaseRevoked(lease_id, fence, reason)
             case EndSession():
                 return None
             case _:
                 return item
+
+    # ------------------------------------------------------------------------------------------- time
+
+    def lease_seen(self, lease_id: LeaseId, heard_at: float) -> None:
+        """The worker says that a challenge's lease has arrived: one round trip."""
+        sent_at = self._challenges_sent.get(lease_id)
+        if sent_at is not None:
+            took_s = max(0.0, heard_at - sent_at)
+            self._round_trip_s = min(self._round_trip_s or took_s, took_s)
+
+    def challenge_times_ms(self, lease_id: LeaseId, heard_at: float) -> tuple[int, int]:
+        """(time since a challenge's lease went out in this session, shortest round trip); zeros: not known."""
+        sent_at = self._challenges_sent.pop(lease_id, None)
+        if sent_at is None:
+            return 0, 0
+        return max(1, round((heard_at - sent_at) * 1_000)), round(self._round_trip_s * 1_000)
 
     # ------------------------------------------------------------------------------------------- in
 
@@ -185,11 +220,11 @@ class WorkerSession:
             raw = await read_message(self._context)
             if raw is None:
                 break
-            self.last_heard = asyncio.get_running_loop().time()
+            heard_at = self.last_heard = asyncio.get_running_loop().time()
             await pace.keep(1.0 + len(raw) / BYTES_OF_ONE_MESSAGE)
             request = self._next(raw)
             await room.acquire()
-            task = asyncio.create_task(self._handled(request, handle))
+            task = asyncio.create_task(self._handled(request, handle, heard_at))
             working.add(task)
             task.add_done_callback(done)
         if working:
@@ -201,12 +236,14 @@ class WorkerSession:
         self._received = request.sequence
         return request
 
-    async def _handled(self, request: pb.SessionRequest, handle: Callable[[Incoming], Awaitable[None]]) -> None:
+    async def _handled(
+        self, request: pb.SessionRequest, handle: Callable[[Incoming], Awaitable[None]], heard_at: float
+    ) -> None:
         lease_id: LeaseId | None = None
         try:
             incoming = checked_message(request, caller=self.caller, coordinator=self._key, session_id=self.session_id)
             lease_id = getattr(incoming.message, "lease_id", None)
-            await handle(incoming)
+            await handle(replace(incoming, heard_at=heard_at))
         except FallowError as error:
             if error.reason in _ENDS_THE_SESSION:
                 self.stream.end(error)

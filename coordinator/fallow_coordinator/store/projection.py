@@ -175,7 +175,7 @@ class Projection:
         task = self.state.tasks[task_id]
         if task.job_id is not None:
             self._touched.jobs[task.job_id] = None
-        else:
+        elif task.bundle_digest in self.state.bundles:
             self._touched.bundles[task.bundle_digest] = None
 
     def _delivered_to(self, event: ev.Event) -> JobId | None:
