@@ -25,7 +25,7 @@ from fallow.challenge import (
 from fallow.errors import FallowError, Reason
 from fallow.ids import digest_of
 from fallow.limits import GIB
-from fallow.session import Capability, Cause, Device, DeviceKind, DeviceLevel, SandboxLevel, TaskKind, Usage
+from fallow.session import Cause, TaskKind, Usage
 from fallow.wire.bundle import encode_manifest
 from fallow.wire.schema import encode_schema
 from fallow_coordinator.core import commands as c
@@ -33,114 +33,8 @@ from fallow_coordinator.core import invariants
 from fallow_coordinator.core.devices import identity_of, measured, speed_measured
 from fallow_coordinator.core.measuring import elapsed_ms, sized
 from fallow_coordinator.core.questions import device_standing, lease_to_send, workers
-from fallow_coordinator.core.state import Lease, Worker
-from journal_world import DAY_MS, World, WorldWorker, block_of, stored_of
-
-RULES = c.MeasuringRules(idle_ms=60_000, fill_bytes_max=64 * 1024 * 1024)
-CPU = Device("cpu-0", DeviceKind.CPU, DeviceLevel.USABLE, vendor="Acme", model="Core 9", memory_bytes=8 * GIB, cores=2)
-KINDS = frozenset({TaskKind.MAP, TaskKind.CHALLENGE})
-
-
-class Measuring:
-    """A world with an operator worker that checks and a volunteer that can be challenged."""
-
-    def __init__(self) -> None:
-        self.world = World()
-        self.checker: WorldWorker
-        self.worker: WorldWorker
-
-    async def begin(self, device: Device = CPU, *, kinds: frozenset[TaskKind] = KINDS, battery: bool = False) -> None:
-        await self.world.begin()
-        self.checker = await self.world.operator_worker()
-        await self.capability(self.checker, (), frozenset({TaskKind.MAP, TaskKind.INSPECT, TaskKind.CHECK}))
-        self.worker = await self.world.volunteer()
-        await self.capability(self.worker, (device,), kinds, battery=battery)
-
-    async def capability(
-        self, worker: WorldWorker, devices: tuple[Device, ...], kinds: frozenset[TaskKind], *, battery: bool = False
-    ) -> None:
-        worker.capability = Capability(
-            devices=devices,
-            sandbox_level=SandboxLevel.FULL,
-            memory_bytes_free=4 * GIB,
-            on_battery=battery,
-            task_kinds=kinds,
-        )
-        await self.world.tell(c.ChangeCapability(worker.session_id, worker.capability, 4))
-
-    @property
-    def state_of_worker(self) -> Worker:
-        return self.world.engine.state.workers[self.worker.worker_id]
-
-    async def pass_ms(self, duration_ms: int) -> None:
-        self.world.clock.now_ms += duration_ms
-        await self.world.tell(c.Tick(RULES))
-        invariants.check(self.world.engine.state)
-
-    def lease(self, kind: TaskKind = TaskKind.CHALLENGE) -> Lease:
-        holder = self.checker if kind is TaskKind.CHECK else self.worker
-        (lease,) = self.world.leases_of(holder)
-        assert self.world.engine.state.tasks[lease.task_id].kind is kind
-        return lease
-
-    async def answer(self, took_ms: int = 1_000, *, answer: bytes = b"an answer", round_trip_ms: int = 0) -> None:
-        lease = self.lease()
-        block = block_without_features(answer)
-        stored = stored_of(block)
-        assert stored.root is not None
-        await self.world.tell(
-            c.Commit(
-                session_id=self.worker.session_id,
-                worker_id=self.worker.worker_id,
-                lease_id=lease.lease_id,
-                fence=lease.fence,
-                output_root=stored.root,
-                rows=1,
-                output=stored.blob,
-                inline=True,
-                failures=(),
-                usage=Usage(),
-                execution_class="cpu",
-                message_digest=digest_of(b"message"),
-                signature=b"signature",
-                sequence=1,
-                stored=stored,
-                elapsed_ms=took_ms,
-                round_trip_ms=round_trip_ms,
-            ),
-            {stored.blob.digest: block},
-        )
-        invariants.check(self.world.engine.state)
-
-    async def verdict(self, reason: str = "") -> None:
-        lease = self.lease(TaskKind.CHECK)
-        await self.world.tell(
-            c.ReportCheck(
-                self.checker.session_id,
-                self.checker.worker_id,
-                lease.lease_id,
-                lease.fence,
-                ChallengeVerdict(not reason, reason),
-            )
-        )
-        invariants.check(self.world.engine.state)
-
-    async def measure(self, took_ms: int = 1_000) -> None:
-        """Speed, then memory, both honestly."""
-        await self.pass_ms(60_000)
-        await self.answer(took_ms)
-        await self.pass_ms(1_000)
-        await self.verdict()
-        await self.pass_ms(60_000)
-        await self.answer(took_ms)
-        await self.pass_ms(1_000)
-        await self.verdict()
-
-
-def block_without_features(row: bytes) -> bytes:
-    from fallow.row_block import pack
-
-    return pack(OUTPUT_SCHEMA_DIGEST, [row], [()], bytes(16))
+from journal_world import DAY_MS, block_of, stored_of
+from measuring_world import CPU, KINDS, RULES, Measuring
 
 
 def scene(story: Callable[[Measuring], Coroutine[Any, Any, None]]) -> Callable[[], None]:
@@ -326,7 +220,7 @@ def test_the_identity_of_a_device_is_not_its_name() -> None:
         {"memory_bytes": 9 * GIB},
         {"providers": ("a", "b")},
     ):
-        assert identity_of(CPU) != identity_of(replace(CPU, **change))  # type: ignore[arg-type]
+        assert identity_of(CPU) != identity_of(replace(CPU, **change))
     assert identity_of(replace(CPU, vendor="ab", model="c")) != identity_of(replace(CPU, vendor="a", model="bc"))
 
 

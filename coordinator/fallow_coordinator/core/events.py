@@ -220,6 +220,8 @@ class JobStateChanged:
     state: JobState
     reason: str
     reason_code: str
+    due_ms: int = 0
+    """As a job begins to queue: its place among the jobs of its account; 0: unchanged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,6 +253,8 @@ class TaskCreated:
     unit_micros: int
     challenge_task_id: TaskId | None = None
     """Of a check: the challenge that it checks."""
+    share_key: int = 0
+    """The account's place in the fair order from here on (`shares`); 0: unchanged."""
 
 
 @dataclass(frozen=True, slots=True)

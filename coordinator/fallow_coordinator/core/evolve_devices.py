@@ -7,6 +7,7 @@ from typing import assert_never
 
 from fallow.challenge import ChallengeKind
 from fallow_coordinator.core import events as e
+from fallow_coordinator.core.groups import place, unplace
 from fallow_coordinator.core.state import Challenge, ChallengeRecord, DeviceCertificate, State
 
 DeviceEvent = e.ChallengeIssued | e.ChallengeAnswered | e.DeviceMeasured | e.DeviceCertificateEnded | e.ChallengeEnded
@@ -32,7 +33,10 @@ def evolve_device(state: State, event: DeviceEvent, at_ms: int) -> None:
         case e.DeviceMeasured():
             _measure(state, event, at_ms)
         case e.DeviceCertificateEnded():
-            del state.workers[event.worker_id].certificates[event.device_id]
+            worker = state.workers[event.worker_id]
+            unplace(state, worker)
+            del worker.certificates[event.device_id]
+            place(state, worker)
         case e.ChallengeEnded():
             challenge = state.challenges.pop(event.task_id)
             assert challenge.worker_id == event.worker_id, "a challenge is one worker's"
@@ -75,5 +79,7 @@ def _measure(state: State, event: e.DeviceMeasured, at_ms: int) -> None:
             memory_again_at_ms=event.again_at_ms,
             memory_expires_at_ms=event.expires_at_ms,
         )
+    unplace(state, worker)
     worker.certificates[event.device_id] = held
+    place(state, worker)
     worker.challenged.pop(event.device_id, None)

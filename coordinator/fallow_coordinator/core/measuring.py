@@ -41,9 +41,8 @@ from fallow_coordinator.core.limits import (
     UNIT_MICROS,
 )
 from fallow_coordinator.core.names import Names
-from fallow_coordinator.core.state import ANY_POOL, GroupKey, Lease, Pool, State, Task, Worker
+from fallow_coordinator.core.state import NO_GROUP, Lease, Pool, State, Task, Worker
 
-CHECKERS = GroupKey(TaskKind.CHECK, ANY_POOL, Tier.OPERATOR)
 _ROWS = 512
 _COLUMNS = 512
 _INNER_MIN = 2_048
@@ -58,8 +57,7 @@ def tick(state: State, rules: c.MeasuringRules, now_ms: int, names: Names) -> tu
     at a time, and no more than `CHALLENGES_LIVE_MAX` challenges in all."""
     events = [*_expired(state, now_ms), *_checks(state, now_ms, names)]
     busy = {event.worker_id for event in events if isinstance(event, e.LeaseGranted)}
-    group = state.groups.get(CHECKERS)
-    if group is None or not group.window_total:
+    if not any(worker.window for worker in _checkers(state)):
         return tuple(events)
     challenged = {challenge.worker_id for challenge in state.challenges.values()}
     room = CHALLENGES_LIVE_MAX - len(state.challenges)
@@ -77,6 +75,16 @@ def tick(state: State, rules: c.MeasuringRules, now_ms: int, names: Names) -> tu
             room -= 1
             events += _issue(worker, *due, rules, now_ms, names)
     return tuple(events)
+
+
+def _checkers(state: State) -> list[Worker]:
+    """Connected operators' workers that check answers, the least loaded first."""
+    able = [
+        worker
+        for worker in state.workers.values()
+        if worker.tier is Tier.OPERATOR and worker.group != NO_GROUP and TaskKind.CHECK in worker.capability.task_kinds
+    ]
+    return sorted(able, key=lambda worker: worker.load)
 
 
 def _is_at_leisure(state: State, worker: Worker, rules: c.MeasuringRules, now_ms: int) -> bool:
@@ -221,15 +229,14 @@ def answered(state: State, task: Task, command: c.Commit) -> e.ChallengeAnswered
 
 def _checks(state: State, now_ms: int, names: Names) -> Iterable[e.Event]:
     """Answers go to free operator workers, one each; what nobody checks in time is given up."""
-    group = state.groups.get(CHECKERS)
-    free = [worker_id for _, worker_id in group.free] if group is not None else []
+    free = [worker for worker in _checkers(state) if worker.free]
     for challenge in state.challenges.values():
         if challenge.output is None or challenge.check_task_id is not None:
             continue
         if challenge.checks >= CHECKS_PER_CHALLENGE_MAX or now_ms - challenge.issued_at_ms > CHECK_WAIT_MS:
             yield from ended(state, challenge, "nobody could check its answer", blamed=False)
         elif free:
-            checker = state.workers[free.pop(0)]
+            checker = free.pop(0)
             created = _task(TaskId(names.new("task")), TaskKind.CHECK, checker.pool_id, 0, challenge=challenge.task_id)
             yield created
             yield _lease(created, checker, CHECK_RUNTIME_MS, now_ms, names)
