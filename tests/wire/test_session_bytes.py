@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fallow.bundle import InspectionReport, Precision
 from fallow.challenge import ChallengeKind, ChallengePlan, ChallengeVerdict
+from fallow.cost import CostCurve, CostKnot
 from fallow.errors import FallowError, Reason
 from fallow.ids import Digest, LeaseId, PoolId, SessionId
 from fallow.limits import ROW_FAILURE_REASON_BYTES_MAX
@@ -81,6 +83,7 @@ CAPABILITY = Capability(
 )
 OFFER = BundleOffer(ONE, b"manifest", (SIGNED,), 4, True, 1 << 28)
 REPORT = InspectionReport(ONE, True, (), (("MatMul", 3),), 4, False, False, 120, 7, 1 << 27, "class", 1.5)
+CURVE = CostCurve(1, (CostKnot(0, 5_000), CostKnot(4_096, 900_000)), 31, "odd")
 
 WORKER_MESSAGES: dict[str, WorkerMessage] = {
     "hello": Hello(1, 1, "fallow 0.1.0", b"token", CAPABILITY, 3, (HeldLease(LEASE, 7, True),)),
@@ -91,6 +94,7 @@ WORKER_MESSAGES: dict[str, WorkerMessage] = {
     ),
     "delivery": Delivery(LEASE, 7, SIGNED),
     "inspection": Inspection(LEASE, 7, REPORT, USAGE),
+    "inspection_with_cost": Inspection(LEASE, 7, replace(REPORT, cost=CURVE, flops_per_row=3_000_000), USAGE),
     "task_failed": TaskFailed(LEASE, 7, Cause.PROGRAM, "died"),
     "lease_returned": LeaseReturned(LEASE, 7, Cause.OWNER_PREEMPT, "owner is back"),
     "grants_wanted": GrantsWanted(LEASE, 7),
