@@ -215,7 +215,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--state", type=Path, required=True, help="the folder of the journal")
     parser.add_argument("--key", type=Path, help="the coordinator's key: segments are sealed under its signature")
     defaults = FollowerSettings()
-    for name in ("snapshot_records", "snapshot_ms", "segment_records"):
+    for name in ("snapshot_records", "snapshot_ms", "snapshot_rest_ms", "segment_records"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(defaults, name))
     options = parser.parse_args(arguments)
     log_to_stderr(logging.INFO, "%(asctime)s %(levelname)s %(name)s %(message)s")
@@ -223,6 +223,7 @@ def main(arguments: list[str] | None = None) -> int:
         defaults,
         snapshot_records=options.snapshot_records,
         snapshot_ms=options.snapshot_ms,
+        snapshot_rest_ms=options.snapshot_rest_ms,
         segment_records=options.segment_records,
     )
     waker = _Waker()
