@@ -10,12 +10,8 @@ from fallow.ids import AccountId, Digest, JobId
 from fallow.job import JobStatus, TaskResult
 from fallow.session import BlobReference
 from fallow_coordinator.core.effects import Effect
-<<<<<<< HEAD
-from fallow_coordinator.core.events import Event
-from fallow_coordinator.core.state import State
-=======
 from fallow_coordinator.core.events import Event, JobSubmitted
->>>>>>> main
+from fallow_coordinator.core.state import State
 
 
 @dataclass(frozen=True, slots=True)
