@@ -211,6 +211,8 @@ class JobSubmitted:
     kept: BlobReference | None
     policy: str
     price_microcredits: int
+    block_size_sums: tuple[tuple[int, ...], ...] = ()
+    """Sums of the size features of each block, in order; empty in events from before they were recorded."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -97,7 +97,8 @@ def report_inspection(state: State, command: c.ReportInspection, now_ms: int) ->
     task = state.tasks[lease.task_id]
     if task.kind is not TaskKind.INSPECT:
         raise FallowError(Reason.FIELD_INVALID, "this lease is no inspection", field="lease_id")
-    fault = fault_of_report(task, command.report)
+    bundle = state.bundles[task.bundle_digest]
+    fault = fault_of_report(task, command.report, size_feature_count=bundle.size_feature_count)
     if fault:
         draft = Draft(state)
         draft.end_lease(lease, e.LeaseOutcome.FAILED, Cause.WORKER, fault)

@@ -228,6 +228,8 @@ class Job:
     byte_starts: tuple[int, ...]
     """Sum of the lengths of the blocks before each, and of all at the end."""
     size_feature_sums: tuple[int, ...]
+    block_size_sums: tuple[tuple[int, ...], ...]
+    """Sums of the size features of each block; empty where there are none, and for jobs from before their recording."""
     rows: int
     data_class: DataClass
     title: str
@@ -240,6 +242,9 @@ class Job:
     reason: str = ""
     reason_code: str = ""
     finished_at_ms: int = 0
+    unit_nano_starts: tuple[int, ...] = ()
+    """Cost of all blocks before each, and of all at the end, by the bundle's cost curve; empty until the job is ready,
+    and where there is no curve."""
     next_row: int = 0
     tasks: dict[TaskId, None] = field(default_factory=dict[TaskId, None])
     """Live tasks, and no other."""

@@ -11,6 +11,7 @@ from enum import StrEnum
 from typing import Generic, TypeVar
 
 from fallow.bundle import InspectionReport, Precision
+from fallow.cost import CostCurve, CostKnot
 from fallow.ids import Digest
 from fallow.job import JobOptions, JobState, Objective
 from fallow.roles import DataClass, Role, Tier
@@ -118,6 +119,24 @@ def usage_from_message(message: session_pb2.Usage) -> Usage:
     )
 
 
+def curve_to_message(curve: CostCurve) -> bundle_pb2.CostCurve:
+    return bundle_pb2.CostCurve(
+        feature_number=curve.feature_number,
+        knots=[bundle_pb2.CostKnot(size=knot.size, unit_nanos=knot.unit_nanos) for knot in curve.knots],
+        spread_permille=curve.spread_permille,
+        note=curve.note,
+    )
+
+
+def curve_from_message(message: bundle_pb2.CostCurve) -> CostCurve:
+    return CostCurve(
+        feature_number=message.feature_number,
+        knots=tuple([CostKnot(knot.size, knot.unit_nanos) for knot in message.knots]),
+        spread_permille=message.spread_permille,
+        note=message.note,
+    )
+
+
 def report_to_message(report: InspectionReport) -> bundle_pb2.InspectionReport:
     return bundle_pb2.InspectionReport(
         bundle_digest=report.bundle_digest,
@@ -132,6 +151,8 @@ def report_to_message(report: InspectionReport) -> bundle_pb2.InspectionReport:
         memory_bytes_peak=report.memory_bytes_peak,
         execution_class=report.execution_class,
         inspected_seconds=report.inspected_seconds,
+        cost=curve_to_message(report.cost) if report.cost is not None else None,
+        flops_per_row=report.flops_per_row,
     )
 
 
@@ -149,6 +170,8 @@ def report_from_message(message: bundle_pb2.InspectionReport) -> InspectionRepor
         memory_bytes_peak=message.memory_bytes_peak,
         execution_class=message.execution_class,
         inspected_seconds=message.inspected_seconds,
+        cost=curve_from_message(message.cost) if message.HasField("cost") else None,
+        flops_per_row=message.flops_per_row,
     )
 
 

@@ -81,6 +81,7 @@ def _job_submitted_to(event: ev.JobSubmitted) -> pb.JobSubmitted:
         kept=None if event.kept is None else values.blob_to_message(event.kept),
         policy=event.policy,
         price_microcredits=event.price_microcredits,
+        block_size_sums=[pb.SizeSums(sums=sums) for sums in event.block_size_sums],
     )
 
 
@@ -104,6 +105,7 @@ def _job_submitted_from(message: pb.JobSubmitted) -> ev.JobSubmitted:
         kept=values.blob_from_message(message.kept) if message.HasField("kept") else None,
         policy=message.policy,
         price_microcredits=message.price_microcredits,
+        block_size_sums=tuple([tuple(sizes.sums) for sizes in message.block_size_sums]),
     )
 
 

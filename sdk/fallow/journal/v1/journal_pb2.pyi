@@ -886,6 +886,28 @@ class JobBlock(_message.Message):
 Global___JobBlock: _TypeAlias = JobBlock  # noqa: Y015
 
 @_typing.final
+class SizeSums(_message.Message):
+    """Sums of the size features over some rows, in the order of the schema."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SUMS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def sums(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        sums: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["sums", b"sums"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SizeSums: _TypeAlias = SizeSums  # noqa: Y015
+
+@_typing.final
 class JobSubmitted(_message.Message):
     """A job was accepted."""
 
@@ -907,6 +929,7 @@ class JobSubmitted(_message.Message):
     KEPT_FIELD_NUMBER: _builtins.int
     POLICY_FIELD_NUMBER: _builtins.int
     PRICE_MICROCREDITS_FIELD_NUMBER: _builtins.int
+    BLOCK_SIZE_SUMS_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     account_id: _builtins.str
     party_id: _builtins.str
@@ -929,6 +952,10 @@ class JobSubmitted(_message.Message):
     def kept(self) -> _blob_pb2.BlobReference:
         """Unset: no columns are kept beside the result."""
 
+    @_builtins.property
+    def block_size_sums(self) -> _containers.RepeatedCompositeFieldContainer[Global___SizeSums]:
+        """Of each block, in order; empty: from before they were recorded, or there are no size features."""
+
     def __init__(
         self,
         *,
@@ -948,10 +975,11 @@ class JobSubmitted(_message.Message):
         kept: _blob_pb2.BlobReference | None = ...,
         policy: _builtins.str = ...,
         price_microcredits: _builtins.int = ...,
+        block_size_sums: _abc.Iterable[Global___SizeSums] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["kept", b"kept", "options", b"options"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_id", b"account_id", "blocks", b"blocks", "bundle_digest", b"bundle_digest", "data_class", b"data_class", "idempotency_key", b"idempotency_key", "job_id", b"job_id", "kept", b"kept", "options", b"options", "party_id", b"party_id", "policy", b"policy", "pool_id", b"pool_id", "price_microcredits", b"price_microcredits", "request_digest", b"request_digest", "rows", b"rows", "size_feature_sums", b"size_feature_sums", "title", b"title"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_id", b"account_id", "block_size_sums", b"block_size_sums", "blocks", b"blocks", "bundle_digest", b"bundle_digest", "data_class", b"data_class", "idempotency_key", b"idempotency_key", "job_id", b"job_id", "kept", b"kept", "options", b"options", "party_id", b"party_id", "policy", b"policy", "pool_id", b"pool_id", "price_microcredits", b"price_microcredits", "request_digest", b"request_digest", "rows", b"rows", "size_feature_sums", b"size_feature_sums", "title", b"title"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
