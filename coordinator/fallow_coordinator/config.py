@@ -43,6 +43,12 @@ class EngineSettings:
     """Inline payloads kept in memory after they were written."""
     replay_chunk_records: int = 2_000
     """Records read at a time when the writer starts."""
+    let_go_idle_ms: int = 2_000
+    """How often sealed records are looked for, which may leave the database."""
+    let_go_ms: int = 100
+    """Wait between two departures while there are some: with the next, room for 10,000 events a second."""
+    let_go_records: int = 1_000
+    """How many leave at a time, in a transaction of a few milliseconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,3 +78,11 @@ class FollowerSettings:
     """Longest wait between two looks at an idle journal: the lag of the views stays below 200 ms."""
     busy_poll_ms: int = 10
     """Wait after a look that found something."""
+    snapshot_records: int = 100_000
+    """A snapshot is written when the newest is so many records old: about what a start has to fold at most."""
+    snapshot_ms: int = 300_000
+    """Or when it is so old and anything happened since."""
+    snapshot_rest_ms: int = 10_000
+    """Shortest time between two tries; ten times what the last one took, when that is longer."""
+    segment_records: int = 1 << 16
+    """Records of a sealed segment: a power of two."""
