@@ -13,6 +13,7 @@ from fallow.job import JobOptions, JobState
 from fallow.roles import Role, Tier
 from fallow.session import Cause, RowFailure
 from fallow_coordinator.core import commands as c
+from fallow_coordinator.core import groups
 from fallow_coordinator.core.answers import Moved
 from fallow_coordinator.core.events import LeaseGranted, TaskSettled
 from fallow_coordinator.core.ledger import allotment, available, contribution, held, pending, sink
@@ -20,6 +21,12 @@ from simulation.core_world import World, capability, digest
 
 UNIT = 1_000_000
 CREDIT = 1_000_000
+
+
+@pytest.fixture(autouse=True)
+def everybody_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How devices come to be measured is told elsewhere; paid work goes to measured ones alone."""
+    monkeypatch.setattr(groups, "measured", lambda worker: True)
 
 
 @pytest.fixture

@@ -162,6 +162,11 @@ def test_numbers_of_kinds_are_for_ever() -> None:
         "allotment_set": 53,
         "allotment_renewed": 54,
         "job_funded": 55,
+        "challenge_issued": 60,
+        "challenge_answered": 61,
+        "device_measured": 62,
+        "device_certificate_ended": 63,
+        "challenge_ended": 64,
     }
 
 

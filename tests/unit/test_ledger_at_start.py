@@ -11,6 +11,7 @@ import pytest
 from fallow.credits import PoolMode
 from fallow_coordinator.core import commands as c
 from fallow_coordinator.core import events as e
+from fallow_coordinator.core import groups
 from fallow_coordinator.ports import LedgerUnsound
 from fallow_coordinator.store.check import check_journal
 from fallow_coordinator.store.encoding import decode_event, encode_event
@@ -20,6 +21,12 @@ from journal_world import World
 from unit.test_journal_check import rewrite
 
 ROWS = [f"row {number}".encode() for number in range(24)]
+
+
+@pytest.fixture(autouse=True)
+def everybody_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How devices come to be measured is told elsewhere; paid work goes to measured ones alone."""
+    monkeypatch.setattr(groups, "measured", lambda worker: True)
 
 
 @pytest.fixture

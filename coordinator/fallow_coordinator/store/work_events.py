@@ -130,6 +130,7 @@ def _task_created_to(event: ev.TaskCreated) -> pb.TaskCreated:
         pool_id=event.pool_id,
         spans=[position for span in event.spans for position in span],
         unit_micros=event.unit_micros,
+        challenge_task_id=event.challenge_task_id,
         share_key=event.share_key,
     )
 
@@ -144,6 +145,7 @@ def _task_created_from(message: pb.TaskCreated) -> ev.TaskCreated:
         pool_id=PoolId(message.pool_id),
         spans=tuple(zip(flat[::2], flat[1::2], strict=True)),
         unit_micros=message.unit_micros,
+        challenge_task_id=TaskId(message.challenge_task_id) if message.HasField("challenge_task_id") else None,
         share_key=message.share_key,
     )
 
