@@ -84,6 +84,10 @@ class Quote:
     fallen_out: tuple[Shortfall, ...] = ()
     """Why the other workers cannot take it, the most frequent first; each counts once."""
     warnings: tuple[str, ...] = ()
+    form: str = "fp32"
+    """The form of the program that this is about."""
+    alternatives: tuple[Quote, ...] = ()
+    """Quotes of the other forms that were accepted, the next best first."""
 
     @property
     def units(self) -> float:

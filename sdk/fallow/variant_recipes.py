@@ -218,7 +218,11 @@ def _converted(program: _Program, form: VariantForm, rows: Feeds, fixed_rows: in
 
 
 def _half(model: bytes) -> bytes:
-    """Weights and arithmetic in fp16; inputs and outputs keep their types."""
+    """Weights and arithmetic in fp16; inputs and outputs keep their types.
+
+    NOTE: CPUs compute fp16 in fp32 from the rounded weights, so agreement measured there leaves out the rounding of
+    values in between; a device that computes in fp16 would tell.
+    """
     onnx, _ = _runtime()
     from onnxruntime.transformers.float16 import convert_float_to_float16
 

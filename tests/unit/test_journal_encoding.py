@@ -156,6 +156,17 @@ def test_numbers_of_kinds_are_for_ever() -> None:
         "job_deleted": 34,
         "blobs_forgotten": 35,
         "blob_quota_set": 36,
+        "pool_mode_changed": 50,
+        "credits_granted": 51,
+        "credits_released": 52,
+        "allotment_set": 53,
+        "allotment_renewed": 54,
+        "job_funded": 55,
+        "challenge_issued": 60,
+        "challenge_answered": 61,
+        "device_measured": 62,
+        "device_certificate_ended": 63,
+        "challenge_ended": 64,
     }
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from fallow.bundle import InspectionReport, Precision
+from fallow.challenge import ChallengeKind, ChallengePlan, ChallengeVerdict
 from fallow.cost import CostCurve, CostKnot
 from fallow.errors import FallowError, Reason
 from fallow.ids import Digest, LeaseId, PoolId, SessionId
@@ -18,12 +19,14 @@ from fallow.session import (
     Capability,
     CapabilityChanged,
     Cause,
+    Checked,
     Commitment,
     CoordinatorMessage,
     Delivery,
     Device,
     DeviceKind,
     DeviceLevel,
+    DeviceStanding,
     Draining,
     Goodbye,
     GrantsRenewed,
@@ -36,6 +39,7 @@ from fallow.session import (
     LeaseProgress,
     LeaseReturned,
     LeaseRevoked,
+    LeaseSeen,
     Refused,
     RowFailure,
     SandboxLevel,
@@ -95,6 +99,8 @@ WORKER_MESSAGES: dict[str, WorkerMessage] = {
     "lease_returned": LeaseReturned(LEASE, 7, Cause.OWNER_PREEMPT, "owner is back"),
     "grants_wanted": GrantsWanted(LEASE, 7),
     "draining": Draining("stopping"),
+    "lease_seen": LeaseSeen(LEASE, 7),
+    "checked": Checked(LEASE, 7, ChallengeVerdict(False, "row 3 is not the product")),
 }
 COORDINATOR_MESSAGES: dict[str, CoordinatorMessage] = {
     "welcome": Welcome(1, 1, SessionId("session-a"), b"next", 10_000, (LEASE,), 1_700_000_000_123, "127.0.0.1:1"),
@@ -124,6 +130,27 @@ COORDINATOR_MESSAGES: dict[str, CoordinatorMessage] = {
     "refused": Refused(4, LEASE, "FENCE_STALE", "fence 6 is older than 7"),
     "grants_renewed": GrantsRenewed(LEASE, 7, SIGNED, OFFER),
     "goodbye": Goodbye("SESSION_REPLACED", "a newer session took over", 1500),
+    "device_standing": DeviceStanding("cpu-0", 1_500, 1 << 29, 1_700_000_000_123, "measured"),
+    "challenge": Lease(
+        LEASE,
+        7,
+        TaskKind.CHALLENGE,
+        ONE,
+        None,
+        1,
+        None,
+        b"",
+        None,
+        1_700_000_000_123,
+        60_500,
+        Precision.FP32,
+        1 << 20,
+        99,
+        PoolId("pool-a"),
+        challenge=ChallengePlan(
+            "cpu-0", ChallengeKind.SPEED, bytes(range(32)), Precision.FP32, 512, 2_048, 512, 70, 1 << 20, 64
+        ),
+    ),
 }
 
 

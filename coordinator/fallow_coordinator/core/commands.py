@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fallow.bundle import InspectionReport
+from fallow.challenge import ChallengeVerdict
+from fallow.credits import PoolMode
 from fallow.ids import AccountId, Digest, JobId, KeyFingerprint, LeaseId, PartyId, PoolId, SessionId, TaskId, TokenId
 from fallow.job import DatasetBlock, JobOptions
 from fallow.roles import DataClass, Role, Tier
@@ -29,8 +31,26 @@ class Restart:
 
 
 @dataclass(frozen=True, slots=True)
+class MeasuringRules:
+    """When devices are challenged, and how hard."""
+
+    idle_ms: int = 60_000
+    """A worker of a donation pool is challenged when it has held no lease for so long, and only while a certificate of
+    it is missing."""
+    idle_paid_ms: int = 1_000
+    """The same in other pools, where only measured devices earn; there they are measured again at random."""
+    target_ms: int = 1_500
+    """How long a challenge takes a device that is as fast as it says."""
+    fill_bytes_max: int = 512 * 1024 * 1024
+    """Most memory that a challenge fills."""
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """Time has passed: what is due falls due."""
+
+    measuring: MeasuringRules | None = None
+    """None: no device is challenged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +70,12 @@ class CreateAccount:
 class CreatePool:
     name: str
     account_id: AccountId
+
+
+@dataclass(frozen=True, slots=True)
+class SetPoolMode:
+    pool_id: PoolId
+    mode: PoolMode
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +144,49 @@ class QuarantineWorker:
 @dataclass(frozen=True, slots=True)
 class ReleaseWorker:
     worker_id: PartyId
+
+
+# ------------------------------------------------------------------------------------------------- credits
+
+
+@dataclass(frozen=True, slots=True)
+class GrantCredits:
+    """The operator makes credits. The same `transfer_id` with the same facts changes nothing more."""
+
+    account_id: AccountId
+    microcredits: int
+    note: str
+    transfer_id: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ReleaseCredits:
+    """The operator lets an account spend what its workers earned; 0: all that is pending."""
+
+    account_id: AccountId
+    microcredits: int
+    note: str
+    transfer_id: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class SetAllotment:
+    """What an account gets in a quota pool in each period; 0: nothing any more."""
+
+    pool_id: PoolId
+    account_id: AccountId
+    microcredits: int
+    period_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class TopUpJob:
+    """The owner adds to a job's budget."""
+
+    account_id: AccountId
+    job_id: JobId
+    microcredits: int
+    transfer_id: bytes
 
 
 # ------------------------------------------------------------------------------------------------- sessions
@@ -310,6 +379,10 @@ class Commit:
     """The message's number in its session: part of what was signed."""
     stored: StoredBlob | None = None
     """What the service found in an inline output's frame: rows, root, schema, failed rows. Required when inline."""
+    elapsed_ms: int = 0
+    """From the lease's sending to this message, in one and the same session; 0: not known."""
+    round_trip_ms: int = 0
+    """The shortest that was seen in this session; 0: not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -334,6 +407,17 @@ class ReportInspection:
     message_digest: Digest
     signature: bytes
     sequence: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReportCheck:
+    """An operator worker's verdict on the answer to a challenge."""
+
+    session_id: SessionId
+    worker_id: PartyId
+    lease_id: LeaseId
+    fence: int
+    verdict: ChallengeVerdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -370,6 +454,11 @@ Command = (
     | Advance
     | CreateAccount
     | CreatePool
+    | SetPoolMode
+    | GrantCredits
+    | ReleaseCredits
+    | SetAllotment
+    | TopUpJob
     | IssueToken
     | RevokeToken
     | Enroll
@@ -396,6 +485,7 @@ Command = (
     | Commit
     | Deliver
     | ReportInspection
+    | ReportCheck
     | FailTask
     | ReturnLease
     | ArchiveJobs

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fallow.credits import PoolMode
 from fallow.errors import Reason
 from fallow.ids import Digest, JobId, LeaseId, TaskId
 from fallow.job import JOB_STATES_FINAL, JobState
 from fallow.limits import ROW_FAILURE_REASON_BYTES_MAX, TASK_ATTEMPTS_MAX
-from fallow.session import Cause
+from fallow.session import Cause, TaskKind
+from fallow_coordinator.core.devices import challenge_of, ended
 from fallow_coordinator.core.events import (
     CommitmentRecorded,
     Event,
@@ -19,7 +21,8 @@ from fallow_coordinator.core.events import (
     TaskDropped,
     TaskSettled,
 )
-from fallow_coordinator.core.evolve_tasks import counts_as_attempt
+from fallow_coordinator.core.evolve_tasks import MEASURING_KINDS, counts_as_attempt
+from fallow_coordinator.core.funding import is_short, resumed, settlement, short_of_allotment
 from fallow_coordinator.core.limits import TASK_LOSSES_MAX
 from fallow_coordinator.core.state import Job, Lease, State, Task
 
@@ -43,6 +46,7 @@ class Draft:
         self._tallies: dict[JobId, _Tally] = {}
         self._leases_ended: set[LeaseId] = set()
         self._tasks_gone: set[TaskId] = set()
+        self._resumed: set[JobId] = set()
 
     def end_lease(self, lease: Lease, outcome: LeaseOutcome, cause: Cause, reason: str) -> None:
         """Ends a lease without result; its task is tried again, or given up when it has been tried often enough."""
@@ -52,11 +56,24 @@ class Draft:
         task = self._state.tasks[lease.task_id]
         self._leases_ended.add(lease.lease_id)
         self.events.append(LeaseEnded(lease_id=lease.lease_id, outcome=outcome, cause=cause, reason=reason))
+        self._given_back(task, lease.reserved_microcredits)
+        if task.kind in MEASURING_KINDS:
+            self._drop_measurement(task, outcome, cause, reason)
+            return
         if counts_as_attempt(outcome, cause):
             if task.attempts + 1 >= TASK_ATTEMPTS_MAX:
                 self.abandon(task, cause, reason)
         elif task.losses + 1 >= TASK_LOSSES_MAX:
             self.abandon(task, cause, f"lost {TASK_LOSSES_MAX} times, last: {reason}")
+
+    def _drop_measurement(self, task: Task, outcome: LeaseOutcome, cause: Cause, reason: str) -> None:
+        """A challenge or a check is never tried again as such: the next look decides anew."""
+        self._tasks_gone.add(task.task_id)
+        self.events.append(TaskDropped(task_id=task.task_id))
+        if task.kind is TaskKind.CHALLENGE:
+            faults = {Cause.WORKER, Cause.PROGRAM, Cause.ROW}
+            blamed = outcome is LeaseOutcome.EXPIRED or (outcome is LeaseOutcome.FAILED and cause in faults)
+            self.events.extend(ended(self._state, challenge_of(self._state, task), reason, blamed=blamed))
 
     def abandon(self, task: Task, cause: Cause, reason: str) -> None:
         """Gives a task up, whose lease has ended: its rows fail."""
@@ -89,6 +106,7 @@ class Draft:
             tally.rows_done += task.rows
             tally.rows_failed += rows_failed
             cursor = tally.results
+        got = settlement(self._state, task, lease, rows_failed=rows_failed)
         self.events.append(
             TaskSettled(
                 task_id=task.task_id,
@@ -96,11 +114,27 @@ class Draft:
                 cursor=cursor,
                 rows=task.rows,
                 rows_failed=rows_failed,
-                microcredits=0,
+                microcredits=got.microcredits,
+                released=got.released,
+                contribution_microcredits=got.contribution_microcredits,
             )
         )
+        self._given_back(task, lease.reserved_microcredits - got.microcredits)
         if task.job_id is not None and tally is not None:
             self._judge(self._state.jobs[task.job_id], tally)
+
+    def _given_back(self, task: Task, microcredits: int) -> None:
+        """A lease ended and left something of what it could have cost: jobs that lacked it try again."""
+        if not microcredits or task.job_id is None:
+            return
+        job = self._state.jobs[task.job_id]
+        waiting = [job] if is_short(job) else []
+        if job.mode is PoolMode.QUOTA:
+            waiting += [other for other in short_of_allotment(self._state, job.pool_id, job.account_id) if other != job]
+        for one in waiting:
+            if one.job_id not in self._resumed and not self._tally(one.job_id).ended:
+                self._resumed.add(one.job_id)
+                self.events.append(resumed(one))
 
     def finish(self, job: Job, state: JobState, reason: str, code: Reason | None) -> None:
         """Ends a job: its leases are revoked, its tasks dropped."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from fallow.bundle import InspectionReport
+from fallow.challenge import ChallengeKind, ChallengePlan
 from fallow.ids import AccountId, Digest, JobId, KeyFingerprint, LeaseId, PartyId, PoolId, SessionId, TaskId, TokenId
 from fallow.job import DatasetBlock, JobOptions, JobState
 from fallow.roles import DataClass, Role, Tier
@@ -41,6 +42,66 @@ class PoolCreated:
     name: str
     mode: str
     policy: str
+
+
+@dataclass(frozen=True, slots=True)
+class PoolModeChanged:
+    pool_id: PoolId
+    mode: str
+
+
+@dataclass(frozen=True, slots=True)
+class CreditsGranted:
+    """The operator makes credits for an account; `transfer_id` makes repeating harmless."""
+
+    account_id: AccountId
+    microcredits: int
+    note: str
+    transfer_id: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class CreditsReleased:
+    """What an account's workers earned may be spent from here on."""
+
+    account_id: AccountId
+    microcredits: int
+    note: str
+    transfer_id: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class AllotmentSet:
+    """What an account gets in a quota pool in each period; a fresh period begins. 0: nothing any more."""
+
+    pool_id: PoolId
+    account_id: AccountId
+    microcredits: int
+    period_ms: int
+    renews_at_ms: int
+    granted_microcredits: int
+    lapsed_microcredits: int
+    """What was left of the period before."""
+
+
+@dataclass(frozen=True, slots=True)
+class AllotmentRenewed:
+    """A period is over and the next begins."""
+
+    pool_id: PoolId
+    account_id: AccountId
+    renews_at_ms: int
+    granted_microcredits: int
+    lapsed_microcredits: int
+
+
+@dataclass(frozen=True, slots=True)
+class JobFunded:
+    """Its owner adds to its budget."""
+
+    job_id: JobId
+    microcredits: int
+    transfer_id: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +272,8 @@ class JobSubmitted:
     kept: BlobReference | None
     policy: str
     price_microcredits: int
+    held_microcredits: int = 0
+    """Its budget, which its account can spend on nothing else until it ends."""
     block_size_sums: tuple[tuple[int, ...], ...] = ()
     """Sums of the size features of each block, in order; empty in events from before they were recorded."""
 
@@ -252,6 +315,8 @@ class TaskCreated:
     pool_id: PoolId
     spans: tuple[tuple[int, int], ...]
     unit_micros: int
+    challenge_task_id: TaskId | None = None
+    """Of a check: the challenge that it checks."""
     share_key: int = 0
     """The account's place in the fair order from here on (`shares`); 0: unchanged."""
 
@@ -289,6 +354,9 @@ class LeaseGranted:
     fence: int
     deadline_ms: int
     runtime_max_ms: int
+    price_microcredits_per_unit: int = 0
+    reserved_microcredits: int = 0
+    """Most that it can cost: its job can spend it on no other lease while this one lives."""
 
 
 class LeaseOutcome(StrEnum):
@@ -339,6 +407,11 @@ class TaskSettled:
     rows: int
     rows_failed: int
     microcredits: int
+    """What the job pays for the rows done."""
+    released: bool = False
+    """True: the worker's account may spend it at once; false: it is pending."""
+    contribution_microcredits: int = 0
+    """Recorded for the worker's account where nobody pays."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -359,11 +432,80 @@ class TaskDropped:
     task_id: TaskId
 
 
+@dataclass(frozen=True, slots=True)
+class ChallengeIssued:
+    """A device is asked to show what it can do. The task that carries it, and its lease, come right after."""
+
+    task_id: TaskId
+    worker_id: PartyId
+    device_digest: Digest
+    """The identity of the device at this moment."""
+    plan: ChallengePlan
+
+
+@dataclass(frozen=True, slots=True)
+class ChallengeAnswered:
+    """The device committed to an answer in time; it counts once it is checked."""
+
+    task_id: TaskId
+    elapsed_ms: int
+    """From lease sent to commitment received, by the coordinator's clock, less `round_trip_ms`."""
+    round_trip_ms: int
+    units_milli_per_s: int
+    """The speed that follows; 0 for memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceMeasured:
+    """An operator worker found that the answer holds: the device has a certificate, or a fuller one."""
+
+    task_id: TaskId
+    """Of the challenge."""
+    checked_by: PartyId
+    check_lease_id: LeaseId
+    worker_id: PartyId
+    device_id: str
+    device_digest: Digest
+    kind: ChallengeKind
+    units_milli_per_s: int
+    memory_bytes: int
+    again_at_ms: int
+    expires_at_ms: int
+    answer: Digest
+    """Of the answer's block."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceCertificateEnded:
+    worker_id: PartyId
+    device_id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ChallengeEnded:
+    """A challenge came to nothing: given back, lost, too slow, or found wrong."""
+
+    task_id: TaskId
+    worker_id: PartyId
+    device_id: str
+    blamed: bool
+    """The device, or who speaks for it, is to blame."""
+    reason: str
+    retry_after_ms: int
+
+
 Event = (
     JournalStarted
     | Restarted
     | AccountCreated
     | PoolCreated
+    | PoolModeChanged
+    | CreditsGranted
+    | CreditsReleased
+    | AllotmentSet
+    | AllotmentRenewed
+    | JobFunded
     | TokenIssued
     | TokenRevoked
     | PartyEnrolled
@@ -395,4 +537,9 @@ Event = (
     | TaskSettled
     | TaskAbandoned
     | TaskDropped
+    | ChallengeIssued
+    | ChallengeAnswered
+    | DeviceMeasured
+    | DeviceCertificateEnded
+    | ChallengeEnded
 )

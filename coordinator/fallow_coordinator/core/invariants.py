@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 
+from fallow.credits import PoolMode
+from fallow.ids import JobId
 from fallow.job import JOB_STATES_FINAL, JobState
 from fallow.limits import JOB_TASKS_MAX, LEASES_PER_WORKER_MAX, TASK_ATTEMPTS_MAX
 from fallow.ranges import RangeSet
 from fallow.roles import Tier
 from fallow.session import TaskKind
+from fallow_coordinator.core.devices import identity_of, measurable
 from fallow_coordinator.core.groups import ability_of_worker, duration_of_next_unit
 from fallow_coordinator.core.lanes import CUTTABLE
+from fallow_coordinator.core.ledger import BookKind
+from fallow_coordinator.core.ledger import held as held_by
 from fallow_coordinator.core.limits import (
     IDEMPOTENCY_KEYS_PER_ACCOUNT_MAX,
     JOBS_UNFINISHED_PER_ACCOUNT_MAX,
@@ -18,6 +23,7 @@ from fallow_coordinator.core.limits import (
     TASK_LOSSES_MAX,
 )
 from fallow_coordinator.core.needs import Ability, misfit
+from fallow_coordinator.core.postings import purse_of
 from fallow_coordinator.core.state import NO_GROUP, Job, LaneKey, State, TaskPhase, Worker
 
 
@@ -33,10 +39,12 @@ def check(state: State) -> None:
     for job in state.jobs.values():
         _check_job(state, job)
     _check_tasks(state)
+    _check_devices(state)
     _check_groups(state)
     _check_lanes(state)
     _check_own(state)
     _check_counts(state)
+    check_ledger(state)
 
 
 def _must(holds: bool, what: str) -> None:
@@ -121,7 +129,10 @@ def _check_job(state: State, job: Job) -> None:
 def _check_tasks(state: State) -> None:
     of_jobs = [task_id for job in state.jobs.values() for task_id in job.tasks]
     of_bundles = [b.inspection_task_id for b in state.bundles.values() if b.inspection_task_id is not None]
-    _must(sorted([*of_jobs, *of_bundles]) == sorted(state.tasks), "each live task belongs to one job or bundle")
+    of_challenges = [ch.check_task_id for ch in state.challenges.values() if ch.check_task_id is not None]
+    of_challenges += [task_id for task_id, challenge in state.challenges.items() if challenge.output is None]
+    owned = [*of_jobs, *of_bundles, *of_challenges]
+    _must(sorted(owned) == sorted(state.tasks), "each live task belongs to one job, bundle or challenge")
     for task in state.tasks.values():
         _must(
             (task.lease_id is not None) == (task.phase is TaskPhase.LEASED), "leased tasks, and no other, have leases"
@@ -130,6 +141,31 @@ def _check_tasks(state: State) -> None:
         _must(task.attempts < TASK_ATTEMPTS_MAX and task.losses < TASK_LOSSES_MAX, "nothing is tried for ever")
         if task.kind is TaskKind.MAP and task.phase in (TaskPhase.READY, TaskPhase.LEASED):
             _must(task.input is not None, "what can be leased is packed")
+
+
+def _check_devices(state: State) -> None:
+    asked = Counter((challenge.worker_id, challenge.plan.device_id) for challenge in state.challenges.values())
+    _must(all(count == 1 for count in asked.values()), "a device has one challenge at a time")
+    for task_id, challenge in state.challenges.items():
+        task = state.tasks.get(task_id)
+        if task is not None:
+            _must(task.kind is TaskKind.CHALLENGE and task.lease_id is not None, "a challenge lives with its lease")
+            holder = state.leases[task.lease_id].worker_id if task.lease_id is not None else None
+            _must(holder == challenge.worker_id, "a challenge is in the hands of its own worker")
+        _must(challenge.output is None or challenge.answered, "what is delivered was answered in time")
+        if challenge.check_task_id is not None:
+            check_task = state.tasks[challenge.check_task_id]
+            _must(check_task.kind is TaskKind.CHECK and check_task.challenge_task_id == task_id, "a check knows which")
+            _must(check_task.lease_id is not None and challenge.output is not None, "only answers are checked")
+    for worker_id, worker in state.workers.items():
+        devices = {device.device_id: identity_of(device) for device in measurable(worker)}
+        for device_id, held in worker.certificates.items():
+            _must(held.device_id == device_id, "a certificate is found by its device")
+            _must(devices.get(device_id) == held.device_digest, "a certificate is of the device as it is now")
+            _must(bool(held.units_milli_per_s) == (held.speed_challenge is not None), "speed was shown by a challenge")
+            _must(bool(held.memory_bytes) == (held.memory_challenge is not None), "memory was shown by a challenge")
+        at_leisure = worker.session_id is not None and not worker.leases
+        _must(at_leisure or not worker.free_since_ms, f"who holds leases or is away is not free: {worker_id}")
 
 
 def _check_groups(state: State) -> None:
@@ -252,3 +288,33 @@ def _check_counts(state: State) -> None:
     _must(len(state.ended_leases) <= LEASES_REMEMBERED_MAX, "what is remembered has a limit")
     _must(list(state.idempotency) == list(state.idempotency_order), "keys are remembered in order")
     _must(list(state.finished.values()) == sorted(state.finished.values()), "finished jobs stand in order")
+
+
+def check_ledger(state: State) -> None:
+    """Raises InvariantError or LedgerError when the books don't add up, or don't hold what leases may cost."""
+    ledger = state.ledger
+    ledger.check()
+    reserved: Counter[JobId] = Counter()
+    for lease in state.leases.values():
+        job_id = state.tasks[lease.task_id].job_id
+        _must(job_id is not None or not lease.reserved_microcredits, "only jobs pay")
+        if job_id is not None:
+            reserved[job_id] += lease.reserved_microcredits
+    for job_id, job in state.jobs.items():
+        _must(job.reserved_microcredits == reserved[job_id], "reservations are those of live leases")
+        promised = ledger.balance(held_by(job_id, purse_of(job)))
+        _must(promised >= reserved[job_id], "what leases may cost is held")
+        exactly = job.mode is not PoolMode.QUOTA or promised == reserved[job_id]
+        _must(exactly, "a quota job holds what its leases may cost")
+        if job.mode is PoolMode.MARKET and job.state not in JOB_STATES_FINAL:
+            _must(promised + job.microcredits == job.budget_microcredits, "a budget is held or paid")
+        bounded = job.mode is PoolMode.MARKET or bool(job.budget_microcredits)
+        _must(not bounded or job.microcredits <= job.budget_microcredits, "a budget is never overrun")
+        _must(job.mode is not PoolMode.DONATION or not (promised or job.microcredits), "a donation costs nothing")
+    for book in ledger.balances:
+        if book.kind is BookKind.HELD:
+            holder = state.jobs.get(JobId(book.owner))
+            _must(holder is not None and holder.state not in JOB_STATES_FINAL, "only unfinished jobs hold anything")
+    renewals = sorted((one.renews_at_ms, *key) for key, one in ledger.allotments.items())
+    _must(renewals == ledger.renewals, "every allotment stands in the index")
+    _must(list(ledger.transfers) == list(ledger.transfers_order), "transfers are remembered in order")

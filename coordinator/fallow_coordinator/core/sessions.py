@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from fallow.credits import ASK_MICROCREDITS_PER_UNIT_MAX, check_amount
 from fallow.errors import FallowError, Reason
 from fallow.ids import PartyId, SessionId
 from fallow.limits import LEASES_PER_WORKER_MAX
 from fallow.roles import Role
-from fallow.session import Cause
+from fallow.session import Capability, Cause
 from fallow_coordinator.core import commands as c
 from fallow_coordinator.core import events as e
 from fallow_coordinator.core.answers import Decision, SessionGranted
 from fallow_coordinator.core.draft import Draft, shortened
 from fallow_coordinator.core.identity import quarantined, revoked
 from fallow_coordinator.core.limits import SESSIONS_MAX
+from fallow_coordinator.core.measuring import outlived
 from fallow_coordinator.core.names import Names
 from fallow_coordinator.core.state import State, Worker
 
@@ -26,6 +28,7 @@ def open_session(state: State, command: c.OpenSession, now_ms: int, names: Names
     """
     worker = _admitted(state, command.worker_id, now_ms)
     _check_window(command.window)
+    _check_ask(command.capability)
     if len(command.held_leases) > LEASES_PER_WORKER_MAX:
         raise FallowError(
             Reason.LIMIT_EXCEEDED,
@@ -42,6 +45,7 @@ def open_session(state: State, command: c.OpenSession, now_ms: int, names: Names
             hint="try again later",
         )
     draft = Draft(state)
+    draft.events.extend(outlived(worker, command.capability.devices))
     if worker.session_id is not None:
         draft.events.append(e.SessionClosed(session_id=worker.session_id, reason=REPLACED))
     fences = {held.lease_id: held.fence for held in command.held_leases}
@@ -76,10 +80,13 @@ def change_capability(state: State, command: c.ChangeCapability) -> Decision:
     """The worker can do or hold something else now. Raises SESSION_REPLACED, LIMIT_EXCEEDED."""
     worker = worker_of_session(state, command.session_id)
     _check_window(command.window)
+    if command.capability is not None:
+        _check_ask(command.capability)
     if command.window == worker.window and command.capability in (None, worker.capability):
         return Decision()
     event = e.CapabilityReported(session_id=command.session_id, capability=command.capability, window=command.window)
-    return Decision((event,))
+    ended = () if command.capability is None else outlived(worker, command.capability.devices)
+    return Decision((*ended, event))
 
 
 def drain_session(state: State, command: c.DrainSession) -> Decision:
@@ -120,6 +127,14 @@ def _check_window(window: int) -> None:
             field="window",
             limit=f"0 to {LEASES_PER_WORKER_MAX} leases",
         )
+
+
+def _check_ask(capability: Capability) -> None:
+    check_amount(
+        capability.ask_microcredits_per_unit,
+        "capability.ask_microcredits_per_unit",
+        most=ASK_MICROCREDITS_PER_UNIT_MAX,
+    )
 
 
 def _check_token(worker: Worker, command: c.OpenSession) -> None:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from fallow.bundle import InspectionReport
+from fallow.challenge import ChallengePlan
+from fallow.credits import PoolMode
 from fallow.ids import AccountId, Digest, JobId, KeyFingerprint, LeaseId, PartyId, PoolId, SessionId, TaskId, TokenId
 from fallow.job import DatasetBlock, JobOptions, JobState, TaskResult
 from fallow.ranges import RangeSet
@@ -14,6 +16,7 @@ from fallow.roles import DataClass, Role, Tier
 from fallow.session import BlobReference, Capability, Cause, RowFailure, TaskKind
 from fallow_coordinator.core.commands import StoredBlob
 from fallow_coordinator.core.events import LeaseOutcome
+from fallow_coordinator.core.ledger import Ledger
 from fallow_coordinator.core.needs import INSPECTION, Ability, Needs
 
 LaneKey = Needs
@@ -67,7 +70,7 @@ class Pool:
     pool_id: PoolId
     account_id: AccountId
     name: str
-    mode: str
+    mode: PoolMode
     policy: str
 
 
@@ -110,6 +113,71 @@ class Party:
     revoked_reason: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class DeviceCertificate:
+    """What challenges have shown of a device; it ends with the device's identity, or when it expires."""
+
+    device_id: str
+    device_digest: Digest
+    """The identity that was measured: `devices.identity_of`."""
+    units_milli_per_s: int = 0
+    """Speed in float32: thousandths of a unit a second; 0: not measured yet."""
+    speed_challenge: TaskId | None = None
+    speed_measured_at_ms: int = 0
+    speed_again_at_ms: int = 0
+    """Drawn when it was measured: from then on it may be measured again."""
+    speed_expires_at_ms: int = 0
+    memory_bytes: int = 0
+    """How much was filled and walked; 0: not measured yet."""
+    memory_challenge: TaskId | None = None
+    memory_measured_at_ms: int = 0
+    memory_again_at_ms: int = 0
+    memory_expires_at_ms: int = 0
+
+    @property
+    def expires_at_ms(self) -> int:
+        """When the first of what it says is too old."""
+        moments = (self.speed_expires_at_ms, self.memory_expires_at_ms)
+        return min(moment for moment in moments if moment)
+
+    @property
+    def complete(self) -> bool:
+        """Whether both speed and memory have been shown."""
+        return bool(self.units_milli_per_s and self.memory_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class ChallengeRecord:
+    """How the newest challenges of a device went."""
+
+    failures: int
+    """In a row, whoever was to blame."""
+    retry_at_ms: int
+    reason: str
+    blamed: bool
+
+
+@dataclass(slots=True)
+class Challenge:
+    """A challenge from its issue to its verdict. Its task lives as long as its lease."""
+
+    task_id: TaskId
+    worker_id: PartyId
+    device_digest: Digest
+    plan: ChallengePlan
+    issued_at_ms: int
+    answered: bool = False
+    """Committed to in time: `units_milli_per_s` counts once the answer is checked."""
+    units_milli_per_s: int = 0
+    output: BlobReference | None = None
+    """The answer, once it is delivered."""
+    output_inline: bool = False
+    check_task_id: TaskId | None = None
+    """The live check of it."""
+    checks: int = 0
+    """Checks that came to nothing."""
+
+
 @dataclass(slots=True)
 class Worker:
     """A party of role worker: its session, what it can do, what it holds."""
@@ -139,6 +207,12 @@ class Worker:
     unit_micros_held: int = 0
     rows_settled: int = 0
     tasks_settled: int = 0
+    free_since_ms: int = 0
+    """Since when it has held no lease in its open session; 0 while it holds one, or never had a session."""
+    certificates: dict[str, DeviceCertificate] = field(default_factory=dict[str, DeviceCertificate])
+    """Of its devices that were measured, by device."""
+    challenged: dict[str, ChallengeRecord] = field(default_factory=dict[str, ChallengeRecord])
+    """Devices whose last challenge came to nothing."""
     speed_milliunits_per_s: int = 0
     """One slot's speed on accepted work, lately; 0: not known."""
     bundles: dict[Digest, bool] = field(default_factory=dict[Digest, bool])
@@ -240,6 +314,12 @@ class Job:
     policy: str
     price_microcredits: int
     submitted_at_ms: int
+    mode: PoolMode = PoolMode.DONATION
+    """Its pool's when it was submitted: how it is paid until it ends."""
+    budget_microcredits: int = 0
+    """All that was ever set aside for it; 0 in a quota pool: no bound of its own."""
+    reserved_microcredits: int = 0
+    """Sum of the reservations of its live leases."""
     state: JobState = JobState.PENDING
     reason: str = ""
     reason_code: str = ""
@@ -256,6 +336,7 @@ class Job:
     rows_leased: int = 0
     tasks_settled: int = 0
     microcredits: int = 0
+    """What it has paid."""
     results: list[TaskResult] = field(default_factory=list[TaskResult])
     """Result n has cursor n + 1; none are left once the job is deleted."""
     deleted_at_ms: int = 0
@@ -308,6 +389,8 @@ class Task:
     attempts: int = 0
     """Failures that were somebody's fault."""
     losses: int = 0
+    challenge_task_id: TaskId | None = None
+    """Of a check: the challenge that it checks."""
     avoid: dict[PartyId, None] = field(default_factory=dict[PartyId, None])
     """Workers on which it failed."""
     last_cause: Cause = Cause.PLATFORM
@@ -345,6 +428,8 @@ class Lease:
     deadline_ms: int
     runtime_max_ms: int
     commitment: CommitmentFacts | None = None
+    price_microcredits_per_unit: int = 0
+    reserved_microcredits: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -446,6 +531,9 @@ class State:
     wanting_groups: int = 0
     """Groups for which less is packed or being packed than their windows and slots could take."""
     lanes: dict[LaneKey, Lane] = field(default_factory=dict[LaneKey, Lane])
+    ledger: Ledger = field(default_factory=Ledger)
+    challenges: dict[TaskId, Challenge] = field(default_factory=dict[TaskId, Challenge])
+    """Challenges without a verdict, first issued first."""
     open_lanes: dict[LaneKey, None] = field(default_factory=dict[LaneKey, None])
     """Lanes with ready tasks."""
     own_ready: dict[AccountId, None] = field(default_factory=dict[AccountId, None])

@@ -10,6 +10,7 @@ from fallow.wire.job import result_to_message, status_to_message
 from fallow_coordinator.core import events as ev
 from fallow_coordinator.core.evolve import evolve
 from fallow_coordinator.core.limits import RETENTION_MS_DEFAULT
+from fallow_coordinator.core.questions import budget_warnings
 from fallow_coordinator.core.state import Bundle, Job, State
 from fallow_coordinator.ports import Record
 from fallow_coordinator.store.work_events import encode_submission
@@ -54,8 +55,9 @@ class Projection:
     A row depends on the state alone and never on how many records were folded at once, so that rebuilt views are equal.
     """
 
-    def __init__(self) -> None:
-        self.state = State()
+    def __init__(self, state: State | None = None) -> None:
+        """Begins with `state`, whose rows the views have; None: at the journal's beginning."""
+        self.state = State() if state is None else state
         self._touched = _Touched()
 
     def pass_over(self, record: Record) -> None:
@@ -184,7 +186,7 @@ class Projection:
         task = self.state.tasks[task_id]
         if task.job_id is not None:
             self._touched.jobs[task.job_id] = None
-        else:
+        elif task.bundle_digest in self.state.bundles:
             self._touched.bundles[task.bundle_digest] = None
 
     def _delivered_to(self, event: ev.Event) -> JobId | None:
@@ -328,6 +330,11 @@ def status_of(job: Job) -> JobStatus:
             workers=len({result.worker_id for result in job.results if result.worker_id}) if finished else 0,
         ),
         deleted_at_ms=job.deleted_at_ms,
+        pool_mode=job.mode,
+        budget_microcredits=job.budget_microcredits,
+        spent_microcredits=job.microcredits,
+        reserved_microcredits=job.reserved_microcredits,
+        warnings=budget_warnings(job),
     )
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, cast
 
 import click
 
@@ -12,12 +11,9 @@ from fallow.bundle import BundleVariant, BytesCodec, ProgramStage, SoftmaxHead, 
 from fallow.bundle_file import BUNDLE_SUFFIX, About, Bundle
 from fallow.cli.options import bundle_of, json_option, login_option, model_options, run
 from fallow.cli.output import Output, plain
-from fallow.client.client import AsyncClient, BundleState, connect_async
-from fallow.errors import FallowError, Reason
+from fallow.client.client import BundleState, connect_async
+from fallow.errors import FallowError
 from fallow.row_values import described
-
-INSPECTION_WAIT_S: Final = 120.0
-_ASK_INTERVAL_S: Final = 0.5
 
 
 @click.group("bundle")
@@ -126,29 +122,12 @@ def inspect_command(model: str, register: bool, login: Path | None, as_json: boo
         facts, text = _facts(bundle), _description(bundle)
         if register:
             async with await connect_async(login) as client:
-                state = await _inspected(client, bundle)
+                state = await client.inspected(bundle)
             facts["inspection"] = state
             text += f"\n{_inspection(state)}"
         output.result(facts, text)
 
     run(output, work())
-
-
-async def _inspected(client: AsyncClient, bundle: Bundle) -> BundleState:
-    await client.register(bundle)
-    deadline = asyncio.get_running_loop().time() + INSPECTION_WAIT_S
-    while True:
-        state = await client.bundle_state(bundle.digest)
-        if state is not None and state.state != "inspecting":
-            return state
-        if asyncio.get_running_loop().time() >= deadline:
-            raise FallowError(
-                Reason.DEADLINE_EXCEEDED,
-                f"no inspection after {INSPECTION_WAIT_S:g} s"
-                + (f": {state.reason}" if state and state.reason else ""),
-                hint="inspection needs an operator worker; the operator's `fallow-coordinator start` runs one",
-            )
-        await asyncio.sleep(_ASK_INTERVAL_S)
 
 
 def _about(given: dict[str, Any]) -> About:

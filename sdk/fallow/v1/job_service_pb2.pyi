@@ -80,10 +80,13 @@ class GetSessionResponse(_message.Message):
     ACCOUNT_ID_FIELD_NUMBER: _builtins.int
     POOL_ID_FIELD_NUMBER: _builtins.int
     BLOB_ENDPOINT_FIELD_NUMBER: _builtins.int
+    POOL_MODE_FIELD_NUMBER: _builtins.int
     party_id: _builtins.str
     account_id: _builtins.str
     pool_id: _builtins.str
     blob_endpoint: _builtins.str
+    pool_mode: _builtins.str
+    """How work is paid in the caller's pool: `donation`, `quota` or `market`."""
     @_builtins.property
     def protocol(self) -> _identity_pb2.ProtocolVersion: ...
     def __init__(
@@ -94,10 +97,11 @@ class GetSessionResponse(_message.Message):
         account_id: _builtins.str = ...,
         pool_id: _builtins.str = ...,
         blob_endpoint: _builtins.str = ...,
+        pool_mode: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["protocol", b"protocol"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_id", b"account_id", "blob_endpoint", b"blob_endpoint", "party_id", b"party_id", "pool_id", b"pool_id", "protocol", b"protocol"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_id", b"account_id", "blob_endpoint", b"blob_endpoint", "party_id", b"party_id", "pool_id", b"pool_id", "pool_mode", b"pool_mode", "protocol", b"protocol"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
