@@ -21,6 +21,7 @@ from fallow.session import (
     Device,
     DeviceKind,
     DeviceLevel,
+    EnergySource,
     RowFailure,
     SandboxLevel,
     TaskKind,
@@ -67,6 +68,7 @@ JOB_STATES = EnumTable(JobState, job_pb2.JobState.Value, "JOB_STATE")
 OBJECTIVES = EnumTable(Objective, job_pb2.Objective.Value, "OBJECTIVE")
 PRECISIONS = EnumTable(Precision, bundle_pb2.Precision.Value, "PRECISION")
 TASK_KINDS = EnumTable(TaskKind, session_pb2.TaskKind.Value, "TASK_KIND")
+ENERGY_SOURCES = EnumTable(EnergySource, session_pb2.EnergySource.Value, "ENERGY_SOURCE")
 CAUSES = EnumTable(Cause, session_pb2.Cause.Value, "CAUSE")
 DEVICE_KINDS = EnumTable(DeviceKind, capability_pb2.DeviceKind.Value, "DEVICE_KIND")
 DEVICE_LEVELS = EnumTable(DeviceLevel, capability_pb2.DeviceLevel.Value, "DEVICE_LEVEL")
@@ -104,6 +106,7 @@ def usage_to_message(usage: Usage) -> session_pb2.Usage:
         energy_joules=usage.energy_joules,
         tokens=usage.tokens,
         node=usage.node,
+        energy_source=ENERGY_SOURCES.number(usage.energy_source),
     )
 
 
@@ -115,6 +118,7 @@ def usage_from_message(message: session_pb2.Usage) -> Usage:
         energy_joules=message.energy_joules,
         tokens=message.tokens,
         node=message.node,
+        energy_source=ENERGY_SOURCES.member_or_none(message.energy_source),
     )
 
 
