@@ -22,6 +22,7 @@ from fallow.bundle import (
 from fallow.bundle_file import About, Bundle, FileSource, bundle_file
 from fallow.errors import FallowError, Reason
 from fallow.onnx_signature import OnnxSignature, OnnxValue, read_onnx_signature
+from fallow.onnx_weights import with_weights_inside
 from fallow.schema import BytesColumn, DType, Schema, SizeFeature, StringColumn, TensorColumn
 
 _PROGRAM_NAME = "model.onnx"
@@ -37,7 +38,7 @@ def bundle_from_onnx(
     dims: Mapping[str, int],
 ) -> Bundle:
     """See `Bundle.from_onnx`."""
-    signature = _read(path)
+    signature = read_onnx_signature(path)
     kept = _chosen_outputs(signature, [outputs] if isinstance(outputs, str) else outputs)
     unknown = set(shapes) - {value.name for value in (*signature.inputs, *kept)}
     if unknown:
@@ -58,7 +59,14 @@ def bundle_from_onnx(
         inputs=tuple(Binding(column.name, column.name) for column in inputs),
         outputs=tuple(Binding(column.name, column.name) for column in results),
     )
-    return _bundle(path, about, (stage,), Schema(tuple(inputs)), Schema(tuple(results)), files={_PROGRAM_NAME: path})
+    return _bundle(
+        path,
+        about,
+        (stage,),
+        Schema(tuple(inputs)),
+        Schema(tuple(results)),
+        files={_PROGRAM_NAME: _program(path, signature)},
+    )
 
 
 def bundle_from_bytes_model(
@@ -70,7 +78,7 @@ def bundle_from_bytes_model(
     about: About,
 ) -> Bundle:
     """See `Bundle.from_bytes_model`."""
-    signature = _read(path)
+    signature = read_onnx_signature(path)
     _check_codec(codec)
     tokens = codec.head_tokens + codec.tail_tokens
     if len(signature.inputs) != 1 or len(signature.outputs) != 1:
@@ -109,7 +117,10 @@ def bundle_from_bytes_model(
         stages,
         Schema((BytesColumn(codec.column),), (SizeFeature.BYTES,)),
         Schema(tuple(columns)),
-        files={_PROGRAM_NAME: path, head.labels_file: "".join(f"{name}\n" for name in names).encode()},
+        files={
+            _PROGRAM_NAME: _program(path, signature),
+            head.labels_file: "".join(f"{name}\n" for name in names).encode(),
+        },
     )
 
 
@@ -235,16 +246,9 @@ def _how_to_say(value: OnnxValue) -> str:
     return f"say it: dims={{{dims}}} (`{options}`), or {shape}"
 
 
-def _read(path: Path) -> OnnxSignature:
-    signature = read_onnx_signature(path)
-    if signature.external_data:
-        raise _invalid(
-            f"{path} keeps weights outside the file ({signature.external_data[0]!r})",
-            "model",
-            "one file",
-            "save it with its data inside, for instance onnx.save(model, path, save_as_external_data=False)",
-        )
-    return signature
+def _program(path: Path, signature: OnnxSignature) -> FileSource:
+    """What travels as the program: the file, or its bytes with the weights that lie beside it taken in."""
+    return with_weights_inside(path) if signature.external_data else path
 
 
 def _chosen_outputs(signature: OnnxSignature, outputs: Sequence[str]) -> list[OnnxValue]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +21,11 @@ from fallow.v1 import job_service_pb2
 from fallow.wire.bundle import encode_manifest, report_to_message
 from fallow_worker.engine.onnx_graph import examine
 from fallow_worker.engine.spawn import ChildGoneError
-from fallow_worker.executor.loading import INSPECTION_PATIENCE_S
 from integration.harness import coordinator
 
 pytestmark = pytest.mark.processes
 
+INSPECTING = job_service_pb2.BUNDLE_STATE_INSPECTING
 CORPUS = {program.name: program for program in corpus()}
 UNRUN = [name for name, program in CORPUS.items() if program.fate is Fate.REFUSED_UNRUN]
 RUN = [name for name, program in CORPUS.items() if program.fate is not Fate.REFUSED_UNRUN]
@@ -88,12 +87,10 @@ async def test_the_whole_corpus_goes_through_a_real_coordinator_and_honest_bundl
                 async with submitter(line, tmp_path) as attacker:
                     batch = programs[start : start + 16]
                     digests = [await _register(attacker, program.model) for program in batch]
-                    began = time.monotonic()
                     good = await _inspected(
                         honest, await _register(honest, dense_model(outputs=FEATURES, hidden=start + 5))
                     )
                     assert good.report.accepted
-                    assert time.monotonic() - began < 30, "sixteen hostile bundles are not in front of it"
                     for program, digest in zip(batch, digests, strict=True):
                         status = await _inspected(attacker, digest)
                         accepted = status.state == job_service_pb2.BUNDLE_STATE_ACCEPTED
@@ -112,10 +109,9 @@ async def test_programs_that_run_without_end_keep_an_honest_one_waiting_for_one_
         async with submitter(line, tmp_path) as attacker, submitter(line, tmp_path) as honest:
             slow = [await _register(attacker, _slow_model(seed)) for seed in range(3)]
             good = await _register(honest, dense_model(outputs=FEATURES))
-            began = time.monotonic()
             status = await _inspected(honest, good)
-            assert status.state == job_service_pb2.BUNDLE_STATE_ACCEPTED
-            assert time.monotonic() - began < INSPECTION_PATIENCE_S + 30
+            assert status.state == job_service_pb2.BUNDLE_STATE_ACCEPTED, status.reason
+            assert (await _status(attacker, slow[1])).state == INSPECTING, "it waited for one of them, not for two"
             refused = await _inspected(attacker, slow[0])
             assert refused.state == job_service_pb2.BUNDLE_STATE_REFUSED
             assert "too long" in refused.reason
@@ -143,8 +139,12 @@ async def _register(who: Submitter, model: bytes) -> bytes:
 async def _inspected(who: Submitter, digest: bytes) -> job_service_pb2.BundleStatus:
     async with asyncio.timeout(300):
         while True:
-            request = job_service_pb2.GetBundleRequest(bundle_digest=digest)
-            status = (await who.jobs.GetBundle(request, timeout=10)).status
-            if status.state != job_service_pb2.BUNDLE_STATE_INSPECTING:
+            status = await _status(who, digest)
+            if status.state != INSPECTING:
                 return status
             await asyncio.sleep(0.2)
+
+
+async def _status(who: Submitter, digest: bytes) -> job_service_pb2.BundleStatus:
+    request = job_service_pb2.GetBundleRequest(bundle_digest=digest)
+    return (await who.jobs.GetBundle(request, timeout=10)).status

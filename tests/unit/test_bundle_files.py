@@ -130,12 +130,35 @@ def test_outputs_can_be_chosen(tmp_path: Path) -> None:
     assert "no output 'q'" in str(refused(path, outputs=["q"]))
 
 
-def test_weights_outside_the_file_are_refused(tmp_path: Path) -> None:
-    weight = numpy_helper.from_array(np.zeros(2, np.float32), "w")
-    weight.data_location = TensorProto.EXTERNAL
-    weight.external_data.add(key="location", value="weights.bin")
-    path = save_model(tmp_path / "m.onnx", [("x", F, ["n"])], [("y", F, ["n"])], initializer=[weight])
-    assert "keeps weights outside the file ('w')" in str(refused(path))
+def outside(path: Path, location: str, weights: bytes | None = None) -> Path:
+    """A model whose weight lies at `location`, beside it."""
+    weight = TensorProto(name="w", dims=[2], data_type=F, data_location=TensorProto.EXTERNAL)
+    weight.external_data.add(key="location", value=location)
+    if weights is not None:
+        (path.parent / location).write_bytes(weights)
+    return save_model(path, [("x", F, ["n", 2])], [("y", F, ["n", 2])], initializer=[weight])
+
+
+def test_weights_beside_the_file_are_taken_in(tmp_path: Path) -> None:
+    values = np.array([1.5, -2.0], np.float32)
+    bundle = Bundle.from_onnx(outside(tmp_path / "m.onnx", "m.onnx.data", values.tobytes()))
+    program = bundle.files["model.onnx"]
+    assert isinstance(program, bytes)
+    (weight,) = onnx.load_from_string(program).graph.initializer
+    assert not weight.external_data
+    np.testing.assert_array_equal(numpy_helper.to_array(weight), values)
+
+
+@pytest.mark.parametrize(
+    "location", ["../secret", "/etc/hostname", "C:\\secret", "a/../../secret", "", "link", "absent"]
+)
+def test_a_model_reads_no_other_file_of_its_users_machine(tmp_path: Path, location: str) -> None:
+    (tmp_path / "secret").write_bytes(b"\0" * 8)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "link").symlink_to(tmp_path / "secret")
+    error = refused(outside(tmp_path / "models" / "m.onnx", location))
+    assert f"{location!r} as the place of its weights" in str(error)
+    assert error.hint
 
 
 def test_other_files_are_named_for_what_they_are(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from fallow.roles import DataClass
 from fallow_coordinator.core import events as e
 from fallow_coordinator.core.commands import StoredBlob
 from fallow_coordinator.core.limits import IDEMPOTENCY_MS
+from fallow_coordinator.core.parking import park, unpark
 from fallow_coordinator.core.state import Account, Bundle, IdempotencyRecord, Job, Lane, LaneKey, State
 
 JobEvent = (
@@ -149,6 +150,10 @@ def _move(state: State, event: e.JobStateChanged, at_ms: int) -> None:
     lane = state.lanes[job.lane]
     could_cut, can_cut = job.state in _CUTTABLE, event.state in _CUTTABLE
     job.state, job.reason, job.reason_code = event.state, event.reason, event.reason_code
+    if event.state is JobState.PAUSED:
+        park(state, job)
+    elif job.parked:
+        unpark(state, job)
     if can_cut and not could_cut and job.next_row < job.rows:
         lane.accounts.setdefault(job.account_id, {})[job.job_id] = None
     elif could_cut and not can_cut and job.next_row < job.rows:

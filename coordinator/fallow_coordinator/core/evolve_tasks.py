@@ -20,6 +20,7 @@ from fallow_coordinator.core.limits import (
     TRANSFER_BYTES_PER_MS_MIN,
     UPLOAD_MS_MIN,
 )
+from fallow_coordinator.core.parking import enter_lane, leave_lane
 from fallow_coordinator.core.state import (
     ANY_POOL,
     CommitmentFacts,
@@ -71,7 +72,7 @@ def evolve_task(state: State, event: TaskEvent, at_ms: int) -> None:
             task.pack_failures = 0
             task.input, task.input_inline = event.input, event.inline
             task.phase = TaskPhase.READY
-            state.lanes[task.lane].ready[task.task_id] = None
+            enter_lane(state, task)
         case e.PackingFailed():
             task = state.tasks[event.task_id]
             assert task.phase is TaskPhase.PACKING and event.pack_number == task.pack_number, (
@@ -131,7 +132,7 @@ def _create(state: State, event: e.TaskCreated) -> None:
         lane.accounts[job.account_id] = jobs
         if job.next_row == job.rows:
             leave_queue(lane, job)
-    insort(lane.waiting, (task.not_before_ms, task.number, task.task_id))
+    enter_lane(state, task)
 
 
 def _cut(job: Job, task: Task) -> None:
@@ -142,17 +143,11 @@ def _cut(job: Job, task: Task) -> None:
 
 def _leave_phase(state: State, task: Task) -> None:
     """Takes a task out of the index of its phase."""
-    lane = state.lanes[task.lane]
     match task.phase:
-        case TaskPhase.WAITING:
-            entry = (task.not_before_ms, task.number, task.task_id)
-            index = bisect_left(lane.waiting, entry)
-            assert lane.waiting[index] == entry, "a waiting task stands in its lane"
-            del lane.waiting[index]
+        case TaskPhase.WAITING | TaskPhase.READY:
+            leave_lane(state, task)
         case TaskPhase.PACKING:
-            del lane.packing[task.task_id]
-        case TaskPhase.READY:
-            del lane.ready[task.task_id]
+            del state.lanes[task.lane].packing[task.task_id]
         case TaskPhase.LEASED:
             assert task.lease_id is None, "a leased task is let go by its lease"
         case _:
@@ -163,7 +158,7 @@ def _wait(state: State, task: Task, not_before_ms: int) -> None:
     _leave_phase(state, task)
     task.phase = TaskPhase.WAITING
     task.not_before_ms = not_before_ms
-    insort(state.lanes[task.lane].waiting, (not_before_ms, task.number, task.task_id))
+    enter_lane(state, task)
 
 
 def _grant(state: State, event: e.LeaseGranted, at_ms: int) -> None:

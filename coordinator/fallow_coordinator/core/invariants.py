@@ -154,11 +154,12 @@ def _check_lanes(state: State) -> None:
     _must(dict(jobs) == {key: lane.jobs for key, lane in state.lanes.items()}, "a lane counts its work")
     for key, lane in state.lanes.items():
         tasks = [task for task in state.tasks.values() if task.lane == key]
-        waiting = [(t.not_before_ms, t.number, t.task_id) for t in tasks if t.phase is TaskPhase.WAITING]
+        standing = [t for t in tasks if t.job_id is None or not state.jobs[t.job_id].parked]
+        waiting = [(t.not_before_ms, t.number, t.task_id) for t in standing if t.phase is TaskPhase.WAITING]
         _must(sorted(waiting) == lane.waiting, "waiting tasks stand in their lane")
         packing = {task.task_id for task in tasks if task.phase is TaskPhase.PACKING}
         _must(packing == set(lane.packing), "tasks in packing stand in their lane")
-        ready = {task.task_id for task in tasks if task.phase is TaskPhase.READY}
+        ready = {task.task_id for task in standing if task.phase is TaskPhase.READY}
         _must(ready == set(lane.ready), "ready tasks stand in their lane")
         queued = {job_id for queue in lane.accounts.values() for job_id in queue}
         cuttable = {

@@ -232,6 +232,8 @@ class Job:
     deleted_at_ms: int = 0
     """0: its results, dataset and kept columns are there."""
     deleted_reason: str = ""
+    parked: bool = False
+    """Its waiting and ready tasks stand outside the lane; changed by `parking` alone."""
 
     @property
     def lane(self) -> LaneKey:
