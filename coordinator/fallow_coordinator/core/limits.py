@@ -92,3 +92,18 @@ FORGOTTEN_PER_COMMAND_MAX = 2_000
 BLOB_BYTES_PER_ACCOUNT_DEFAULT = 100 * 1024 * 1024 * 1024
 """Bytes of uploads that an account may have recorded, unless an operator says otherwise: 100 GiB."""
 BLOB_BYTES_PER_ACCOUNT_MAX = 1 << 50
+
+WATTS_PER_NODE_MAX = 10_000
+"""What one machine of a worker may spend, at most: more is not believed."""
+FORECAST_HOURS_MAX = 48
+FORECAST_REGIONS_MAX = 64
+FORECAST_GRAMS_PER_KWH_MAX = 3_000
+PLAN_EVERY_MS = MINUTE_MS
+"""How often waiting for clean hours is planned anew, while jobs may wait."""
+CARBON_PATIENCE_MS = DAY_MS
+"""How long a job that asks for little carbon may wait when it names no deadline."""
+CARBON_MARGIN_MS_MIN = 15 * MINUTE_MS
+CARBON_MARGIN_PERCENT = 10
+"""How long before its deadline a job that waited shall be done."""
+CARBON_CAPACITY_PERCENT = 50
+"""How much of what workers could do a plan counts on: others may come, and speeds are not known."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from fallow.ids import Digest, JobId
 from fallow.job import (
     DatasetBlock,
+    Footprint,
     JobOptions,
     JobProgress,
     JobRowFailure,
@@ -70,6 +71,25 @@ def block_from_message(message: job_pb2.DatasetBlock, field: str) -> tuple[Datas
     return DatasetBlock(blob, message.rows, inline=bool(message.inline_block)), message.inline_block
 
 
+def footprint_to_message(footprint: Footprint) -> job_pb2.Footprint | None:
+    """The protobuf form of a footprint; None for none."""
+    if footprint == Footprint():
+        return None
+    return job_pb2.Footprint(
+        millijoules=footprint.millijoules,
+        millijoules_measured=footprint.millijoules_measured,
+        micrograms=footprint.micrograms,
+        millijoules_unplaced=footprint.millijoules_unplaced,
+    )
+
+
+def footprint_from_message(message: job_pb2.Footprint) -> Footprint:
+    """The footprint a message describes."""
+    return Footprint(
+        message.millijoules, message.millijoules_measured, message.micrograms, message.millijoules_unplaced
+    )
+
+
 def result_to_message(result: TaskResult, inline_output: bytes) -> job_pb2.TaskResult:
     """The protobuf form of a result; `inline_output` is empty when the block lies in the blob service."""
     return job_pb2.TaskResult(
@@ -86,6 +106,7 @@ def result_to_message(result: TaskResult, inline_output: bytes) -> job_pb2.TaskR
         output_root=result.output_root or b"",
         status=result.status,
         corrects=result.corrects,
+        footprint=footprint_to_message(result.footprint),
     )
 
 
@@ -104,6 +125,7 @@ def result_from_message(message: job_pb2.TaskResult) -> tuple[TaskResult, bytes]
         output_root=digest_from(message.output_root, "result.output_root") if message.output_root else None,
         status=message.status,
         corrects=message.corrects,
+        footprint=footprint_from_message(message.footprint),
     )
     return result, message.inline_output
 
@@ -137,6 +159,8 @@ def status_to_message(status: JobStatus) -> job_pb2.JobStatus:
         kept=reference_to_message(status.kept) if status.kept else None,
         results=status.results,
         deleted_at=moment_to_message(status.deleted_at_ms) if status.deleted_at_ms else None,
+        footprint=footprint_to_message(status.footprint),
+        deferred_until=moment_to_message(status.deferred_until_ms) if status.deferred_until_ms else None,
     )
 
 
@@ -161,6 +185,8 @@ def status_from_message(message: job_pb2.JobStatus) -> JobStatus:
         kept=reference_from_message(message.kept, "job.kept") if message.HasField("kept") else None,
         results=message.results,
         deleted_at_ms=moment_from_message(message.deleted_at),
+        footprint=footprint_from_message(message.footprint),
+        deferred_until_ms=moment_from_message(message.deferred_until),
         progress=JobProgress(
             rows_total=progress.rows_total,
             rows_done=progress.rows_done,
