@@ -21,6 +21,7 @@ from fallow_coordinator.core import (
     evolve_sessions,
     evolve_tasks,
     jobs,
+    lanes,
     leases,
     matching,
     questions,
@@ -54,8 +55,10 @@ def fence_does_not_grow(patch: pytest.MonkeyPatch) -> EngineBugs:
     """A task's next lease carries the fence of the one before."""
     right_grant, right_evolve = matching._grant, evolve_tasks._grant
 
-    def wrong(state: State, task: Task, worker: Worker, now_ms: int, names: Names) -> tuple[e.Event, ...]:
-        granted, *rest = right_grant(state, task, worker, now_ms, names)
+    def wrong(
+        state: State, task: Task, worker: Worker, now_ms: int, names: Names, *, runner_up_ask: int | None
+    ) -> tuple[e.Event, ...]:
+        granted, *rest = right_grant(state, task, worker, now_ms, names, runner_up_ask=runner_up_ask)
         assert isinstance(granted, e.LeaseGranted)
         return (replace(granted, fence=max(1, task.fence)), *rest)
 
@@ -141,7 +144,7 @@ def window_overrun(patch: pytest.MonkeyPatch) -> EngineBugs:
     """Workers get one lease more than they asked for."""
 
     def wrong(worker: Worker) -> int:
-        return max(0, worker.window + 1 - len(worker.leases)) if worker.groups else 0
+        return max(0, worker.window + 1 - len(worker.leases)) if worker.group >= 0 else 0
 
     patch.setattr(Worker, "free", property(wrong))
     return EngineBugs()
@@ -312,7 +315,7 @@ def requeued_without_packing(patch: pytest.MonkeyPatch) -> EngineBugs:
     def wrong(state: State, task: Task, not_before_ms: int) -> None:
         evolve_tasks._leave_phase(state, task)
         task.phase = TaskPhase.READY
-        state.lanes[task.lane].ready[task.task_id] = None
+        lanes.enter_lane(state, task)
 
     patch.setattr(evolve_tasks, "_wait", wrong)
     return EngineBugs()

@@ -199,7 +199,25 @@ def test_wrong_submissions_name_reason_and_field() -> None:
         (replace(good, account_id="account-none"), Reason.ACCOUNT_UNKNOWN, "account_id"),  # type: ignore[arg-type]
         (replace(good, idempotency_key=b"short"), Reason.FIELD_INVALID, "idempotency_key"),
         (replace(good, options=JobOptions(failed_rows_max=-1)), Reason.FIELD_INVALID, "options.failed_rows_max"),
-        (replace(good, options=JobOptions(region="moon")), Reason.FIELD_INVALID, "options.region"),
+        (replace(good, options=JobOptions(region="far away")), Reason.FIELD_INVALID, "options.region"),
+        (replace(good, options=JobOptions(region="x" * 33)), Reason.FIELD_INVALID, "options.region"),
+        (replace(good, options=JobOptions(device_kind="quantum")), Reason.FIELD_INVALID, "options.device_kind"),
+        (replace(good, options=JobOptions(priority=10)), Reason.FIELD_INVALID, "options.priority"),
+        (replace(good, options=JobOptions(priority=-1)), Reason.FIELD_INVALID, "options.priority"),
+        (replace(good, options=JobOptions(memory_bytes_min=1 << 60)), Reason.FIELD_INVALID, "options.memory_bytes_min"),
+        (replace(good, options=JobOptions(deadline_ms=world.now_ms)), Reason.FIELD_INVALID, "options.deadline"),
+        (replace(good, options=JobOptions(deadline_ms=1 << 62)), Reason.FIELD_INVALID, "options.deadline"),
+        (
+            replace(good, options=JobOptions(limit_microcredits_per_unit=-1)),
+            Reason.FIELD_INVALID,
+            "options.limit_microcredits_per_unit",
+        ),
+        (
+            replace(good, options=JobOptions(budget_microcredits=1 << 63)),
+            Reason.FIELD_INVALID,
+            "options.budget_microcredits",
+        ),
+        (replace(good, options=JobOptions(assurance="strict")), Reason.FIELD_INVALID, "options.assurance"),
     ]
     for command, reason, field in cases:
         error = refused(world, command)

@@ -18,6 +18,7 @@ from fallow_coordinator.core.limits import (
     INSPECTIONS_WAITING_PER_ACCOUNT_MAX,
 )
 from fallow_coordinator.core.names import Names
+from fallow_coordinator.core.queueing import queued
 from fallow_coordinator.core.state import Account, Bundle, Lease, State, Task
 
 
@@ -66,7 +67,7 @@ def register_bundle(state: State, command: c.RegisterBundle, names: Names) -> De
     return Decision(tuple(events))
 
 
-def inspected(state: State, lease: Lease, task: Task, report: InspectionReport) -> Decision:
+def inspected(state: State, lease: Lease, task: Task, report: InspectionReport, now_ms: int) -> Decision:
     """An inspection's end: jobs that waited for it move."""
     draft = Draft(state)
     bundle = state.bundles[task.bundle_digest]
@@ -78,8 +79,19 @@ def inspected(state: State, lease: Lease, task: Task, report: InspectionReport) 
     draft.settle(task, lease, rows_failed=0)
     if report.accepted:
         for job_id in bundle.jobs:
-            if state.jobs[job_id].state is JobState.PENDING:
-                draft.events.append(e.JobStateChanged(job_id=job_id, state=JobState.QUEUED, reason="", reason_code=""))
+            job = state.jobs[job_id]
+            if job.state is JobState.PENDING:
+                draft.events.append(
+                    queued(
+                        state,
+                        job_id,
+                        needs=job.lane,
+                        options=job.options,
+                        blocks=job.blocks,
+                        report=report,
+                        now_ms=now_ms,
+                    )
+                )
     else:
         draft.fail_jobs_of(task.bundle_digest, refusal_text(report), Reason.PROGRAM_REFUSED)
     return Decision(tuple(draft.events))

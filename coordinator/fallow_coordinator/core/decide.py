@@ -26,11 +26,11 @@ def decide(state: State, command: c.Command, now_ms: int, entropy: bytes) -> Dec
         case c.Deliver():
             return leases.deliver(state, command)
         case c.FailTask():
-            return leases.fail_task(state, command)
+            return leases.fail_task(state, command, now_ms)
         case c.ReturnLease():
             return leases.return_lease(state, command)
         case c.ReportInspection():
-            return leases.report_inspection(state, command)
+            return leases.report_inspection(state, command, now_ms)
         case c.Tick():
             return time_passing.tick(state, now_ms)
         case c.Restart():

@@ -219,6 +219,8 @@ class JobStateChanged:
     state: JobState
     reason: str
     reason_code: str
+    due_ms: int = 0
+    """As a job begins to queue: its place among the jobs of its account; 0: unchanged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,6 +250,8 @@ class TaskCreated:
     pool_id: PoolId
     spans: tuple[tuple[int, int], ...]
     unit_micros: int
+    share_key: int = 0
+    """The account's place in the fair order from here on (`shares`); 0: unchanged."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,9 +10,11 @@ from fallow.ranges import RangeSet
 from fallow.roles import DataClass
 from fallow_coordinator.core import events as e
 from fallow_coordinator.core.commands import StoredBlob
+from fallow_coordinator.core.lanes import CUTTABLE, join_queue, lane_of, leave_queue, release_lane
 from fallow_coordinator.core.limits import IDEMPOTENCY_MS
+from fallow_coordinator.core.needs import needs_of_job
 from fallow_coordinator.core.parking import park, unpark
-from fallow_coordinator.core.state import Account, Bundle, IdempotencyRecord, Job, Lane, LaneKey, State
+from fallow_coordinator.core.state import Account, Bundle, IdempotencyRecord, Job, State
 
 JobEvent = (
     e.BlobRecorded
@@ -27,8 +29,6 @@ JobEvent = (
     | e.BlobsForgotten
     | e.BlobQuotaSet
 )
-
-_CUTTABLE = frozenset({JobState.QUEUED, JobState.RUNNING})
 
 
 def evolve_job(state: State, event: JobEvent, at_ms: int) -> None:
@@ -120,6 +120,13 @@ def _submit(state: State, event: e.JobSubmitted, at_ms: int) -> None:
         price_microcredits=event.price_microcredits,
         submitted_at_ms=at_ms,
         done=RangeSet(),
+        number=state.sequence,
+        lane=needs_of_job(
+            event.options,
+            pool_id=event.pool_id,
+            data_class=DataClass(event.data_class),
+            mode=state.pools[event.pool_id].mode,
+        ),
     )
     assert job.row_starts[-1] == job.rows, "the blocks hold the job's rows"
     account.jobs_unfinished += 1
@@ -147,17 +154,18 @@ def _forget_old_keys(state: State, at_ms: int) -> None:
 def _move(state: State, event: e.JobStateChanged, at_ms: int) -> None:
     job = state.jobs[event.job_id]
     assert event.state in JOB_MOVES[job.state], f"no move from {job.state} to {event.state}"
-    lane = state.lanes[job.lane]
-    could_cut, can_cut = job.state in _CUTTABLE, event.state in _CUTTABLE
+    could_cut, can_cut = job.state in CUTTABLE, event.state in CUTTABLE
     job.state, job.reason, job.reason_code = event.state, event.reason, event.reason_code
     if event.state is JobState.PAUSED:
         park(state, job)
     elif job.parked:
         unpark(state, job)
+    if event.due_ms and not could_cut:
+        job.due_ms = event.due_ms
     if can_cut and not could_cut and job.next_row < job.rows:
-        lane.accounts.setdefault(job.account_id, {})[job.job_id] = None
+        join_queue(state, job)
     elif could_cut and not can_cut and job.next_row < job.rows:
-        leave_queue(lane, job)
+        leave_queue(state, job)
     if event.state in JOB_STATES_FINAL:
         assert not job.tasks, "a finished job has no live tasks"
         assert event.state is not JobState.SUCCEEDED or len(job.done) == job.rows, "success means every row"
@@ -194,28 +202,3 @@ def _let_go_of_outputs(state: State, job: Job) -> None:
             length_bytes, results = outputs.pop(result.output.digest)
             if results > 1:
                 outputs[result.output.digest] = (length_bytes, results - 1)
-
-
-def leave_queue(lane: Lane, job: Job) -> None:
-    """The job has no more rows to cut, or may not be cut now."""
-    jobs = lane.accounts[job.account_id]
-    del jobs[job.job_id]
-    if not jobs:
-        del lane.accounts[job.account_id]
-
-
-def lane_of(state: State, key: LaneKey) -> Lane:
-    """The lane, made when it is not there."""
-    lane = state.lanes.get(key)
-    if lane is None:
-        lane = state.lanes[key] = Lane()
-    return lane
-
-
-def release_lane(state: State, key: LaneKey) -> None:
-    """One job or inspection less in the lane; an empty lane goes."""
-    lane = state.lanes[key]
-    lane.jobs -= 1
-    if not lane.jobs:
-        assert not lane.accounts and not lane.waiting and not lane.packing and not lane.ready, "an empty lane is empty"
-        del state.lanes[key]

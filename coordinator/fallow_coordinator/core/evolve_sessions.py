@@ -7,7 +7,8 @@ from typing import assert_never
 
 from fallow_coordinator.core import events as e
 from fallow_coordinator.core.groups import place, slots_of, unplace
-from fallow_coordinator.core.limits import RESTART_GRACE_MS, SESSION_GRACE_MS
+from fallow_coordinator.core.holders import forget_all, unload_all
+from fallow_coordinator.core.limits import BUNDLES_KEPT_AWAY_MS_MAX, RESTART_GRACE_MS, SESSION_GRACE_MS
 from fallow_coordinator.core.state import State, Worker
 
 SessionEvent = e.SessionOpened | e.SessionClosed | e.CapabilityReported | e.Restarted
@@ -17,7 +18,7 @@ def evolve_session(state: State, event: SessionEvent, at_ms: int) -> None:
     """Applies one event about a stream."""
     match event:
         case e.SessionOpened():
-            _open(state, event)
+            _open(state, event, at_ms)
         case e.SessionClosed():
             worker = state.workers[state.sessions[event.session_id]]
             assert worker.session_id == event.session_id, "a worker has one session"
@@ -44,11 +45,15 @@ def evolve_session(state: State, event: SessionEvent, at_ms: int) -> None:
             assert_never(event)
 
 
-def _open(state: State, event: e.SessionOpened) -> None:
+def _open(state: State, event: e.SessionOpened, at_ms: int) -> None:
     worker = state.workers[event.worker_id]
     assert worker.session_id is None, "the older session is closed by an event of its own"
     assert event.session_id not in state.sessions, "a session is opened once"
     _end_grace(state, worker)
+    if at_ms - worker.closed_at_ms > BUNDLES_KEPT_AWAY_MS_MAX:
+        forget_all(state, worker)
+    if event.presented_token_digest is None:
+        unload_all(worker)
     worker.session_id = event.session_id
     worker.sessions += 1
     worker.presented_token_digest = event.presented_token_digest

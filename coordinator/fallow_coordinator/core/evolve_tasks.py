@@ -10,9 +10,10 @@ from fallow.job import JobRowFailure, RowSpan, TaskResult
 from fallow.limits import ROW_FAILURES_LISTED_PER_TASK_MAX
 from fallow.session import Cause, RowFailure, TaskKind
 from fallow_coordinator.core import events as e
-from fallow_coordinator.core.evolve_jobs import lane_of, leave_queue, release_lane
 from fallow_coordinator.core.evolve_sessions import end_grace_if_empty
 from fallow_coordinator.core.groups import hold
+from fallow_coordinator.core.holders import forget_bundle, takes_bundle
+from fallow_coordinator.core.lanes import enter_lane, lane_of, leave_lane, leave_queue, move_share, release_lane
 from fallow_coordinator.core.limits import (
     LEASES_REMEMBERED_MAX,
     RETRY_DELAY_MS_MAX,
@@ -20,13 +21,11 @@ from fallow_coordinator.core.limits import (
     TRANSFER_BYTES_PER_MS_MIN,
     UPLOAD_MS_MIN,
 )
-from fallow_coordinator.core.parking import enter_lane, leave_lane
+from fallow_coordinator.core.needs import ANY_POOL, Needs
 from fallow_coordinator.core.state import (
-    ANY_POOL,
     CommitmentFacts,
     EndedLease,
     Job,
-    LaneKey,
     Lease,
     State,
     Task,
@@ -62,7 +61,7 @@ def evolve_task(state: State, event: TaskEvent, at_ms: int) -> None:
             task.pack_number = event.pack_number
             task.pack_requested_at_ms = at_ms
             task.phase = TaskPhase.PACKING
-            state.lanes[task.lane].packing[task.task_id] = None
+            enter_lane(state, task)
         case e.TaskInputPacked():
             task = state.tasks[event.task_id]
             assert task.phase is TaskPhase.PACKING and event.pack_number == task.pack_number, (
@@ -97,9 +96,9 @@ def evolve_task(state: State, event: TaskEvent, at_ms: int) -> None:
             assert_never(event)
 
 
-def lane_of_task(event: e.TaskCreated, job: Job | None) -> LaneKey:
+def lane_of_task(event: e.TaskCreated, job: Job | None) -> Needs:
     """Where the task queues."""
-    return job.lane if job is not None else LaneKey(event.kind, ANY_POOL, None)
+    return job.lane if job is not None else Needs(event.kind, ANY_POOL, None)
 
 
 def _create(state: State, event: e.TaskCreated) -> None:
@@ -128,10 +127,12 @@ def _create(state: State, event: e.TaskCreated) -> None:
         _cut(job, task)
         job.tasks[task.task_id] = None
         job.tasks_created += 1
-        jobs = lane.accounts.pop(job.account_id)
-        lane.accounts[job.account_id] = jobs
+        account = state.accounts[job.account_id]
+        task.stamp = account.share_key
+        if event.share_key:
+            move_share(state, account, event.share_key)
         if job.next_row == job.rows:
-            leave_queue(lane, job)
+            leave_queue(state, job)
     enter_lane(state, task)
 
 
@@ -143,15 +144,8 @@ def _cut(job: Job, task: Task) -> None:
 
 def _leave_phase(state: State, task: Task) -> None:
     """Takes a task out of the index of its phase."""
-    match task.phase:
-        case TaskPhase.WAITING | TaskPhase.READY:
-            leave_lane(state, task)
-        case TaskPhase.PACKING:
-            del state.lanes[task.lane].packing[task.task_id]
-        case TaskPhase.LEASED:
-            assert task.lease_id is None, "a leased task is let go by its lease"
-        case _:
-            assert_never(task.phase)
+    assert task.phase is not TaskPhase.LEASED or task.lease_id is None, "a leased task is let go by its lease"
+    leave_lane(state, task)
 
 
 def _wait(state: State, task: Task, not_before_ms: int) -> None:
@@ -186,6 +180,8 @@ def _grant(state: State, event: e.LeaseGranted, at_ms: int) -> None:
     hold(state, worker, lease_id=event.lease_id, unit_micros=task.unit_micros, holds=True)
     if task.job_id is not None:
         state.jobs[task.job_id].rows_leased += task.rows
+    if task.kind is TaskKind.MAP:
+        takes_bundle(state, worker, task.bundle_digest)
     if task.kind is TaskKind.INSPECT:
         state.accounts[submitter_of(state, task)].inspected_last = state.sequence
 
@@ -265,6 +261,8 @@ def _end(state: State, event: e.LeaseEnded, at_ms: int) -> None:
     task = _release(state, event.lease_id, event.outcome)
     task.last_cause, task.last_reason = event.cause, event.reason
     task.input, task.input_inline = None, False
+    if event.outcome is e.LeaseOutcome.FAILED:
+        forget_bundle(state, state.workers[worker_id], task.bundle_digest)
     not_before_ms = at_ms
     if counts_as_attempt(event.outcome, event.cause):
         task.attempts += 1

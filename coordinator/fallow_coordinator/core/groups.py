@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from functools import lru_cache
+from collections.abc import Iterator
 
-from fallow.ids import LeaseId
-from fallow.roles import TIERS_ALLOWED, Tier
-from fallow.session import Capability, DeviceLevel, TaskKind
-from fallow_coordinator.core.limits import SLOTS_PER_WORKER_MAX
-from fallow_coordinator.core.state import ANY_POOL, GroupKey, LaneKey, State, Worker, WorkerGroup
-
-_INSPECTORS = (GroupKey(TaskKind.INSPECT, ANY_POOL, Tier.OPERATOR),)
-_TIER_ORDER = (Tier.VOLUNTEER, Tier.MANAGED, Tier.OPERATOR)
+from fallow.ids import AccountId, LeaseId, PartyId
+from fallow.roles import Tier
+from fallow.session import Capability, DeviceLevel
+from fallow_coordinator.core.limits import SLOTS_PER_WORKER_MAX, UNIT_MICROS
+from fallow_coordinator.core.needs import MARKET, Ability, ability_of, misfit
+from fallow_coordinator.core.state import NO_GROUP, Account, Lane, State, Worker, WorkerGroup
 
 
 def slots_of(capability: Capability) -> int:
@@ -21,62 +19,89 @@ def slots_of(capability: Capability) -> int:
     return min(max(1, slots), SLOTS_PER_WORKER_MAX)
 
 
-def groups_of_worker(worker: Worker) -> tuple[GroupKey, ...]:
-    """Where an open, unquarantined worker counts: maps of its pool, and inspections if it is an operator's."""
-    groups: list[GroupKey] = []
-    if TaskKind.MAP in worker.capability.task_kinds:
-        groups.append(GroupKey(TaskKind.MAP, worker.pool_id, worker.tier))
-    if worker.tier is Tier.OPERATOR and TaskKind.INSPECT in worker.capability.task_kinds:
-        groups.extend(_INSPECTORS)
-    return tuple(groups)
+def ability_of_worker(state: State, worker: Worker) -> Ability:
+    """What the worker offers now, connected or not."""
+    return ability_of(
+        worker.capability,
+        pool_id=worker.pool_id,
+        tier=worker.tier,
+        mode=state.pools[worker.pool_id].mode,
+        measured=is_measured(worker),
+    )
 
 
-@lru_cache(maxsize=4_096)
-def groups_of_lane(lane: LaneKey) -> tuple[GroupKey, ...]:
-    """Which groups may take a lane's tasks, the least trusted first: operators' machines are scarce."""
-    if lane.kind is TaskKind.INSPECT:
-        return _INSPECTORS
-    assert lane.data_class is not None, "a map lane has a data class"
-    allowed = TIERS_ALLOWED[lane.data_class]
-    return tuple(GroupKey(lane.kind, lane.pool_id, tier) for tier in _TIER_ORDER if tier in allowed)
+def is_measured(worker: Worker) -> bool:
+    """Whether it may be given paid work.
+
+    NOTE: everybody may until devices are measured; then this asks for a certificate that has not expired.
+    """
+    return True
+
+
+def numbers_in(groups: int) -> Iterator[int]:
+    """The numbers whose bits are set, rising."""
+    while groups:
+        lowest = groups & -groups
+        yield lowest.bit_length() - 1
+        groups ^= lowest
+
+
+def groups_of_lane(state: State, lane: Lane) -> Iterator[WorkerGroup]:
+    """The groups whose workers fit a lane."""
+    return (state.groups[number] for number in numbers_in(lane.groups))
 
 
 def place(state: State, worker: Worker) -> None:
     """Counts a connected worker where it belongs now; `unplace` must have been called before its facts changed."""
+    assert worker.group == NO_GROUP, "a worker is counted once"
     if worker.session_id is None or worker.quarantined:
-        worker.groups = ()
         return
-    worker.groups = groups_of_worker(worker)
-    for key in worker.groups:
-        group = state.groups.get(key)
-        if group is None:
-            group = state.groups[key] = WorkerGroup()
-        group.members[worker.worker_id] = None
-        group.ahead_total += min(worker.slots, worker.window)
-        group.window_total += worker.window
-        if worker.free:
-            insort(group.free, (worker.load, worker.worker_id))
-            group.free_total += worker.free
+    market = state.pools[worker.pool_id].mode == MARKET
+    worker.ask_microcredits_per_unit = worker.capability.ask_microcredits_per_unit if market else 0
+    group = _group_of(state, ability_of_worker(state, worker))
+    worker.group = group.number
+    group.members[worker.worker_id] = None
+    room = worker.room
+    group.window_total += room
+    group.ahead_total += min(worker.slots, room)
+    if room:
+        insort(group.asks, worker.ask_microcredits_per_unit)
+        _widen_lanes(state, group, room)
+    account = state.accounts[worker.account_id]
+    if worker.tier is not Tier.OPERATOR:
+        account.own_workers[worker.worker_id] = None
+        account.own_ahead += min(worker.slots, room)
+    _remember_free(state, group, worker)
+    note_own(state, account)
 
 
 def unplace(state: State, worker: Worker) -> None:
     """Takes a worker out of all counts."""
-    for key in worker.groups:
-        group = state.groups[key]
-        del group.members[worker.worker_id]
-        group.ahead_total -= min(worker.slots, worker.window)
-        group.window_total -= worker.window
-        _forget_free(group, worker)
-        if not group.members:
-            assert not group.free and not group.free_total and not group.window_total, "counts end at nothing"
-            del state.groups[key]
-    worker.groups = ()
+    if worker.group == NO_GROUP:
+        return
+    group = state.groups[worker.group]
+    _forget_free(state, group, worker)
+    del group.members[worker.worker_id]
+    room = worker.room
+    group.window_total -= room
+    group.ahead_total -= min(worker.slots, room)
+    if room:
+        del group.asks[bisect_left(group.asks, worker.ask_microcredits_per_unit)]
+        _widen_lanes(state, group, -room)
+    account = state.accounts[worker.account_id]
+    if worker.tier is not Tier.OPERATOR:
+        del account.own_workers[worker.worker_id]
+        account.own_ahead -= min(worker.slots, room)
+    worker.group = NO_GROUP
+    note(state, group)
+    note_own(state, account)
 
 
 def hold(state: State, worker: Worker, *, lease_id: LeaseId, unit_micros: int, holds: bool) -> None:
     """A lease comes to a worker (`holds`) or leaves it; the cheap form of `unplace`, change, `place`."""
-    for key in worker.groups:
-        _forget_free(state.groups[key], worker)
+    group = state.groups[worker.group] if worker.group != NO_GROUP else None
+    if group is not None:
+        _forget_free(state, group, worker)
     if holds:
         assert lease_id not in worker.leases, "a lease is granted once"
         worker.leases[lease_id] = None
@@ -84,19 +109,96 @@ def hold(state: State, worker: Worker, *, lease_id: LeaseId, unit_micros: int, h
     else:
         del worker.leases[lease_id]
         worker.unit_micros_held -= unit_micros
+    if group is not None:
+        _remember_free(state, group, worker)
+
+
+def note(state: State, group: WorkerGroup) -> None:
+    """Says again whether the group has free windows and wants tasks packed; a group of nothing goes."""
+    bit = 1 << group.number
+    state.free_groups = state.free_groups | bit if group.free_total else state.free_groups & ~bit
+    hungry = group.packing < group.free_total
+    state.hungry_groups = state.hungry_groups | bit if hungry else state.hungry_groups & ~bit
+    wanting = group.stock < group.free_total + group.ahead_total
+    state.wanting_groups = state.wanting_groups | bit if wanting else state.wanting_groups & ~bit
+    if not group.members and not group.stock:
+        assert not group.cheapest and not group.free_total and not group.window_total, "counts end at nothing"
+        for lane in state.lanes.values():
+            lane.groups &= ~bit
+        del state.groups[group.number]
+        del state.group_numbers[group.ability]
+
+
+def note_own(state: State, account: Account) -> None:
+    """Says again whether the account's own workers can be served with its own work."""
+    _mark(state.own_ready, account, bool(account.ready and account.own_free))
+    _mark(state.own_wanting, account, bool(account.lanes) and account.stock < account.own_ahead)
+
+
+def duration_of_next_unit(worker: Worker) -> int:
+    """Microseconds until the worker would have done one unit more than it holds."""
+    micros = worker.unit_micros_held // worker.slots + UNIT_MICROS
+    return micros * 1_000 // (worker.speed_milliunits_per_s or 1_000)
+
+
+def _mark(index: dict[AccountId, None], account: Account, holds: bool) -> None:
+    if holds:
+        index[account.account_id] = None
+    else:
+        index.pop(account.account_id, None)
+
+
+def _group_of(state: State, ability: Ability) -> WorkerGroup:
+    number = state.group_numbers.get(ability)
+    if number is not None:
+        return state.groups[number]
+    number = 0
+    while number in state.groups:
+        number += 1
+    group = state.groups[number] = WorkerGroup(number, ability)
+    state.group_numbers[ability] = number
+    for needs, lane in state.lanes.items():
+        if misfit(needs, ability) is None:
+            lane.groups |= 1 << number
+    return group
+
+
+def _widen_lanes(state: State, group: WorkerGroup, room: int) -> None:
+    bit = 1 << group.number
+    for lane in state.lanes.values():
+        if lane.groups & bit:
+            lane.window_total += room
+
+
+def _remember_free(state: State, group: WorkerGroup, worker: Worker) -> None:
     free = worker.free
     if free:
-        for key in worker.groups:
-            group = state.groups[key]
-            insort(group.free, (worker.load, worker.worker_id))
-            group.free_total += free
+        insort(group.cheapest, (worker.ask_microcredits_per_unit, worker.load, worker.worker_id))
+        insort(group.fastest, (duration_of_next_unit(worker), worker.ask_microcredits_per_unit, worker.worker_id))
+        group.free_total += free
+        if worker.tier is not Tier.OPERATOR:
+            account = state.accounts[worker.account_id]
+            account.own_free[worker.worker_id] = None
+            if account.ready:
+                state.own_ready[account.account_id] = None
+    note(state, group)
 
 
-def _forget_free(group: WorkerGroup, worker: Worker) -> None:
-    if not worker.free:
+def _forget_free(state: State, group: WorkerGroup, worker: Worker) -> None:
+    free = worker.free
+    if not free:
         return
-    entry = (worker.load, worker.worker_id)
-    index = bisect_left(group.free, entry)
-    assert group.free[index] == entry, "a free worker stands in its group"
-    del group.free[index]
-    group.free_total -= worker.free
+    _take(group.cheapest, (worker.ask_microcredits_per_unit, worker.load, worker.worker_id))
+    _take(group.fastest, (duration_of_next_unit(worker), worker.ask_microcredits_per_unit, worker.worker_id))
+    group.free_total -= free
+    if worker.tier is not Tier.OPERATOR:
+        account = state.accounts[worker.account_id]
+        del account.own_free[worker.worker_id]
+        if not account.own_free:
+            state.own_ready.pop(account.account_id, None)
+
+
+def _take(entries: list[tuple[int, int, PartyId]], entry: tuple[int, int, PartyId]) -> None:
+    index = bisect_left(entries, entry)
+    assert entries[index] == entry, "what is indexed stands in its index"
+    del entries[index]

@@ -7,15 +7,18 @@ from collections import Counter
 from fallow.job import JOB_STATES_FINAL, JobState
 from fallow.limits import JOB_TASKS_MAX, LEASES_PER_WORKER_MAX, TASK_ATTEMPTS_MAX
 from fallow.ranges import RangeSet
+from fallow.roles import Tier
 from fallow.session import TaskKind
-from fallow_coordinator.core.groups import groups_of_worker
+from fallow_coordinator.core.groups import ability_of_worker, duration_of_next_unit
+from fallow_coordinator.core.lanes import CUTTABLE
 from fallow_coordinator.core.limits import (
     IDEMPOTENCY_KEYS_PER_ACCOUNT_MAX,
     JOBS_UNFINISHED_PER_ACCOUNT_MAX,
     LEASES_REMEMBERED_MAX,
     TASK_LOSSES_MAX,
 )
-from fallow_coordinator.core.state import GroupKey, Job, LaneKey, State, TaskPhase
+from fallow_coordinator.core.needs import Ability, misfit
+from fallow_coordinator.core.state import NO_GROUP, Job, LaneKey, State, TaskPhase, Worker
 
 
 class InvariantError(AssertionError):
@@ -32,6 +35,7 @@ def check(state: State) -> None:
     _check_tasks(state)
     _check_groups(state)
     _check_lanes(state)
+    _check_own(state)
     _check_counts(state)
 
 
@@ -129,45 +133,100 @@ def _check_tasks(state: State) -> None:
 
 
 def _check_groups(state: State) -> None:
-    seen: dict[GroupKey, list[tuple[int, str]]] = {}
-    for worker_id, worker in state.workers.items():
+    members: dict[Ability, list[Worker]] = {group.ability: [] for group in state.groups.values()}
+    for worker in state.workers.values():
         placed = worker.session_id is not None and not worker.quarantined
-        _must(worker.groups == (groups_of_worker(worker) if placed else ()), "a worker counts where it belongs")
-        _must(len(worker.leases) <= max(worker.window, len(worker.leases)) and worker.free >= 0, "windows are kept")
-        for key in worker.groups:
-            seen.setdefault(key, [])
-            if worker.free:
-                seen[key].append((worker.load, worker_id))
-    _must(set(seen) == set(state.groups), "groups are those of connected workers")
-    for key, free in seen.items():
-        group = state.groups[key]
-        members = [state.workers[worker_id] for worker_id in group.members]
-        _must(group.free == sorted(free), "free workers stand in their group")
-        _must(group.free_total == sum(worker.free for worker in members), "free windows are counted")
-        _must(group.window_total == sum(worker.window for worker in members), "windows are counted")
-        _must(group.ahead_total == sum(min(w.slots, w.window) for w in members), "slots are counted")
+        _must(placed == (worker.group != NO_GROUP), "who is connected counts in a group, and nobody else")
+        _must(worker.free >= 0, "windows are kept")
+        if placed:
+            ability = ability_of_worker(state, worker)
+            _must(state.group_numbers.get(ability) == worker.group, "a worker counts where it belongs")
+            members[ability].append(worker)
+        for digest in worker.bundles:
+            _must(digest in state.bundles, "bundles that workers have are known")
+    for bundle in state.bundles.values():
+        for worker_id in bundle.holders:
+            _must(bundle.bundle_digest in state.workers[worker_id].bundles, "who has a bundle knows it")
+    stocked = [task for task in state.tasks.values() if task.stock_group != NO_GROUP]
+    free = hungry = wanting = 0
+    for number, group in state.groups.items():
+        here = members[group.ability]
+        _must(state.group_numbers[group.ability] == number == group.number, "groups are found by what they offer")
+        _must({worker.worker_id for worker in here} == set(group.members), "a group knows its members")
+        open_ones = [worker for worker in here if worker.free]
+        cheapest = [(w.ask_microcredits_per_unit, w.load, w.worker_id) for w in open_ones]
+        fastest = [(duration_of_next_unit(w), w.ask_microcredits_per_unit, w.worker_id) for w in open_ones]
+        _must(group.cheapest == sorted(cheapest), "free workers stand in their group")
+        _must(group.fastest == sorted(fastest), "free workers stand in their group by speed")
+        _must(group.asks == sorted(w.ask_microcredits_per_unit for w in here if w.room), "asks stand in their group")
+        _must(group.free_total == sum(worker.free for worker in here), "free windows are counted")
+        _must(group.window_total == sum(worker.room for worker in here), "windows are counted")
+        _must(group.ahead_total == sum(min(w.slots, w.room) for w in here), "slots are counted")
+        stock = [task for task in stocked if task.stock_group == number]
+        _must(group.stock == len(stock), "stock is counted")
+        _must(group.packing == sum(task.phase is TaskPhase.PACKING for task in stock), "packing is counted")
+        _must(bool(here or stock), "a group of nothing goes")
+        free |= bool(group.free_total) << number
+        hungry |= (group.packing < group.free_total) << number
+        wanting |= (group.stock < group.free_total + group.ahead_total) << number
+    sets = (state.free_groups, state.hungry_groups, state.wanting_groups)
+    _must(sets == (free, hungry, wanting), "sets of groups say what the groups say")
+    _must(len(state.groups) == len(state.group_numbers), "each group is found")
 
 
 def _check_lanes(state: State) -> None:
     jobs: Counter[LaneKey] = Counter(job.lane for job in state.jobs.values() if job.state not in JOB_STATES_FINAL)
     jobs.update(task.lane for task in state.tasks.values() if task.job_id is None)
     _must(dict(jobs) == {key: lane.jobs for key, lane in state.lanes.items()}, "a lane counts its work")
+    _must({key for key, lane in state.lanes.items() if lane.ready} == set(state.open_lanes), "open lanes are known")
     for key, lane in state.lanes.items():
+        fitting = [group for group in state.groups.values() if misfit(key, group.ability) is None]
+        _must(lane.groups == sum(1 << group.number for group in fitting), "a lane knows who fits")
+        _must(lane.window_total == sum(group.window_total for group in fitting), "a lane knows how many fit")
         tasks = [task for task in state.tasks.values() if task.lane == key]
         standing = [t for t in tasks if t.job_id is None or not state.jobs[t.job_id].parked]
         waiting = [(t.not_before_ms, t.number, t.task_id) for t in standing if t.phase is TaskPhase.WAITING]
         _must(sorted(waiting) == lane.waiting, "waiting tasks stand in their lane")
         packing = {task.task_id for task in tasks if task.phase is TaskPhase.PACKING}
         _must(packing == set(lane.packing), "tasks in packing stand in their lane")
-        ready = {task.task_id for task in standing if task.phase is TaskPhase.READY}
-        _must(ready == set(lane.ready), "ready tasks stand in their lane")
-        queued = {job_id for queue in lane.accounts.values() for job_id in queue}
-        cuttable = {
-            job_id
-            for job_id, job in state.jobs.items()
-            if job.lane == key and job.state in (JobState.QUEUED, JobState.RUNNING) and job.next_row < job.rows
-        }
-        _must(queued == cuttable and all(lane.accounts.values()), "jobs with rows to cut stand in their lane")
+        ready = [(t.stamp, t.number, t.task_id) for t in standing if t.phase is TaskPhase.READY]
+        _must(sorted(ready) == lane.ready, "ready tasks stand in their lane")
+        cuttable: dict[str, list[tuple[int, int, str]]] = {}
+        for job in state.jobs.values():
+            if job.lane == key and job.state in CUTTABLE and job.next_row < job.rows:
+                cuttable.setdefault(job.account_id, []).append((job.due_ms, job.number, job.job_id))
+        queues = {account_id: sorted(entries) for account_id, entries in cuttable.items()}
+        _must(queues == lane.accounts, "jobs with rows to cut stand in their lane")
+        turns = sorted((state.accounts[account_id].share_key, account_id) for account_id in lane.accounts)
+        _must(turns == lane.queue, "accounts stand in the order of their turns")
+
+
+def _check_own(state: State) -> None:
+    standing: dict[str, list[tuple[int, int, str]]] = {}
+    stock: Counter[str] = Counter()
+    for task in state.tasks.values():
+        job = state.jobs[task.job_id] if task.job_id is not None else None
+        if job is None or task.phase not in (TaskPhase.PACKING, TaskPhase.READY):
+            continue
+        if task.phase is TaskPhase.PACKING or not job.parked:
+            stock[job.account_id] += 1
+        if task.phase is TaskPhase.READY and not job.parked:
+            standing.setdefault(job.account_id, []).append((task.stamp, task.number, task.task_id))
+    for account_id, account in state.accounts.items():
+        mine = [w for w in state.workers.values() if w.account_id == account_id and w.tier is not Tier.OPERATOR]
+        placed = [worker for worker in mine if worker.group != NO_GROUP]
+        _must({worker.worker_id for worker in placed} == set(account.own_workers), "own workers are known")
+        _must(
+            {worker.worker_id for worker in placed if worker.free} == set(account.own_free), "own free ones are known"
+        )
+        _must(account.own_ahead == sum(min(w.slots, w.room) for w in placed), "own slots are counted")
+        _must(account.ready == sorted(standing.get(account_id, [])), "an account knows its ready tasks")
+        _must(account.stock == stock[account_id], "an account's stock is counted")
+        lanes = {key for key, lane in state.lanes.items() if account_id in lane.accounts}
+        _must(set(account.lanes) == lanes, "an account knows where its rows wait")
+        _must((account_id in state.own_ready) == bool(account.ready and account.own_free), "own pairs are known")
+        wanting = bool(account.lanes) and account.stock < account.own_ahead
+        _must((account_id in state.own_wanting) == wanting, "own wants are known")
 
 
 def _check_counts(state: State) -> None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from fallow.errors import FallowError, Reason
 from fallow.ids import Digest, JobId, PoolId, TaskId
-from fallow.job import JOB_STATES_FINAL, JobState
+from fallow.job import JOB_STATES_FINAL, JobOptions, JobState
 from fallow.limits import (
     BLOCK_BYTES_MAX,
     BLOCK_ROWS_MAX,
@@ -15,6 +15,7 @@ from fallow.limits import (
     JOB_ROWS_MAX,
     TITLE_BYTES_MAX,
 )
+from fallow.session import DeviceKind
 from fallow_coordinator.core import commands as c
 from fallow_coordinator.core import events as e
 from fallow_coordinator.core.answers import Decision, JobAccepted
@@ -23,14 +24,21 @@ from fallow_coordinator.core.draft import Draft, shortened
 from fallow_coordinator.core.limits import (
     ARCHIVED_PER_COMMAND_MAX,
     BLOCKS_UNFINISHED_PER_ACCOUNT_MAX,
+    BUDGET_MICROCREDITS_MAX,
     DAY_MS,
+    DEADLINE_MS_MAX,
     EXPIRED_PER_COMMAND_MAX,
     IDEMPOTENCY_KEY_BYTES_MAX,
     IDEMPOTENCY_KEY_BYTES_MIN,
     IDEMPOTENCY_KEYS_PER_ACCOUNT_MAX,
     IDEMPOTENCY_MS,
     JOBS_UNFINISHED_PER_ACCOUNT_MAX,
+    LATENCY_MS_MAX_MAX,
+    MEMORY_BYTES_MIN_MAX,
     PACK_ATTEMPTS_MAX,
+    PRICE_MICROCREDITS_MAX,
+    PRIORITY_MAX,
+    REGION_BYTES_MAX,
     RETENTION_MS_DEFAULT,
     RETENTION_MS_MAX,
     RETENTION_MS_MIN,
@@ -39,6 +47,8 @@ from fallow_coordinator.core.limits import (
     SECOND_MS,
 )
 from fallow_coordinator.core.names import Names
+from fallow_coordinator.core.needs import needs_of_job
+from fallow_coordinator.core.queueing import queued
 from fallow_coordinator.core.state import Account, Bundle, State, Task, TaskPhase
 
 DELETED_BY_OWNER = "deleted by its owner"
@@ -80,7 +90,7 @@ def submit_map_job(state: State, command: c.SubmitMapJob, now_ms: int, names: Na
             hint="wait for some to finish, or pack more rows into a block",
         )
     pool_id = _pool_of(state, command)
-    _check_options(command)
+    _check_options(command, now_ms)
     bundle = usable_bundle(state, account, command.bundle_digest)
     sums = _check_blocks(account, bundle, command)
     job_id = JobId(names.new("job"))
@@ -106,7 +116,10 @@ def submit_map_job(state: State, command: c.SubmitMapJob, now_ms: int, names: Na
         )
     ]
     if bundle.report is not None:
-        events.append(e.JobStateChanged(job_id=job_id, state=JobState.QUEUED, reason="", reason_code=""))
+        options = command.options
+        needs = needs_of_job(options, pool_id=pool_id, data_class=command.data_class, mode=state.pools[pool_id].mode)
+        blocks, report = command.blocks, bundle.report
+        events.append(queued(state, job_id, needs=needs, options=options, blocks=blocks, report=report, now_ms=now_ms))
     return Decision(tuple(events), JobAccepted(job_id, repeated=False))
 
 
@@ -238,7 +251,7 @@ def _pool_of(state: State, command: c.SubmitMapJob) -> PoolId:
     return command.pool_id
 
 
-def _check_options(command: c.SubmitMapJob) -> None:
+def _check_options(command: c.SubmitMapJob, now_ms: int) -> None:
     options = command.options
     size = len(command.title.encode("utf-8", errors="replace"))
     if size > TITLE_BYTES_MAX:
@@ -262,22 +275,52 @@ def _check_options(command: c.SubmitMapJob) -> None:
             field="options.retention",
             limit=f"{RETENTION_MS_MIN // SECOND_MS} second to {RETENTION_MS_MAX // DAY_MS} days",
         )
-    # NOTE: placement by these needs measured devices and a market; ignoring them silently would be a lie.
-    wishes = (
-        ("region", bool(options.region)),
-        ("device_kind", bool(options.device_kind)),
-        ("memory_bytes_min", bool(options.memory_bytes_min)),
-        ("deadline", bool(options.deadline_ms)),
-        ("assurance", bool(options.assurance)),
+    _check_needs(options, now_ms)
+    if options.assurance:
+        # NOTE: needs checked results; ignoring it silently would be a lie.
+        raise _not_allowed("assurance", f"assurance {options.assurance!r}", "unset: results are not checked yet")
+
+
+def _check_needs(options: JobOptions, now_ms: int) -> None:
+    """What a job may ask of workers: absurd wishes are refused here, impossible ones are explained later."""
+    ranges = (
+        ("priority", options.priority, PRIORITY_MAX, ""),
+        ("memory_bytes_min", options.memory_bytes_min, MEMORY_BYTES_MIN_MAX, " bytes"),
+        ("latency_ms_max", options.latency_ms_max, LATENCY_MS_MAX_MAX, " ms"),
+        ("limit_microcredits_per_unit", options.limit_microcredits_per_unit, PRICE_MICROCREDITS_MAX, " micro-credits"),
+        ("budget_microcredits", options.budget_microcredits, BUDGET_MICROCREDITS_MAX, " micro-credits"),
     )
-    for name, wished in wishes:
-        if wished:
-            raise FallowError(
-                Reason.FIELD_INVALID,
-                f"this coordinator cannot place jobs by {name} yet",
-                field=f"options.{name}",
-                limit="unset",
-            )
+    for name, value, most, unit in ranges:
+        if not 0 <= value <= most:
+            raise _not_allowed(name, f"{name} is {value}", f"0 to {most}{unit}")
+    if options.device_kind and options.device_kind not in tuple(DeviceKind):
+        raise _not_allowed(
+            "device_kind",
+            f"there is no device kind {shortened(options.device_kind)!r}",
+            ", ".join(kind.value for kind in DeviceKind),
+        )
+    if options.region and not _is_region(options.region):
+        raise _not_allowed(
+            "region",
+            "this is no name of a region",
+            f"1 to {REGION_BYTES_MAX} letters, digits, '-' and '_', such as de or us-east",
+        )
+    if options.deadline_ms and not now_ms < options.deadline_ms <= now_ms + DEADLINE_MS_MAX:
+        past = options.deadline_ms <= now_ms
+        away_s = abs(options.deadline_ms - now_ms) // SECOND_MS
+        raise _not_allowed(
+            "deadline",
+            f"the deadline {'was' if past else 'is in'} {away_s} seconds{' ago' if past else ''}",
+            f"from now on, at most {DEADLINE_MS_MAX // DAY_MS} days ahead",
+        )
+
+
+def _is_region(text: str) -> bool:
+    return len(text) <= REGION_BYTES_MAX and text.isascii() and text.replace("-", "").replace("_", "").isalnum()
+
+
+def _not_allowed(option: str, message: str, limit: str) -> FallowError:
+    return FallowError(Reason.FIELD_INVALID, message, field=f"options.{option}", limit=limit)
 
 
 def _check_blocks(account: Account, bundle: Bundle, command: c.SubmitMapJob) -> tuple[int, ...]:

@@ -91,7 +91,7 @@ def deliver(state: State, command: c.Deliver) -> Decision:
     return Decision(tuple(draft.events))
 
 
-def report_inspection(state: State, command: c.ReportInspection) -> Decision:
+def report_inspection(state: State, command: c.ReportInspection, now_ms: int) -> Decision:
     """An inspection's report: the bundle is accepted or refused. Raises as `commit`, and FIELD_INVALID."""
     lease = _live_lease(state, command.session_id, command.worker_id, command.lease_id, command.fence)
     task = state.tasks[lease.task_id]
@@ -102,10 +102,10 @@ def report_inspection(state: State, command: c.ReportInspection) -> Decision:
         draft = Draft(state)
         draft.end_lease(lease, e.LeaseOutcome.FAILED, Cause.WORKER, fault)
         return Decision(tuple(draft.events))
-    return inspected(state, lease, task, command.report)
+    return inspected(state, lease, task, command.report, now_ms)
 
 
-def fail_task(state: State, command: c.FailTask) -> Decision:
+def fail_task(state: State, command: c.FailTask, now_ms: int) -> Decision:
     """The task could not be done there: tried again elsewhere, unless the program is to blame twice.
 
     Raises SESSION_REPLACED, LEASE_UNKNOWN, LEASE_ENDED, FENCE_STALE.
@@ -113,7 +113,7 @@ def fail_task(state: State, command: c.FailTask) -> Decision:
     lease = _live_lease(state, command.session_id, command.worker_id, command.lease_id, command.fence)
     task = state.tasks[lease.task_id]
     if command.cause is Cause.PROGRAM and task.kind is TaskKind.INSPECT:
-        return inspected(state, lease, task, crash_report(task.bundle_digest, command.reason))
+        return inspected(state, lease, task, crash_report(task.bundle_digest, command.reason), now_ms)
     draft = Draft(state)
     if command.cause is Cause.PROGRAM:
         _blame_program(state, draft, lease, task, command.reason)

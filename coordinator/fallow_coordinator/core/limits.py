@@ -107,3 +107,29 @@ CARBON_MARGIN_PERCENT = 10
 """How long before its deadline a job that waited shall be done."""
 CARBON_CAPACITY_PERCENT = 50
 """How much of what workers could do a plan counts on: others may come, and speeds are not known."""
+
+PRIORITY_MAX = 9
+"""Highest priority of a job among those of its account; each step is an hour in the queue."""
+SHARE_HALF_LIFE_MS = DAY_MS
+"""Work done for an account counts half as much after this time."""
+SHARE_FLOOR_UNITS = 60
+"""Usage below this counts as this: the order of accounts that hardly used anything is by turns."""
+READY_LOOK_AHEAD = 16
+"""Ready tasks of a lane that are looked at for one that a free worker may take."""
+OWN_WORKERS_LOOKED_AT_MAX = 16
+REGION_BYTES_MAX = 32
+MEMORY_BYTES_MIN_MAX = 1 << 50
+"""Most memory that a job may ask for on one device: 1 PiB."""
+PRICE_MICROCREDITS_MAX = 10**12
+"""Highest limit, and highest ask, for a unit: a million credits."""
+BUDGET_MICROCREDITS_MAX = 10**18
+DEADLINE_MS_MAX = 366 * DAY_MS
+"""How far ahead a deadline may lie."""
+LATENCY_MS_MAX_MAX = HOUR_MS
+BUNDLES_PER_WORKER_MAX = 16
+"""Bundles that a worker is remembered to have."""
+BUNDLES_LOADED_PER_WORKER_MAX = 2
+HOLDERS_PER_BUNDLE_MAX = 16
+"""Workers looked at for one that has a bundle already."""
+BUNDLES_KEPT_AWAY_MS_MAX = 7 * DAY_MS
+"""A worker that was away for longer may have emptied its cache."""

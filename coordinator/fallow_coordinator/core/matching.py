@@ -1,18 +1,28 @@
-"""What can start now: one step at a time, found by looking at the state. Ties go by number and by identifier."""
+"""What can start now: one step at a time, found by looking at the state. Ties go by number and by identifier.
+
+Feasible → score → pick (`docs/decisions/0010`). Lanes hold tasks that ask the same of workers, groups hold workers that
+offer the same; which fits which is a bit in the lane, so that a step costs about as much with ten workers and ten
+tasks as with ten thousand of each.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
 
-from fallow.ids import LeaseId, PartyId, TaskId
-from fallow.job import JobState
+from fallow.ids import AccountId, JobId, LeaseId, PartyId, TaskId
+from fallow.job import JobState, Objective
+from fallow.roles import Tier
 from fallow.session import TaskKind
 from fallow_coordinator.core import events as e
 from fallow_coordinator.core.cutting import Cost, Layout, cut_size, unit_micros
 from fallow_coordinator.core.evolve_tasks import submitter_of
-from fallow_coordinator.core.groups import groups_of_lane
+from fallow_coordinator.core.groups import numbers_in
 from fallow_coordinator.core.limits import (
     INSPECTION_RUNTIME_MS,
+    OWN_WORKERS_LOOKED_AT_MAX,
+    READY_LOOK_AHEAD,
     RUNTIME_FACTOR,
     RUNTIME_MS_MAX,
     RUNTIME_MS_MIN,
@@ -21,91 +31,213 @@ from fallow_coordinator.core.limits import (
     UNIT_MICROS,
 )
 from fallow_coordinator.core.names import Names
-from fallow_coordinator.core.state import Job, Lane, LaneKey, State, Task, Worker, WorkerGroup
+from fallow_coordinator.core.needs import INSPECTION, Needs
+from fallow_coordinator.core.shares import share_key_after
+from fallow_coordinator.core.state import NO_GROUP, Account, Job, Lane, State, Task, Worker, WorkerGroup
+
+_TIER_RANK = {Tier.VOLUNTEER: 0, Tier.MANAGED: 1, Tier.OPERATOR: 2}
+_ALL_SLOTS = 1_000
+"""Load of a worker with a lease for each slot."""
 
 
 def next_step(state: State, now_ms: int, names: Names) -> tuple[e.Event, ...]:
     """Events that start one more piece of work: a lease, or a packing, or a fresh task; none when nothing can start."""
-    chosen: tuple[Task, Worker] | None = None
-    for key, lane in state.lanes.items():
-        if not lane.ready and key.kind is not TaskKind.INSPECT:
-            continue
-        pair = _first_pair(state, key, lane, now_ms)
-        if pair is not None and (chosen is None or pair[0].number < chosen[0].number):
-            chosen = pair
-    if chosen is not None:
-        return _grant(state, chosen[0], chosen[1], now_ms, names)
-    for key, lane in state.lanes.items():
-        if key.kind is TaskKind.INSPECT or not (lane.waiting or lane.accounts):
-            continue
-        groups = _groups(state, key)
-        demand = sum(group.free_total + group.ahead_total for group in groups)
-        if len(lane.packing) + len(lane.ready) >= demand:
-            continue
-        if lane.waiting and lane.waiting[0][0] <= now_ms:
-            task = state.tasks[lane.waiting[0][2]]
-            return (e.PackRequested(task_id=task.task_id, pack_number=task.pack_number + 1),)
-        if lane.accounts:
-            job_id = next(iter(next(iter(lane.accounts.values()))))
-            return _cut(state, state.jobs[job_id], sum(group.window_total for group in groups), names)
-    return ()
+    if state.free_groups:
+        pair = _own_pair(state) or _inspection_pair(state, now_ms) or _shared_pair(state)
+        if pair is not None:
+            return _grant(state, pair.task, pair.worker, now_ms, names, runner_up_ask=pair.runner_up_ask)
+    return _prepare(state, now_ms, names)
 
 
-def _groups(state: State, key: LaneKey) -> list[WorkerGroup]:
-    return [state.groups[group] for group in groups_of_lane(key) if group in state.groups]
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    """A task and who gets it."""
+
+    task: Task
+    worker: Worker
+    runner_up_ask: int | None = None
+    """Cheapest ask of another free worker that fits; None: there is none, or nothing is paid."""
 
 
-def _first_pair(state: State, key: LaneKey, lane: Lane, now_ms: int) -> tuple[Task, Worker] | None:
-    """The first task of a lane that a free worker may take, and that worker."""
-    groups = _groups(state, key)
-    if not any(group.free for group in groups):
-        return None
-    task_ids: Iterable[TaskId] = lane.ready
-    if key.kind is TaskKind.INSPECT:
-        task_ids = _inspections(state, lane, now_ms)
-    for task_id in task_ids:
-        task = state.tasks[task_id]
-        worker_id = _pick(state, groups, task)
-        if worker_id is not None:
-            return task, state.workers[worker_id]
+# ------------------------------------------------------------------------------------------------- who gets a lease
+
+
+def _own_pair(state: State) -> _Pair | None:
+    """Work of an account for a free worker of its own."""
+    for account_id in state.own_ready:
+        account = state.accounts[account_id]
+        for _, _, task_id in account.ready[:READY_LOOK_AHEAD]:
+            task = state.tasks[task_id]
+            fitting = state.lanes[task.lane].groups
+            for worker_id in islice(account.own_free, OWN_WORKERS_LOOKED_AT_MAX):
+                worker = state.workers[worker_id]
+                if fitting >> worker.group & 1 and worker_id not in task.avoid:
+                    return _Pair(task, worker)
     return None
 
 
-def _inspections(state: State, lane: Lane, now_ms: int) -> list[TaskId]:
-    """Inspections that may begin, those of the account that was served longest ago first.
+def _inspection_pair(state: State, now_ms: int) -> _Pair | None:
+    """The inspection whose turn it is: that of the account that was served longest ago.
 
     Whoever registers many slow programs waits behind everybody else, each time anew.
     """
+    lane = state.lanes.get(INSPECTION)
+    if lane is None or not lane.groups & state.free_groups:
+        return None
     due = [(number, task_id) for not_before_ms, number, task_id in lane.waiting if not_before_ms <= now_ms]
 
     def turn(entry: tuple[int, TaskId]) -> tuple[int, int]:
         number, task_id = entry
         return state.accounts[submitter_of(state, state.tasks[task_id])].inspected_last, number
 
-    return [task_id for _, task_id in sorted(due, key=turn)]
+    for _, task_id in sorted(due, key=turn):
+        pair = _pair_of(state, INSPECTION, lane, state.tasks[task_id])
+        if pair is not None:
+            return pair
+    return None
 
 
-def _pick(state: State, groups: list[WorkerGroup], task: Task) -> PartyId | None:
-    """The least loaded free worker, the least trusted group first.
+def _shared_pair(state: State) -> _Pair | None:
+    """The ready task whose turn it is among those that a free worker may take, by fair share over all lanes."""
+    heads = [
+        (lane.ready[0], key, lane)
+        for key, lane in ((key, state.lanes[key]) for key in state.open_lanes)
+        if lane.groups & state.free_groups
+    ]
+    while heads:
+        first = min(range(len(heads)), key=lambda index: heads[index][0])
+        _, key, lane = heads.pop(first)
+        for _, _, task_id in lane.ready[:READY_LOOK_AHEAD]:
+            pair = _pair_of(state, key, lane, state.tasks[task_id])
+            if pair is not None:
+                return pair
+    return None
 
+
+def _pair_of(state: State, key: Needs, lane: Lane, task: Task) -> _Pair | None:
+    """Who gets the task: the cheapest, then least loaded, then least trusted free worker that fits.
+
+    Operators' machines are scarce, so they come last among equals. With the objective speed, who would be done first.
     A worker on which the task failed gets it again only when no other takes work.
     """
-    best: tuple[int, PartyId] | None = None
-    for group in groups:
-        for entry in group.free:
-            if entry[1] not in task.avoid:
-                if best is None or entry[0] < best[0]:
-                    best = entry
+    limit = state.jobs[task.job_id].options.limit_microcredits_per_unit if key.paid and task.job_id else 0
+    best: tuple[int, int, int, PartyId] | None = None
+    for group in _free_groups(state, lane):
+        entries = group.fastest if key.objective is Objective.SPEED else group.cheapest
+        for first, second, worker_id in entries:
+            worker = state.workers[worker_id]
+            if worker.ask_microcredits_per_unit > limit:
+                if entries is group.cheapest:
+                    break
+            elif worker_id not in task.avoid:
+                rank = (first, second, _TIER_RANK[group.ability.tier], worker_id)
+                best = rank if best is None or rank < best else best
                 break
     if best is not None:
-        return best[1]
-    others = (worker_id for group in groups for worker_id in group.members if worker_id not in task.avoid)
-    if any(state.workers[worker_id].window for worker_id in others):
+        holder_id = _holder(state, lane, task, best) if key.objective is not Objective.SPEED else None
+        worker = state.workers[holder_id or best[3]]
+        return _Pair(task, worker, _runner_up_ask(state, lane, worker) if key.paid else None)
+    if not task.avoid or _somebody_else_takes_work(state, lane, task):
         return None
-    return next((group.free[0][1] for group in groups if group.free), None)
+    for group in _free_groups(state, lane):
+        for _, _, worker_id in group.cheapest:
+            worker = state.workers[worker_id]
+            if worker.ask_microcredits_per_unit <= limit:
+                return _Pair(task, worker, _runner_up_ask(state, lane, worker) if key.paid else None)
+            break
+    return None
 
 
-def _grant(state: State, task: Task, worker: Worker, now_ms: int, names: Names) -> tuple[e.Event, ...]:
+def _free_groups(state: State, lane: Lane) -> Iterator[WorkerGroup]:
+    return (state.groups[number] for number in numbers_in(lane.groups & state.free_groups))
+
+
+def _somebody_else_takes_work(state: State, lane: Lane, task: Task) -> bool:
+    """Whether a worker that fits, busy or not, has not failed at the task."""
+    avoided = 0
+    for worker_id in task.avoid:
+        worker = state.workers[worker_id]
+        if worker.group != NO_GROUP and lane.groups >> worker.group & 1:
+            avoided += worker.room
+    return lane.window_total > avoided
+
+
+def _holder(state: State, lane: Lane, task: Task, best: tuple[int, int, int, PartyId]) -> PartyId | None:
+    """Among workers as good as the best one: who has the bundle loaded, or at least on its disk."""
+    ask, load, tier_rank, _ = best
+    found: tuple[bool, int, PartyId] | None = None
+    for worker_id in state.bundles[task.bundle_digest].holders:
+        worker = state.workers[worker_id]
+        if not worker.free or not lane.groups >> worker.group & 1 or worker_id in task.avoid:
+            continue
+        as_good = worker.load <= load or worker.load < _ALL_SLOTS
+        if worker.ask_microcredits_per_unit == ask and as_good and _TIER_RANK[worker.tier] <= tier_rank:
+            rank = (not worker.bundles[task.bundle_digest], worker.load, worker_id)
+            found = rank if found is None or rank < found else found
+    return found[2] if found is not None else None
+
+
+def _runner_up_ask(state: State, lane: Lane, winner: Worker) -> int | None:
+    """The cheapest ask of a free worker that fits and is not the winner."""
+    asks = (
+        next((ask for ask, _, worker_id in group.cheapest if worker_id != winner.worker_id), None)
+        for group in _free_groups(state, lane)
+    )
+    return min((ask for ask in asks if ask is not None), default=None)
+
+
+# ------------------------------------------------------------------------------------------------- what is made ready
+
+
+def _prepare(state: State, now_ms: int, names: Names) -> tuple[e.Event, ...]:
+    """One more packing, when workers could take more than is packed: of a task that waits, or of rows cut now."""
+    for account_id in state.own_wanting:
+        account = state.accounts[account_id]
+        for key in account.lanes:
+            if _serves_own(state, account, state.lanes[key]):
+                return _cut(state, state.jobs[state.lanes[key].accounts[account_id][0][2]], now_ms, names)
+    best: tuple[tuple[int, AccountId], JobId] | None = None
+    if not state.wanting_groups | state.hungry_groups:
+        return ()
+    for key, lane in state.lanes.items():
+        wanting = state.wanting_groups if lane.ready else state.wanting_groups | state.hungry_groups
+        if key.kind is TaskKind.INSPECT or not lane.groups & wanting:
+            continue
+        if lane.waiting and lane.waiting[0][0] <= now_ms:
+            task = state.tasks[lane.waiting[0][2]]
+            return (e.PackRequested(task_id=task.task_id, pack_number=task.pack_number + 1),)
+        if lane.queue and (best is None or lane.queue[0] < best[0]):
+            turn = _next_job(state, key, lane, wanting)
+            if turn is not None and (best is None or turn[0] < best[0]):
+                best = turn
+    return _cut(state, state.jobs[best[1]], now_ms, names) if best is not None else ()
+
+
+def _next_job(state: State, key: Needs, lane: Lane, wanting: int) -> tuple[tuple[int, AccountId], JobId] | None:
+    """Whose turn it is in a lane, and the job; with prices, the first whose limit some worker's ask does not exceed."""
+    if not key.paid:
+        return lane.queue[0], lane.accounts[lane.queue[0][1]][0][2]
+    groups = (state.groups[number] for number in numbers_in(lane.groups & wanting))
+    cheapest = min((group.asks[0] for group in groups if group.asks), default=0)
+    for turn in lane.queue[:READY_LOOK_AHEAD]:
+        for _, _, job_id in lane.accounts[turn[1]][:READY_LOOK_AHEAD]:
+            if state.jobs[job_id].options.limit_microcredits_per_unit >= cheapest:
+                return turn, job_id
+    return None
+
+
+def _serves_own(state: State, account: Account, lane: Lane) -> bool:
+    """Whether one of the account's own workers fits the lane."""
+    return any(
+        lane.groups >> state.workers[worker_id].group & 1
+        for worker_id in islice(account.own_workers, OWN_WORKERS_LOOKED_AT_MAX)
+    )
+
+
+def _grant(
+    state: State, task: Task, worker: Worker, now_ms: int, names: Names, *, runner_up_ask: int | None
+) -> tuple[e.Event, ...]:
+    """The one place where a lease is made."""
     assert worker.session_id is not None, "free workers are connected"
     runtime_max_ms = runtime_limit_ms(task)
     granted = e.LeaseGranted(
@@ -143,15 +275,16 @@ def _transfer_ms(task: Task) -> int:
     return 2 * length_bytes // TRANSFER_BYTES_PER_MS_MIN
 
 
-def _cut(state: State, job: Job, leases: int, names: Names) -> tuple[e.Event, ...]:
+def _cut(state: State, job: Job, now_ms: int, names: Names) -> tuple[e.Event, ...]:
+    leases = state.lanes[job.lane].window_total
     bundle = state.bundles[job.bundle_digest]
     report = bundle.report
     assert report is not None, "a job is queued when its bundle is inspected"
     layout = Layout(job.row_starts, job.byte_starts)
-    cost = Cost(report.unit_micros_per_row, report.unit_micros_per_kib)
+    rates = Cost(report.unit_micros_per_row, report.unit_micros_per_kib)
     rows = cut_size(
         layout,
-        cost,
+        rates,
         start=job.next_row,
         batch_rows=max(1, report.canonical_batch_rows),
         leases=max(1, leases),
@@ -159,6 +292,7 @@ def _cut(state: State, job: Job, leases: int, names: Names) -> tuple[e.Event, ..
     )
     end = job.next_row + rows
     task_id = TaskId(names.new("task"))
+    cost = min(TASK_UNIT_MICROS_MAX, unit_micros(layout, rates, job.next_row, end))
     created = e.TaskCreated(
         task_id=task_id,
         kind=TaskKind.MAP,
@@ -166,6 +300,7 @@ def _cut(state: State, job: Job, leases: int, names: Names) -> tuple[e.Event, ..
         bundle_digest=job.bundle_digest,
         pool_id=job.pool_id,
         spans=((job.next_row, end),),
-        unit_micros=min(TASK_UNIT_MICROS_MAX, unit_micros(layout, cost, job.next_row, end)),
+        unit_micros=cost,
+        share_key=share_key_after(state.accounts[job.account_id].share_key, cost, now_ms),
     )
     return (created, e.PackRequested(task_id=task_id, pack_number=1))

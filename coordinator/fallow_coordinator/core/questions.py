@@ -11,10 +11,10 @@ from fallow.errors import Reason
 from fallow.ids import AccountId, Digest, JobId, LeaseId, PartyId, PoolId, SessionId, TaskId
 from fallow.job import JobProgress, JobState, JobStatus, TaskResult
 from fallow.limits import BLOCK_BYTES_MAX
-from fallow.roles import Tier
+from fallow.roles import TIERS_ALLOWED, Tier
 from fallow.session import BlobReference, Capability, TaskKind
-from fallow_coordinator.core.groups import groups_of_lane
-from fallow_coordinator.core.state import ANY_POOL, Job, LaneKey, State, TaskPhase
+from fallow_coordinator.core.needs import INSPECTION, misfit
+from fallow_coordinator.core.state import Job, State, TaskPhase
 
 
 def job_status(state: State, job_id: JobId) -> JobStatus | None:
@@ -97,16 +97,16 @@ def waiting_reason(state: State, job_id: JobId) -> tuple[str, str]:
 
 
 def _why_waiting(state: State, job: Job) -> tuple[str, str]:
-    groups = [state.groups[key] for key in groups_of_lane(job.lane) if key in state.groups]
-    if not any(group.window_total for group in groups):
-        allowed = ", ".join(key.tier.value for key in groups_of_lane(job.lane))
+    lane = state.lanes[job.lane]
+    if not lane.window_total:
+        allowed = ", ".join(tier.value for tier in Tier if tier in TIERS_ALLOWED[job.data_class])
         pool = state.pools[job.pool_id].name
         return (
             f"no worker is connected that may take {job.data_class.value} rows in pool {pool} (tiers: {allowed})",
             NO_WORKER,
         )
     phases = {state.tasks[task_id].phase for task_id in job.tasks}
-    if TaskPhase.READY in phases or not any(group.free_total for group in groups):
+    if TaskPhase.READY in phases or not lane.groups & state.free_groups:
         return "all workers are busy with other work", BUSY
     return "its rows are being packed", PACKING
 
@@ -116,12 +116,13 @@ def _why_pending(state: State, job: Job) -> tuple[str, str]:
     task = state.tasks.get(bundle.inspection_task_id) if bundle.inspection_task_id is not None else None
     if task is not None and task.phase is TaskPhase.LEASED:
         return "its bundle is being inspected", INSPECTING
-    groups = [
-        state.groups[key] for key in groups_of_lane(LaneKey(TaskKind.INSPECT, ANY_POOL, None)) if key in state.groups
-    ]
-    if not any(group.window_total for group in groups):
+    if not _inspectors_take_work(state):
         return "its bundle waits for inspection, and no operator worker that inspects is connected", NO_OPERATOR_WORKER
     return "its bundle waits for inspection", INSPECTING
+
+
+def _inspectors_take_work(state: State) -> bool:
+    return any(group.window_total for group in state.groups.values() if misfit(INSPECTION, group.ability) is None)
 
 
 def _workers_of(state: State, job: Job) -> int:
@@ -151,8 +152,7 @@ def bundle_status(state: State, account_id: AccountId, bundle_digest: Digest) ->
     if bundle.report is None and bundle.inspection_task_id is None:
         reason, code = f"it could not be inspected: {bundle.obstacle}", "INSPECTION_FAILED"
     elif bundle.report is None:
-        groups = groups_of_lane(LaneKey(TaskKind.INSPECT, ANY_POOL, None))
-        if any(state.groups[key].window_total for key in groups if key in state.groups):
+        if _inspectors_take_work(state):
             reason, code = "it is being inspected", INSPECTING
         else:
             reason, code = "no operator worker that inspects is connected", NO_OPERATOR_WORKER

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import NamedTuple
 
 from fallow.bundle import InspectionReport
 from fallow.ids import AccountId, Digest, JobId, KeyFingerprint, LeaseId, PartyId, PoolId, SessionId, TaskId, TokenId
@@ -15,25 +14,11 @@ from fallow.roles import DataClass, Role, Tier
 from fallow.session import BlobReference, Capability, Cause, RowFailure, TaskKind
 from fallow_coordinator.core.commands import StoredBlob
 from fallow_coordinator.core.events import LeaseOutcome
+from fallow_coordinator.core.needs import INSPECTION, Ability, Needs
 
-ANY_POOL = PoolId("")
-"""Stands for the pool where trust does not depend on one: inspections go to operators' workers of every pool."""
-
-
-class GroupKey(NamedTuple):
-    """Workers that may do the same work."""
-
-    kind: TaskKind
-    pool_id: PoolId
-    tier: Tier
-
-
-class LaneKey(NamedTuple):
-    """Tasks that may go to the same groups; inspections have no data class."""
-
-    kind: TaskKind
-    pool_id: PoolId
-    data_class: DataClass | None
+LaneKey = Needs
+"""Tasks with the same needs stand in one lane."""
+NO_GROUP = -1
 
 
 @dataclass(slots=True)
@@ -59,6 +44,20 @@ class Account:
     idempotency_keys: int = 0
     inspected_last: int = 0
     """Journal sequence at which a bundle of its own was last leased for inspection; 0: never."""
+    share_key: int = 0
+    """Its place in the fair order: who has the lowest is served next (`shares`); 0: never served."""
+    lanes: dict[Needs, None] = field(default_factory=dict[Needs, None])
+    """Lanes where it has rows to cut."""
+    ready: list[tuple[int, int, TaskId]] = field(default_factory=list[tuple[int, int, TaskId]])
+    """Its tasks that stand ready in some lane, in the order of their lanes."""
+    stock: int = 0
+    """Its tasks being packed or ready."""
+    own_workers: dict[PartyId, None] = field(default_factory=dict[PartyId, None])
+    """Its own workers that are counted in a group, operators' machines excepted: they serve everybody alike."""
+    own_free: dict[PartyId, None] = field(default_factory=dict[PartyId, None])
+    """Those of them with free window."""
+    own_ahead: int = 0
+    """Tasks worth keeping packed for its own workers."""
 
 
 @dataclass(slots=True)
@@ -140,13 +139,24 @@ class Worker:
     unit_micros_held: int = 0
     rows_settled: int = 0
     tasks_settled: int = 0
-    groups: tuple[GroupKey, ...] = ()
-    """Where it is counted now; empty while it is away or quarantined."""
+    speed_milliunits_per_s: int = 0
+    """One slot's speed on accepted work, lately; 0: not known."""
+    bundles: dict[Digest, bool] = field(default_factory=dict[Digest, bool])
+    """Bundles that it is thought to have, the latest last; true: loaded."""
+    group: int = NO_GROUP
+    """Number of the group where it is counted now; none while it is away or quarantined."""
+    ask_microcredits_per_unit: int = 0
+    """What it asks now; 0 in a pool without prices."""
+
+    @property
+    def room(self) -> int:
+        """Leases it may hold at once now."""
+        return self.window
 
     @property
     def free(self) -> int:
         """Leases it may be given now."""
-        return max(0, self.window - len(self.leases)) if self.groups else 0
+        return max(0, self.room - len(self.leases)) if self.group != NO_GROUP else 0
 
     @property
     def load(self) -> int:
@@ -156,17 +166,27 @@ class Worker:
 
 @dataclass(slots=True)
 class WorkerGroup:
-    """Connected workers that may do the same work."""
+    """Connected workers of one ability. Lives while it has members or tasks are kept in stock for it."""
 
+    number: int
+    ability: Ability
     members: dict[PartyId, None] = field(default_factory=dict[PartyId, None])
-    free: list[tuple[int, PartyId]] = field(default_factory=list[tuple[int, PartyId]])
-    """(load, worker) of those with free window, sorted."""
+    cheapest: list[tuple[int, int, PartyId]] = field(default_factory=list[tuple[int, int, PartyId]])
+    """(ask, load, worker) of those with free window, sorted."""
+    fastest: list[tuple[int, int, PartyId]] = field(default_factory=list[tuple[int, int, PartyId]])
+    """(time until it would have done one unit more, ask, worker) of the same, sorted."""
+    asks: list[int] = field(default_factory=list[int])
+    """What its members that take work ask for a unit, sorted."""
     free_total: int = 0
     """Sum of free windows."""
     ahead_total: int = 0
     """Tasks worth keeping packed ahead: one for each slot that takes work."""
     window_total: int = 0
     """Sum of windows, free or not."""
+    packing: int = 0
+    """Tasks being packed for it."""
+    stock: int = 0
+    """The same, and those that stand ready."""
 
 
 @dataclass(slots=True)
@@ -189,6 +209,8 @@ class Bundle:
     crashed_accounts: dict[AccountId, None] = field(default_factory=dict[AccountId, None])
     jobs: dict[JobId, None] = field(default_factory=dict[JobId, None])
     """Unfinished jobs that use it."""
+    holders: dict[PartyId, None] = field(default_factory=dict[PartyId, None])
+    """Workers that are thought to have it, the latest last."""
 
 
 @dataclass(slots=True)
@@ -234,11 +256,12 @@ class Job:
     deleted_reason: str = ""
     parked: bool = False
     """Its waiting and ready tasks stand outside the lane; changed by `parking` alone."""
-
-    @property
-    def lane(self) -> LaneKey:
-        """Where its tasks queue."""
-        return LaneKey(TaskKind.MAP, self.pool_id, self.data_class)
+    number: int = 0
+    """Journal sequence of its submission."""
+    lane: Needs = INSPECTION
+    """Where its tasks queue: what it asked for in the pool as it was then."""
+    due_ms: int = 0
+    """Its place among the jobs of its account, the earliest first; 0: first come, first served."""
 
 
 class TaskPhase(StrEnum):
@@ -282,6 +305,10 @@ class Task:
     """Workers on which it failed."""
     last_cause: Cause = Cause.PLATFORM
     last_reason: str = ""
+    stamp: int = 0
+    """Its account's share key when it was cut: its place among what stands ready."""
+    stock_group: int = NO_GROUP
+    """The group for which it is kept in stock while it is packed or ready."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -339,15 +366,23 @@ class IdempotencyRecord:
 
 @dataclass(slots=True)
 class Lane:
-    """Work that may go to the same groups of workers."""
+    """Work that asks the same of workers."""
 
-    accounts: dict[AccountId, dict[JobId, None]] = field(default_factory=dict[AccountId, dict[JobId, None]])
-    """Jobs with uncut rows, first come first; the account whose turn it is stands first."""
+    groups: int = 0
+    """The groups that fit, one bit each."""
+    window_total: int = 0
+    """Sum of their windows."""
+    queue: list[tuple[int, AccountId]] = field(default_factory=list[tuple[int, AccountId]])
+    """(share key, account) of those with uncut rows here, sorted: whose turn it is stands first."""
+    accounts: dict[AccountId, list[tuple[int, int, JobId]]] = field(
+        default_factory=dict[AccountId, list[tuple[int, int, JobId]]]
+    )
+    """(due, number, job) of each such account, sorted."""
     waiting: list[tuple[int, int, TaskId]] = field(default_factory=list[tuple[int, int, TaskId]])
     """(not before, number, task), sorted."""
     packing: dict[TaskId, None] = field(default_factory=dict[TaskId, None])
-    ready: dict[TaskId, None] = field(default_factory=dict[TaskId, None])
-    """First packed, first."""
+    ready: list[tuple[int, int, TaskId]] = field(default_factory=list[tuple[int, int, TaskId]])
+    """(stamp, number, task), sorted."""
     jobs: int = 0
     """Unfinished jobs and live inspections."""
 
@@ -394,6 +429,20 @@ class State:
     """(deadline, lease) of every live lease, sorted."""
     graces: list[tuple[int, PartyId]] = field(default_factory=list[tuple[int, PartyId]])
     """(grace_until_ms, worker) of every worker away that holds leases, sorted."""
-    groups: dict[GroupKey, WorkerGroup] = field(default_factory=dict[GroupKey, WorkerGroup])
+    groups: dict[int, WorkerGroup] = field(default_factory=dict[int, WorkerGroup])
+    """By number; sets of groups are integers with a bit for each number."""
+    group_numbers: dict[Ability, int] = field(default_factory=dict[Ability, int])
+    free_groups: int = 0
+    """Groups with free window."""
+    hungry_groups: int = 0
+    """Groups whose free windows are more than what is being packed for them."""
+    wanting_groups: int = 0
+    """Groups for which less is packed or being packed than their windows and slots could take."""
     lanes: dict[LaneKey, Lane] = field(default_factory=dict[LaneKey, Lane])
+    open_lanes: dict[LaneKey, None] = field(default_factory=dict[LaneKey, None])
+    """Lanes with ready tasks."""
+    own_ready: dict[AccountId, None] = field(default_factory=dict[AccountId, None])
+    """Accounts with ready tasks and free workers of their own."""
+    own_wanting: dict[AccountId, None] = field(default_factory=dict[AccountId, None])
+    """Accounts with rows to cut and less in stock than their own workers could take."""
     tasks_created: int = 0

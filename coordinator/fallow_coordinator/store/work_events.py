@@ -116,6 +116,7 @@ def _task_created_to(event: ev.TaskCreated) -> pb.TaskCreated:
         pool_id=event.pool_id,
         spans=[position for span in event.spans for position in span],
         unit_micros=event.unit_micros,
+        share_key=event.share_key,
     )
 
 
@@ -129,6 +130,7 @@ def _task_created_from(message: pb.TaskCreated) -> ev.TaskCreated:
         pool_id=PoolId(message.pool_id),
         spans=tuple(zip(flat[::2], flat[1::2], strict=True)),
         unit_micros=message.unit_micros,
+        share_key=message.share_key,
     )
 
 
@@ -235,12 +237,14 @@ KINDS: tuple[AnyKind, ...] = (
             state=values.JOB_STATES.number(event.state),
             reason=event.reason,
             reason_code=event.reason_code,
+            due_ms=event.due_ms,
         ),
         lambda message: ev.JobStateChanged(
             job_id=JobId(message.job_id),
             state=values.JOB_STATES.member(message.state),
             reason=message.reason,
             reason_code=message.reason_code,
+            due_ms=message.due_ms,
         ),
     ),
     Kind(

@@ -967,10 +967,13 @@ class JobStateChanged(_message.Message):
     STATE_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     REASON_CODE_FIELD_NUMBER: _builtins.int
+    DUE_MS_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     state: _job_pb2.JobState.ValueType
     reason: _builtins.str
     reason_code: _builtins.str
+    due_ms: _builtins.int
+    """As a job begins to queue: its place among the jobs of its account; 0: unchanged."""
     def __init__(
         self,
         *,
@@ -978,10 +981,11 @@ class JobStateChanged(_message.Message):
         state: _job_pb2.JobState.ValueType = ...,
         reason: _builtins.str = ...,
         reason_code: _builtins.str = ...,
+        due_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id", "reason", b"reason", "reason_code", b"reason_code", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["due_ms", b"due_ms", "job_id", b"job_id", "reason", b"reason", "reason_code", b"reason_code", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1021,6 +1025,7 @@ class TaskCreated(_message.Message):
     POOL_ID_FIELD_NUMBER: _builtins.int
     SPANS_FIELD_NUMBER: _builtins.int
     UNIT_MICROS_FIELD_NUMBER: _builtins.int
+    SHARE_KEY_FIELD_NUMBER: _builtins.int
     task_id: _builtins.str
     kind: _session_pb2.TaskKind.ValueType
     job_id: _builtins.str
@@ -1028,6 +1033,10 @@ class TaskCreated(_message.Message):
     bundle_digest: _builtins.bytes
     pool_id: _builtins.str
     unit_micros: _builtins.int
+    share_key: _builtins.int
+    """The account's place in the fair order from here on, micro-bits: log2 of its decayed usage + time / half-life;
+    0: unchanged.
+    """
     @_builtins.property
     def spans(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """start, end, start, end, …: half-open ranges of job positions, in packing order."""
@@ -1042,10 +1051,11 @@ class TaskCreated(_message.Message):
         pool_id: _builtins.str = ...,
         spans: _abc.Iterable[_builtins.int] | None = ...,
         unit_micros: _builtins.int = ...,
+        share_key: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_job_id", b"_job_id", "job_id", b"job_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_job_id", b"_job_id", "bundle_digest", b"bundle_digest", "job_id", b"job_id", "kind", b"kind", "pool_id", b"pool_id", "spans", b"spans", "task_id", b"task_id", "unit_micros", b"unit_micros"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_job_id", b"_job_id", "bundle_digest", b"bundle_digest", "job_id", b"job_id", "kind", b"kind", "pool_id", b"pool_id", "share_key", b"share_key", "spans", b"spans", "task_id", b"task_id", "unit_micros", b"unit_micros"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__job_id: _TypeAlias = _typing.Literal["job_id"]  # noqa: Y015
     _WhichOneofArgType__job_id: _TypeAlias = _typing.Literal["_job_id", b"_job_id"]  # noqa: Y015
