@@ -143,7 +143,7 @@ class TaskResult:
     output_root: Digest | None
     status: str = "unverified"
     corrects: int = 0
-    footprint: Footprint = Footprint()  # noqa: RUF009 - frozen
+    footprint: Footprint = Footprint()
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +184,6 @@ class JobStatus:
     progress: JobProgress = field(default_factory=JobProgress)
     deleted_at_ms: int = 0
     """When its results, dataset and kept columns were let go; 0: they are there."""
-    footprint: Footprint = Footprint()  # noqa: RUF009 - frozen
+    footprint: Footprint = Footprint()
     deferred_until_ms: int = 0
     """It waits for cleaner electricity until then, or until the plan changes; 0: it does not."""

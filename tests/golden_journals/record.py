@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+from collections.abc import Coroutine
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -139,10 +140,14 @@ async def another_bundle(world: World, inspector: WorldWorker) -> None:
 
 
 def main() -> None:
-    name = sys.argv[1]
+    write(sys.argv[1], record())
+
+
+def write(name: str, life: Coroutine[None, None, list[StoredRecord]]) -> None:
+    """Records a life under a new name."""
     target = HERE / f"{name}.journal"
     assert not target.exists(), f"{target} is recorded; choose a new name"
-    stored = asyncio.run(record())
+    stored = asyncio.run(life)
     target.write_bytes(encode_segment(stored))
     facts = facts_of(decode_records(stored, 0, target))
     (HERE / f"{name}.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n")

@@ -1,1 +1,1 @@
-"""Grams of CO₂ for each kWh, by region and hour: the operator's file or a synthetic default, and the core's forecast."""
+"""Grams of CO₂ for each kWh, by region and hour: the operator's file or a synthetic default."""

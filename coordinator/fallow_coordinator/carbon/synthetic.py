@@ -53,7 +53,7 @@ class GridMix:
 @cache
 def grid_mixes() -> Mapping[str, GridMix]:
     """All of them, by region: the country's two letters in lower case."""
-    text = resources.files(__package__).joinpath("grid_mixes.csv").read_text(encoding="utf-8")
+    text = resources.files("fallow_coordinator.carbon").joinpath("grid_mixes.csv").read_text(encoding="utf-8")
     rows = csv.DictReader(line for line in text.splitlines() if not line.startswith("#"))
     return {
         row["region"]: GridMix(
@@ -100,8 +100,8 @@ def _grams(
     load = max(_FOSSIL_LEAST, (demand - sun - wind - flat) / flexible) if flexible > 0 else 0.0
     # Gas follows the load more than coal does.
     made = {
-        "coal": share["coal"] * load**0.8,
-        "gas": share["gas"] * load**1.25,
+        "coal": share["coal"] * math.pow(load, 0.8),
+        "gas": share["gas"] * math.pow(load, 1.25),
         "oil": share["oil"] * load,
         "nuclear": share["nuclear"],
         "bio": share["bio"],

@@ -23,6 +23,7 @@ HOURS_OF_LEAP_YEAR: Final = 8_784
 LENGTHS: Final = (24, 168, synthetic.HOURS_OF_YEAR, HOURS_OF_LEAP_YEAR)
 """Hours a region may have: a day or a week (from Monday) that comes again and again, or a year. All in UTC."""
 WORLD: Final = synthetic.WORLD
+_SYNTHETIC_REGIONS: Final = frozenset({*synthetic.grid_mixes(), WORLD})
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,14 +42,14 @@ class CarbonTable:
 
     def regions(self) -> tuple[str, ...]:
         """Every region there is, sorted."""
-        return tuple(sorted(self.hours or {*synthetic.grid_mixes(), WORLD}))
+        return tuple(sorted(self.hours or _SYNTHETIC_REGIONS))
 
     def known(self, region: str) -> str | None:
         """The region of the table that stands for what a worker calls its own, or None.
 
         `de-berlin` is `de` unless it has figures of its own; what nobody knows is `world`, where the table has it.
         """
-        have = self.hours or {**synthetic.grid_mixes(), WORLD: None}
+        have = frozenset(self.hours) or _SYNTHETIC_REGIONS
         name = region.strip().lower()
         while name:
             found = synthetic.ALIASES.get(name, name) if name not in have else name

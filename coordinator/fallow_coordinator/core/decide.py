@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import assert_never
 
-from fallow_coordinator.core import blobs, bundles, identity, jobs, leases, matching, sessions, time_passing
+from fallow_coordinator.core import blobs, bundles, deferral, identity, jobs, leases, matching, sessions, time_passing
 from fallow_coordinator.core import commands as c
 from fallow_coordinator.core.answers import Decision
 from fallow_coordinator.core.names import Names
@@ -22,9 +22,9 @@ def decide(state: State, command: c.Command, now_ms: int, entropy: bytes) -> Dec
         case c.TaskPacked():
             return jobs.task_packed(state, command)
         case c.Commit():
-            return leases.commit(state, command)
+            return leases.commit(state, command, now_ms)
         case c.Deliver():
-            return leases.deliver(state, command)
+            return leases.deliver(state, command, now_ms)
         case c.FailTask():
             return leases.fail_task(state, command, now_ms)
         case c.ReturnLease():
@@ -33,6 +33,8 @@ def decide(state: State, command: c.Command, now_ms: int, entropy: bytes) -> Dec
             return leases.report_inspection(state, command, now_ms)
         case c.Tick():
             return time_passing.tick(state, now_ms)
+        case c.RecordForecasts():
+            return deferral.record_forecasts(state, command)
         case c.Restart():
             return time_passing.restart(state, command)
         case (

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from fallow.errors import Reason
 from fallow.ids import Digest, JobId, LeaseId, TaskId
-from fallow.job import JOB_STATES_FINAL, JobState
+from fallow.job import JOB_STATES_FINAL, Footprint, JobState
 from fallow.limits import ROW_FAILURE_REASON_BYTES_MAX, TASK_ATTEMPTS_MAX
 from fallow.session import Cause
 from fallow_coordinator.core.events import (
@@ -76,7 +76,14 @@ class Draft:
         )
         self._judge(self._state.jobs[task.job_id], tally)
 
-    def settle(self, task: Task, lease: Lease, *, rows_failed: int) -> None:
+    def settle(
+        self,
+        task: Task,
+        lease: Lease,
+        *,
+        rows_failed: int,
+        footprint: Footprint = Footprint(),  # noqa: B008 - frozen
+    ) -> None:
         """The lease's commitment becomes the task's result."""
         self._tasks_gone.add(task.task_id)
         self._leases_ended.add(lease.lease_id)
@@ -96,6 +103,7 @@ class Draft:
                 rows=task.rows,
                 rows_failed=rows_failed,
                 microcredits=0,
+                footprint=footprint,
             )
         )
         if task.job_id is not None and tally is not None:

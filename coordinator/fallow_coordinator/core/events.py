@@ -10,7 +10,7 @@ from enum import StrEnum
 
 from fallow.bundle import InspectionReport
 from fallow.ids import AccountId, Digest, JobId, KeyFingerprint, LeaseId, PartyId, PoolId, SessionId, TaskId, TokenId
-from fallow.job import DatasetBlock, JobOptions, JobState
+from fallow.job import DatasetBlock, Footprint, JobOptions, JobState
 from fallow.roles import DataClass, Role, Tier
 from fallow.session import BlobReference, Capability, Cause, RowFailure, TaskKind, Usage
 
@@ -324,6 +324,9 @@ class CommitmentRecorded:
     message_digest: Digest
     signature: bytes
     sequence: int
+    millijoules: int = 0
+    """What is believed of `usage`'s energy."""
+    energy_measured: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -337,6 +340,7 @@ class TaskSettled:
     rows: int
     rows_failed: int
     microcredits: int
+    footprint: Footprint = Footprint()  # noqa: RUF009 - frozen
 
 
 @dataclass(frozen=True, slots=True)
@@ -355,6 +359,50 @@ class TaskDropped:
     """Not needed any more: its job ended."""
 
     task_id: TaskId
+
+
+# ------------------------------------------------------------------------------------------------- carbon
+
+
+@dataclass(frozen=True, slots=True)
+class RegionForecast:
+    """Grams of CO₂ per kWh in a region, hour by hour."""
+
+    region: str
+    """Lower case; empty: every region that is not listed."""
+    grams_per_kwh: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ForecastsRecorded:
+    """What electricity will emit where workers are; replaces what was known. `from_ms` begins an hour."""
+
+    from_ms: int
+    forecasts: tuple[RegionForecast, ...]
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class CarbonPlanned:
+    """Work like this job's, of the same lane, goes to no worker of these regions until the next plan."""
+
+    job_id: JobId
+    regions_closed: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class JobDeferred:
+    """The job waits for cleaner electricity: nothing of it is cut or leased. A later one replaces it."""
+
+    job_id: JobId
+    until_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class JobResumed:
+    """The job waits no more."""
+
+    job_id: JobId
 
 
 Event = (
@@ -393,4 +441,8 @@ Event = (
     | TaskSettled
     | TaskAbandoned
     | TaskDropped
+    | ForecastsRecorded
+    | CarbonPlanned
+    | JobDeferred
+    | JobResumed
 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import assert_never
 
 from fallow_coordinator.core import events as e
-from fallow_coordinator.core import evolve_identity, evolve_jobs, evolve_sessions, evolve_tasks
+from fallow_coordinator.core import evolve_carbon, evolve_identity, evolve_jobs, evolve_sessions, evolve_tasks
 from fallow_coordinator.core.state import State
 
 
@@ -50,6 +50,8 @@ def evolve(state: State, event: e.Event, at_ms: int) -> None:
             | e.BlobQuotaSet()
         ):
             evolve_jobs.evolve_job(state, event, at_ms)
+        case e.ForecastsRecorded() | e.CarbonPlanned() | e.JobDeferred() | e.JobResumed():
+            evolve_carbon.evolve_carbon(state, event, at_ms)
         case (
             e.JournalStarted()
             | e.AccountCreated()

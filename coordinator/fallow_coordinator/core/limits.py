@@ -95,9 +95,13 @@ BLOB_BYTES_PER_ACCOUNT_MAX = 1 << 50
 
 WATTS_PER_NODE_MAX = 10_000
 """What one machine of a worker may spend, at most: more is not believed."""
+NODES_BELIEVED_MAX = 1_000
+"""Machines of one worker of which energy is believed."""
 FORECAST_HOURS_MAX = 48
 FORECAST_REGIONS_MAX = 64
 FORECAST_GRAMS_PER_KWH_MAX = 3_000
+PLANNED_JOBS_MAX = 1_000
+"""Jobs of one lane that are planned for, those due first; the others do not wait."""
 PLAN_EVERY_MS = MINUTE_MS
 """How often waiting for clean hours is planned anew, while jobs may wait."""
 CARBON_PATIENCE_MS = DAY_MS

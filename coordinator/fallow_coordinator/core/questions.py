@@ -13,6 +13,7 @@ from fallow.job import JobProgress, JobState, JobStatus, TaskResult
 from fallow.limits import BLOCK_BYTES_MAX
 from fallow.roles import TIERS_ALLOWED, Tier
 from fallow.session import BlobReference, Capability, TaskKind
+from fallow_coordinator.core.deferral import why_deferred
 from fallow_coordinator.core.needs import INSPECTION, misfit
 from fallow_coordinator.core.state import Job, State, TaskPhase
 
@@ -57,6 +58,8 @@ def job_status(state: State, job_id: JobId) -> JobStatus | None:
             workers=_workers_of(state, job),
         ),
         deleted_at_ms=job.deleted_at_ms,
+        footprint=job.footprint,
+        deferred_until_ms=job.deferred_until_ms,
     )
 
 
@@ -81,6 +84,7 @@ INSPECTING = "INSPECTING"
 NO_WORKER = "NO_WORKER"
 BUSY = "BUSY"
 PACKING = "PACKING"
+DEFERRED = "DEFERRED"
 
 
 def waiting_reason(state: State, job_id: JobId) -> tuple[str, str]:
@@ -88,7 +92,11 @@ def waiting_reason(state: State, job_id: JobId) -> tuple[str, str]:
     job = state.jobs[job_id]
     if job.state is JobState.PENDING:
         return _why_pending(state, job)
-    if job.state not in _WAITING or job.rows_leased:
+    if job.state not in _WAITING:
+        return "", ""
+    if job.deferred_until_ms:
+        return why_deferred(state, job, state.clock_ms), DEFERRED
+    if job.rows_leased:
         return "", ""
     sentence, code = _why_waiting(state, job)
     failures = (state.tasks[task_id].last_reason for task_id in job.tasks)

@@ -6,6 +6,7 @@ from fallow.session import Cause
 from fallow_coordinator.core import commands as c
 from fallow_coordinator.core import events as e
 from fallow_coordinator.core.answers import Decision
+from fallow_coordinator.core.deferral import planned
 from fallow_coordinator.core.draft import Draft
 from fallow_coordinator.core.limits import DUE_PER_TICK_MAX, PACK_PATIENCE_MS
 from fallow_coordinator.core.state import State
@@ -39,4 +40,6 @@ def tick(state: State, now_ms: int) -> Decision:
                 break
             if task_id not in gone:
                 draft.events.append(e.PackRequested(task_id=task_id, pack_number=task.pack_number + 1))
+    ended = {event.job_id for event in draft.events if isinstance(event, e.JobStateChanged)}
+    draft.events += [event for event in planned(state, now_ms) if event.job_id not in ended]
     return Decision(tuple(draft.events))

@@ -319,6 +319,7 @@ def status_of(job: Job) -> JobStatus:
             workers=len({result.worker_id for result in job.results if result.worker_id}) if finished else 0,
         ),
         deleted_at_ms=job.deleted_at_ms,
+        footprint=job.footprint,
     )
 
 

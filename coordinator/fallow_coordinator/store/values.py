@@ -12,7 +12,7 @@ from typing import Generic, TypeVar
 
 from fallow.bundle import InspectionReport, Precision
 from fallow.ids import Digest
-from fallow.job import JobOptions, JobState, Objective
+from fallow.job import Footprint, JobOptions, JobState, Objective
 from fallow.roles import DataClass, Role, Tier
 from fallow.session import (
     BlobReference,
@@ -119,6 +119,23 @@ def usage_from_message(message: session_pb2.Usage) -> Usage:
         tokens=message.tokens,
         node=message.node,
         energy_source=ENERGY_SOURCES.member_or_none(message.energy_source),
+    )
+
+
+def footprint_to_message(footprint: Footprint) -> job_pb2.Footprint | None:
+    if footprint == Footprint():
+        return None
+    return job_pb2.Footprint(
+        millijoules=footprint.millijoules,
+        millijoules_measured=footprint.millijoules_measured,
+        micrograms=footprint.micrograms,
+        millijoules_unplaced=footprint.millijoules_unplaced,
+    )
+
+
+def footprint_from_message(message: job_pb2.Footprint) -> Footprint:
+    return Footprint(
+        message.millijoules, message.millijoules_measured, message.micrograms, message.millijoules_unplaced
     )
 
 

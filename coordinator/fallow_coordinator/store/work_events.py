@@ -175,6 +175,8 @@ def _commitment_recorded_to(event: ev.CommitmentRecorded) -> pb.CommitmentRecord
         message_digest=event.message_digest,
         signature=event.signature,
         sequence=event.sequence,
+        millijoules=event.millijoules,
+        energy_measured=event.energy_measured,
     )
 
 
@@ -192,6 +194,8 @@ def _commitment_recorded_from(message: pb.CommitmentRecorded) -> ev.CommitmentRe
         message_digest=Digest(message.message_digest),
         signature=message.signature,
         sequence=message.sequence,
+        millijoules=message.millijoules,
+        energy_measured=message.energy_measured,
     )
 
 
@@ -335,6 +339,7 @@ KINDS: tuple[AnyKind, ...] = (
             rows=event.rows,
             rows_failed=event.rows_failed,
             microcredits=event.microcredits,
+            footprint=values.footprint_to_message(event.footprint),
         ),
         lambda message: ev.TaskSettled(
             task_id=TaskId(message.task_id),
@@ -343,6 +348,7 @@ KINDS: tuple[AnyKind, ...] = (
             rows=message.rows,
             rows_failed=message.rows_failed,
             microcredits=message.microcredits,
+            footprint=values.footprint_from_message(message.footprint),
         ),
     ),
     Kind(
