@@ -156,6 +156,10 @@ def test_numbers_of_kinds_are_for_ever() -> None:
         "job_deleted": 34,
         "blobs_forgotten": 35,
         "blob_quota_set": 36,
+        "forecasts_recorded": 65,
+        "carbon_planned": 66,
+        "job_deferred": 67,
+        "job_resumed": 68,
     }
 
 
