@@ -31,10 +31,10 @@ def decide(state: State, command: c.Command, now_ms: int, entropy: bytes) -> Dec
             return leases.return_lease(state, command)
         case c.ReportInspection():
             return leases.report_inspection(state, command, now_ms)
+        case c.ReportCheck():
+            return leases.report_check(state, command, now_ms, Names(entropy))
         case c.Tick():
-            return time_passing.tick(state, now_ms)
-        case c.RecordForecasts():
-            return deferral.record_forecasts(state, command)
+            return time_passing.tick(state, command, now_ms, Names(entropy))
         case c.Restart():
             return time_passing.restart(state, command)
         case (
@@ -45,6 +45,7 @@ def decide(state: State, command: c.Command, now_ms: int, entropy: bytes) -> Dec
             | c.PackFailed()
             | c.ArchiveJobs()
             | c.RegisterBundle()
+            | c.RecordForecasts()
         ):
             return _decide_job(state, command, now_ms, entropy)
         case c.RecordBlobs() | c.ClaimBlobs() | c.ForgetBlobs() | c.SetBlobQuota():
@@ -69,7 +70,16 @@ def decide(state: State, command: c.Command, now_ms: int, entropy: bytes) -> Dec
             assert_never(command)
 
 
-JobCommand = c.SubmitMapJob | c.CancelJob | c.DeleteJob | c.ExpireJobs | c.PackFailed | c.ArchiveJobs | c.RegisterBundle
+JobCommand = (
+    c.SubmitMapJob
+    | c.CancelJob
+    | c.DeleteJob
+    | c.ExpireJobs
+    | c.PackFailed
+    | c.ArchiveJobs
+    | c.RegisterBundle
+    | c.RecordForecasts
+)
 
 
 def _decide_job(state: State, command: JobCommand, now_ms: int, entropy: bytes) -> Decision:
@@ -88,6 +98,8 @@ def _decide_job(state: State, command: JobCommand, now_ms: int, entropy: bytes) 
             return jobs.archive_jobs(state, command)
         case c.RegisterBundle():
             return bundles.register_bundle(state, command, Names(entropy))
+        case c.RecordForecasts():
+            return deferral.record_forecasts(state, command)
         case _:
             assert_never(command)
 

@@ -12,7 +12,7 @@ from fallow_coordinator.core import commands as c
 from fallow_coordinator.core import events as e
 from fallow_coordinator.core.answers import Decision
 from fallow_coordinator.core.carbon import Demand, grams_at, plan
-from fallow_coordinator.core.cutting import Cost, Layout, unit_micros
+from fallow_coordinator.core.cutting import Layout, cost_of, unit_micros
 from fallow_coordinator.core.lanes import CUTTABLE
 from fallow_coordinator.core.limits import (
     CARBON_PATIENCE_MS,
@@ -132,8 +132,8 @@ def work_left(state: State, job: Job) -> int:
     live = sum(state.tasks[task_id].unit_micros for task_id in job.tasks)
     if report is None or job.next_row >= job.rows:
         return live
-    rates = Cost(report.unit_micros_per_row, report.unit_micros_per_kib)
-    return live + unit_micros(Layout(job.row_starts, job.byte_starts), rates, job.next_row, job.rows)
+    layout = Layout(job.row_starts, job.byte_starts)
+    return live + unit_micros(layout, cost_of(job, report), job.next_row, job.rows)
 
 
 def _others(state: State, needs: Needs, jobs: list[Job], work: Mapping[JobId, int]) -> int:
