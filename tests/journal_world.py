@@ -318,6 +318,7 @@ class World:
         key: bytes = b"",
         title: str = "",
         failed_rows_max: int = 1_000,
+        budget_microcredits: int = 0,
         objective: Objective = Objective.COST,
     ) -> JobId:
         """A job over one block of these rows."""
@@ -342,7 +343,9 @@ class World:
                 data_class=DataClass.PUBLIC,
                 pool_id=None,
                 title=title,
-                options=JobOptions(failed_rows_max=failed_rows_max, objective=objective),
+                options=JobOptions(
+                    failed_rows_max=failed_rows_max, budget_microcredits=budget_microcredits, objective=objective
+                ),
                 kept=None,
             ),
             payloads,
