@@ -72,9 +72,15 @@ def _own_pair(state: State) -> _Pair | None:
             task = state.tasks[task_id]
             for worker_id in islice(account.own_free, OWN_WORKERS_LOOKED_AT_MAX):
                 worker = state.workers[worker_id]
-                if fits_own(task.lane, state.groups[worker.group].ability) and worker_id not in task.avoid:
+                if _may_take_own(state, task.lane, worker) and worker_id not in task.avoid:
                     return _Pair(task, worker)
     return None
+
+
+def _may_take_own(state: State, key: Needs, worker: Worker) -> bool:
+    """Whether such work of its own account may go to a worker now."""
+    ability = state.groups[worker.group].ability
+    return ability.region not in state.lanes[key].regions_closed and fits_own(key, ability)
 
 
 def _inspection_pair(state: State, now_ms: int) -> _Pair | None:
@@ -263,7 +269,7 @@ def _next_job(state: State, key: Needs, lane: Lane, wanting: int) -> tuple[tuple
 def _serves_own(state: State, account: Account, key: Needs) -> bool:
     """Whether one of the account's own workers fits the lane."""
     return any(
-        fits_own(key, state.groups[state.workers[worker_id].group].ability)
+        _may_take_own(state, key, state.workers[worker_id])
         for worker_id in islice(account.own_workers, OWN_WORKERS_LOOKED_AT_MAX)
     )
 
