@@ -50,6 +50,20 @@ class CreateAccount:
 class CreatePool:
     name: str
     account_id: AccountId
+    closed: bool = False
+    """True: only admitted accounts may submit there."""
+
+
+@dataclass(frozen=True, slots=True)
+class AdmitAccount:
+    pool_id: PoolId
+    account_id: AccountId
+
+
+@dataclass(frozen=True, slots=True)
+class ExpelAccount:
+    pool_id: PoolId
+    account_id: AccountId
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,6 +236,13 @@ class RegisterBundle:
     """Bytes a row of its output takes, as far as the schema fixes them: tasks are cut so that outputs fit a block."""
 
 
+@dataclass(frozen=True, slots=True)
+class ReleaseBundle:
+    """An operator lets jobs use a held bundle again."""
+
+    bundle_digest: Digest
+
+
 # ------------------------------------------------------------------------------------------------- jobs
 
 
@@ -370,6 +391,8 @@ Command = (
     | Advance
     | CreateAccount
     | CreatePool
+    | AdmitAccount
+    | ExpelAccount
     | IssueToken
     | RevokeToken
     | Enroll
@@ -387,6 +410,7 @@ Command = (
     | ForgetBlobs
     | SetBlobQuota
     | RegisterBundle
+    | ReleaseBundle
     | SubmitMapJob
     | CancelJob
     | DeleteJob

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from typing import assert_never
 
-from fallow_coordinator.core import blobs, bundles, identity, jobs, leases, matching, sessions, time_passing
+from fallow_coordinator.core import (
+    admission,
+    blobs,
+    bundles,
+    holding,
+    identity,
+    jobs,
+    leases,
+    matching,
+    sessions,
+    time_passing,
+)
 from fallow_coordinator.core import commands as c
 from fallow_coordinator.core.answers import Decision
 from fallow_coordinator.core.names import Names
@@ -26,7 +37,7 @@ def decide(state: State, command: c.Command, now_ms: int, entropy: bytes) -> Dec
         case c.Deliver():
             return leases.deliver(state, command)
         case c.FailTask():
-            return leases.fail_task(state, command, now_ms)
+            return leases.fail_task(state, command, now_ms, Names(entropy))
         case c.ReturnLease():
             return leases.return_lease(state, command)
         case c.ReportInspection():
@@ -63,6 +74,23 @@ def decide(state: State, command: c.Command, now_ms: int, entropy: bytes) -> Dec
             | c.ReleaseWorker()
         ):
             return _decide_identity(state, command, now_ms, entropy)
+        case c.AdmitAccount() | c.ExpelAccount() | c.ReleaseBundle():
+            return _decide_door(state, command)
+        case _:
+            assert_never(command)
+
+
+DoorCommand = c.AdmitAccount | c.ExpelAccount | c.ReleaseBundle
+
+
+def _decide_door(state: State, command: DoorCommand) -> Decision:
+    match command:
+        case c.AdmitAccount():
+            return admission.admit_account(state, command)
+        case c.ExpelAccount():
+            return admission.expel_account(state, command)
+        case c.ReleaseBundle():
+            return holding.release_bundle(state, command)
         case _:
             assert_never(command)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import assert_never
 
 from fallow_coordinator.core import events as e
-from fallow_coordinator.core import evolve_identity, evolve_jobs, evolve_sessions, evolve_tasks
+from fallow_coordinator.core import evolve_door, evolve_identity, evolve_jobs, evolve_sessions, evolve_tasks
 from fallow_coordinator.core.state import State
 
 
@@ -63,5 +63,7 @@ def evolve(state: State, event: e.Event, at_ms: int) -> None:
             | e.WorkerReleased()
         ):
             evolve_identity.evolve_identity(state, event, at_ms)
+        case e.AccountAdmitted() | e.AccountExpelled() | e.BundleCleared() | e.BundleReleased():
+            evolve_door.evolve_door(state, event)
         case _:
             assert_never(event)

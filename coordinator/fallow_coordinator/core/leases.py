@@ -11,10 +11,9 @@ from fallow_coordinator.core import events as e
 from fallow_coordinator.core.answers import Decision
 from fallow_coordinator.core.bundles import crash_report, fault_of_report, inspected
 from fallow_coordinator.core.draft import Draft, shortened
+from fallow_coordinator.core.holding import blame_program
+from fallow_coordinator.core.names import Names
 from fallow_coordinator.core.state import CommitmentFacts, EndedLease, Lease, State, Task
-
-CRASHED_ACCOUNTS_MAX = 2
-"""A program that crashes workers of so many accounts is held."""
 
 
 def commit(state: State, command: c.Commit) -> Decision:
@@ -105,8 +104,8 @@ def report_inspection(state: State, command: c.ReportInspection, now_ms: int) ->
     return inspected(state, lease, task, command.report, now_ms)
 
 
-def fail_task(state: State, command: c.FailTask, now_ms: int) -> Decision:
-    """The task could not be done there: tried again elsewhere, unless the program is to blame twice.
+def fail_task(state: State, command: c.FailTask, now_ms: int, names: Names) -> Decision:
+    """The task could not be done there: tried again elsewhere, unless the program is to blame for sure.
 
     Raises SESSION_REPLACED, LEASE_UNKNOWN, LEASE_ENDED, FENCE_STALE.
     """
@@ -116,7 +115,7 @@ def fail_task(state: State, command: c.FailTask, now_ms: int) -> Decision:
         return inspected(state, lease, task, crash_report(task.bundle_digest, command.reason), now_ms)
     draft = Draft(state)
     if command.cause is Cause.PROGRAM:
-        _blame_program(state, draft, lease, task, command.reason)
+        blame_program(state, draft, lease, task, command.reason, names)
     draft.end_lease(lease, e.LeaseOutcome.FAILED, command.cause, command.reason)
     return Decision(tuple(draft.events))
 
@@ -127,20 +126,6 @@ def return_lease(state: State, command: c.ReturnLease) -> Decision:
     draft = Draft(state)
     draft.end_lease(lease, e.LeaseOutcome.RETURNED, command.cause, command.reason)
     return Decision(tuple(draft.events))
-
-
-def _blame_program(state: State, draft: Draft, lease: Lease, task: Task, reason: str) -> None:
-    bundle = state.bundles[task.bundle_digest]
-    account_id = state.workers[lease.worker_id].account_id
-    if account_id in bundle.crashed_accounts or bundle.held_reason:
-        return
-    draft.events.append(
-        e.BundleCrashed(bundle_digest=bundle.bundle_digest, account_id=account_id, reason=shortened(reason))
-    )
-    if len(bundle.crashed_accounts) + 1 >= CRASHED_ACCOUNTS_MAX:
-        text = shortened(f"it crashed workers of {CRASHED_ACCOUNTS_MAX} accounts, last: {reason}")
-        draft.events.append(e.BundleHeld(bundle_digest=bundle.bundle_digest, reason=text))
-        draft.fail_jobs_of(bundle.bundle_digest, f"the bundle is held: {text}", Reason.PROGRAM_HELD)
 
 
 def _live_lease(state: State, session_id: SessionId, worker_id: PartyId, lease_id: LeaseId, fence: int) -> Lease:
