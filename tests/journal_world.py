@@ -51,8 +51,8 @@ START_MS = 1_700_000_000_000
 DAY_MS = 24 * 3_600_000
 INPUT_SCHEMA = digest_of(b"input schema")
 OUTPUT_SCHEMA = digest_of(b"output schema")
-QUIET = EngineSettings(tick_ms=3_600_000, archive_ms=3_600_000)
-"""Ticks come when a test says so."""
+QUIET = EngineSettings(tick_ms=3_600_000, archive_ms=3_600_000, batch_ms_max=60_000.0)
+"""Ticks come when a test says so, and what queues together is one batch however slow the machine."""
 
 
 class Ended(BaseException):

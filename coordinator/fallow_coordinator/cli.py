@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import signal
 import sys
@@ -24,6 +25,7 @@ from fallow.v1 import admin_service_pb2 as pb
 from fallow.v1 import admin_service_pb2_grpc, identity_pb2
 from fallow.wire.moments import duration_to_message, moment_from_message
 from fallow_coordinator.admin_client import CALL_TIME_MAX_S, admin_stub
+from fallow_coordinator.latency import quantile_ms
 from fallow_coordinator.ports import StorageFailed
 
 EXIT_FAILED: Final = 1
@@ -74,6 +76,11 @@ def state_option(command: CommandT) -> CommandT:
 def json_option(command: CommandT) -> CommandT:
     """`--json`."""
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")(command)
+
+
+COLLECTOR_THRESHOLDS: Final = (50_000, 20, 100)
+"""Python's garbage collector looks for cycles this rarely: a busy writer makes much that is free at once and little
+that is not, and with the usual thresholds the search took a seventh of its time."""
 
 
 @click.group()
@@ -155,6 +162,7 @@ def start(
     from fallow_coordinator.coordinator import StartOptions
 
     log_to_stderr(log_level, "%(asctime)s %(levelname)s %(name)s %(message)s")
+    gc.set_threshold(*COLLECTOR_THRESHOLDS)
     options = StartOptions(
         state=state.expanduser().absolute(),
         listen=listen,
@@ -444,6 +452,7 @@ def status(state: Path, as_json: bool) -> None:
         ("jobs unfinished", str(now.jobs_unfinished)),
         ("leases", str(now.leases)),
         ("commitments", str(now.commitments)),
+        ("leases sent", f"{sum(now.assign_buckets)}, 99 % within {quantile_ms(now.assign_buckets, 0.99):.1f} ms"),
         ("journal", f"{now.journal_sequence} records, {now.commits} commits, epoch {now.epoch}"),
         ("views", f"{now.view_sequence} records"),
         ("memory", f"{now.resident_bytes // (1024 * 1024)} MiB"),

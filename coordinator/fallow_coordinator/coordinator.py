@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime
+import gc
 import logging
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
@@ -255,6 +256,9 @@ class Coordinator:
             valid_for_ms=START_TOKEN_VALID_FOR_MS,
             tags=("start",),
         )
+        # What was loaded and replayed stays: the collector need not look at it again.
+        gc.collect()
+        gc.freeze()
         _log.info("coordinator.started control=%s state=%s", self.endpoints.control, self._folder.path)
         return Started(self.endpoints, worker.join_line, client.join_line, self._authority.fingerprint.hex())
 

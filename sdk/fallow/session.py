@@ -140,6 +140,8 @@ class Hello:
     capability: Capability
     window: int
     held_leases: tuple[HeldLease, ...] = ()
+    takes_several: bool = False
+    """Whether several messages may come to it as one, under one signature."""
 
 
 @dataclass(frozen=True, slots=True)

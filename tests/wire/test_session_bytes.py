@@ -46,10 +46,13 @@ from fallow.session import (
     Welcome,
     WorkerMessage,
 )
+from fallow.v1 import session_pb2
 from fallow.wire.session import (
     decode_coordinator_message,
+    decode_coordinator_messages,
     decode_worker_message,
     encode_coordinator_message,
+    encode_coordinator_messages,
     encode_worker_message,
 )
 
@@ -120,6 +123,9 @@ COORDINATOR_MESSAGES: dict[str, CoordinatorMessage] = {
 }
 
 
+SEVERAL = tuple(COORDINATOR_MESSAGES[name] for name in ("settled", "lease", "refused"))
+
+
 def golden(name: str) -> bytes:
     return bytes.fromhex((GOLDEN / f"{name}.hex").read_text())
 
@@ -136,6 +142,33 @@ def test_coordinator_messages_keep_their_bytes(name: str) -> None:
     message = COORDINATOR_MESSAGES[name]
     assert encode_coordinator_message(message) == golden(f"coordinator_{name}")
     assert decode_coordinator_message(golden(f"coordinator_{name}")) == message
+
+
+def test_messages_that_travel_as_one_keep_their_bytes_and_their_order() -> None:
+    assert encode_coordinator_messages(SEVERAL) == golden("coordinator_several")
+    assert decode_coordinator_messages(golden("coordinator_several")) == SEVERAL
+
+
+@pytest.mark.parametrize("name", COORDINATOR_MESSAGES)
+def test_a_message_alone_travels_as_itself(name: str) -> None:
+    message = COORDINATOR_MESSAGES[name]
+    assert encode_coordinator_messages([message]) == golden(f"coordinator_{name}")
+    assert decode_coordinator_messages(golden(f"coordinator_{name}")) == (message,)
+
+
+def test_neither_none_nor_too_many_nor_nested_messages_travel_as_one() -> None:
+    inner = session_pb2.CoordinatorMessage()
+    for count, reason in ((0, Reason.LIMIT_EXCEEDED), (65, Reason.LIMIT_EXCEEDED), (1, Reason.FIELD_INVALID)):
+        several = session_pb2.SeveralMessages(messages=[inner] * count)
+        data = session_pb2.CoordinatorMessage(several=several).SerializeToString()
+        with pytest.raises(FallowError) as caught:
+            decode_coordinator_messages(data)
+        assert caught.value.reason is reason
+    nested = session_pb2.CoordinatorMessage()
+    nested.several.messages.add().several.messages.add().settled.lease_id = "lease-a"
+    with pytest.raises(FallowError) as caught:
+        decode_coordinator_messages(nested.SerializeToString())
+    assert caught.value.reason is Reason.FIELD_INVALID
 
 
 @pytest.mark.parametrize("data", [b"\xff\xff\xff", b"\x0a\x05\x01"])

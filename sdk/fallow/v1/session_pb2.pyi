@@ -122,10 +122,13 @@ class Hello(_message.Message):
     CAPABILITY_FIELD_NUMBER: _builtins.int
     WINDOW_FIELD_NUMBER: _builtins.int
     HELD_LEASES_FIELD_NUMBER: _builtins.int
+    TAKES_SEVERAL_FIELD_NUMBER: _builtins.int
     resume_token: _builtins.bytes
     """Empty on a first session; else the token of the last Welcome."""
     window: _builtins.int
     """Leases this worker is ready to hold at once."""
+    takes_several: _builtins.bool
+    """True when this worker understands `several`; else it gets every message by itself."""
     @_builtins.property
     def protocol(self) -> _identity_pb2.ProtocolVersion: ...
     @_builtins.property
@@ -140,10 +143,11 @@ class Hello(_message.Message):
         capability: _capability_pb2.Capability | None = ...,
         window: _builtins.int = ...,
         held_leases: _abc.Iterable[Global___HeldLease] | None = ...,
+        takes_several: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["capability", b"capability", "protocol", b"protocol"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capability", b"capability", "held_leases", b"held_leases", "protocol", b"protocol", "resume_token", b"resume_token", "window", b"window"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capability", b"capability", "held_leases", b"held_leases", "protocol", b"protocol", "resume_token", b"resume_token", "takes_several", b"takes_several", "window", b"window"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -923,6 +927,28 @@ class Goodbye(_message.Message):
 Global___Goodbye: _TypeAlias = Goodbye  # noqa: Y015
 
 @_typing.final
+class SeveralMessages(_message.Message):
+    """What became true together, in order: one signature for all. None of them is a Welcome or `several` again."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MESSAGES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___CoordinatorMessage]: ...
+    def __init__(
+        self,
+        *,
+        messages: _abc.Iterable[Global___CoordinatorMessage] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["messages", b"messages"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SeveralMessages: _TypeAlias = SeveralMessages  # noqa: Y015
+
+@_typing.final
 class CoordinatorMessage(_message.Message):
     """What the coordinator says."""
 
@@ -936,6 +962,7 @@ class CoordinatorMessage(_message.Message):
     REFUSED_FIELD_NUMBER: _builtins.int
     GRANTS_RENEWED_FIELD_NUMBER: _builtins.int
     GOODBYE_FIELD_NUMBER: _builtins.int
+    SEVERAL_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___Welcome: ...
     @_builtins.property
@@ -952,6 +979,8 @@ class CoordinatorMessage(_message.Message):
     def grants_renewed(self) -> Global___GrantsRenewed: ...
     @_builtins.property
     def goodbye(self) -> Global___Goodbye: ...
+    @_builtins.property
+    def several(self) -> Global___SeveralMessages: ...
     def __init__(
         self,
         *,
@@ -963,12 +992,13 @@ class CoordinatorMessage(_message.Message):
         refused: Global___Refused | None = ...,
         grants_renewed: Global___GrantsRenewed | None = ...,
         goodbye: Global___Goodbye | None = ...,
+        several: Global___SeveralMessages | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["goodbye", b"goodbye", "grants_renewed", b"grants_renewed", "kind", b"kind", "lease", b"lease", "lease_revoked", b"lease_revoked", "refused", b"refused", "settled", b"settled", "upload_offer", b"upload_offer", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["goodbye", b"goodbye", "grants_renewed", b"grants_renewed", "kind", b"kind", "lease", b"lease", "lease_revoked", b"lease_revoked", "refused", b"refused", "settled", b"settled", "several", b"several", "upload_offer", b"upload_offer", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["goodbye", b"goodbye", "grants_renewed", b"grants_renewed", "kind", b"kind", "lease", b"lease", "lease_revoked", b"lease_revoked", "refused", b"refused", "settled", b"settled", "upload_offer", b"upload_offer", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["goodbye", b"goodbye", "grants_renewed", b"grants_renewed", "kind", b"kind", "lease", b"lease", "lease_revoked", b"lease_revoked", "refused", b"refused", "settled", b"settled", "several", b"several", "upload_offer", b"upload_offer", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["welcome", "lease", "upload_offer", "settled", "lease_revoked", "refused", "grants_renewed", "goodbye"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["welcome", "lease", "upload_offer", "settled", "lease_revoked", "refused", "grants_renewed", "goodbye", "several"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 

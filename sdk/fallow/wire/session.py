@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from google.protobuf.message import DecodeError
 
@@ -12,6 +13,7 @@ from fallow.limits import (
     IDENTIFIER_BYTES_MAX,
     INLINE_PAYLOAD_BYTES_MAX,
     LEASES_PER_WORKER_MAX,
+    MESSAGES_TOGETHER_MAX,
     NAMED_FACT_BYTES_MAX,
     ROW_FAILURE_REASON_BYTES_MAX,
     ROW_FAILURES_LISTED_PER_TASK_MAX,
@@ -86,6 +88,33 @@ def decode_coordinator_message(data: bytes) -> CoordinatorMessage:
     except DecodeError:
         raise _malformed("coordinator message") from None
     return _coordinator_value(message)
+
+
+def encode_coordinator_messages(messages: Sequence[CoordinatorMessage]) -> bytes:
+    """The exact bytes of messages that travel as one; of a single message, its own."""
+    if len(messages) == 1:
+        return encode_coordinator_message(messages[0])
+    assert 1 < len(messages) <= MESSAGES_TOGETHER_MAX, "messages that travel as one are counted"
+    together = session_pb2.SeveralMessages(messages=[_coordinator_message(message) for message in messages])
+    return session_pb2.CoordinatorMessage(several=together).SerializeToString(deterministic=True)
+
+
+def decode_coordinator_messages(data: bytes) -> tuple[CoordinatorMessage, ...]:
+    """The messages in these bytes, in order, at least one. Raises as `decode_coordinator_message`, LIMIT_EXCEEDED."""
+    try:
+        message = session_pb2.CoordinatorMessage.FromString(data)
+    except DecodeError:
+        raise _malformed("coordinator message") from None
+    if message.WhichOneof("kind") != "several":
+        return (_coordinator_value(message),)
+    if not 1 <= len(message.several.messages) <= MESSAGES_TOGETHER_MAX:
+        raise FallowError(
+            Reason.LIMIT_EXCEEDED,
+            f"{len(message.several.messages)} messages as one",
+            field="several.messages",
+            limit=f"1 to {MESSAGES_TOGETHER_MAX}",
+        )
+    return tuple([_coordinator_value(one) for one in message.several.messages])
 
 
 # ---------------------------------------------------------------------------------------------- parts
@@ -248,6 +277,7 @@ def _hello_to_message(hello: Hello) -> session_pb2.Hello:
             session_pb2.HeldLease(lease_id=held.lease_id, fence=held.fence, committed=held.committed)
             for held in hello.held_leases
         ],
+        takes_several=hello.takes_several,
     )
 
 
@@ -261,6 +291,7 @@ def _hello_from_message(message: session_pb2.Hello) -> Hello:
         capability=capability_from_message(message.capability),
         window=message.window,
         held_leases=tuple(HeldLease(_lease_id(h.lease_id), h.fence, h.committed) for h in message.held_leases),
+        takes_several=message.takes_several,
     )
 
 
