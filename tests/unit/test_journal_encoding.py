@@ -160,6 +160,11 @@ def test_numbers_of_kinds_are_for_ever() -> None:
         "account_expelled": 76,
         "bundle_cleared": 85,
         "bundle_released": 86,
+        "challenge_issued": 60,
+        "challenge_answered": 61,
+        "device_measured": 62,
+        "device_certificate_ended": 63,
+        "challenge_ended": 64,
     }
 
 

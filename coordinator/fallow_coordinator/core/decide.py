@@ -22,7 +22,7 @@ from fallow_coordinator.core.names import Names
 from fallow_coordinator.core.state import State
 
 
-def decide(state: State, command: c.Command, now_ms: int, entropy: bytes) -> Decision:  # noqa: PLR0911 one arm each
+def decide(state: State, command: c.Command, now_ms: int, entropy: bytes) -> Decision:  # noqa: C901, PLR0911 one arm each
     """Events and answer of one command, a function of its arguments alone.
 
     `now_ms` is the journal's clock and never goes back; `entropy` is 32 fresh bytes, from which names are made.
@@ -42,8 +42,10 @@ def decide(state: State, command: c.Command, now_ms: int, entropy: bytes) -> Dec
             return leases.return_lease(state, command)
         case c.ReportInspection():
             return leases.report_inspection(state, command, now_ms)
+        case c.ReportCheck():
+            return leases.report_check(state, command, now_ms, Names(entropy))
         case c.Tick():
-            return time_passing.tick(state, now_ms)
+            return time_passing.tick(state, command, now_ms, Names(entropy))
         case c.Restart():
             return time_passing.restart(state, command)
         case (
