@@ -12,6 +12,8 @@ EXIT_STORAGE_FAILED = 74
 """The journal could not be written (EX_IOERR): look at the last line of the log."""
 EXIT_WRITER_FENCED = 75
 """Another coordinator has taken over the journal (EX_TEMPFAIL)."""
+EXIT_LEDGER_UNSOUND = 76
+"""The journal's books do not add up (EX_PROTOCOL): `fallow-coordinator check` tells where; restore a backup."""
 EXIT_BROKEN = 70
 """A mistake of ours left the state in doubt (EX_SOFTWARE): what is on disk is whole, start again."""
 

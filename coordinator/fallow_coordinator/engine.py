@@ -27,12 +27,23 @@ from fallow_coordinator.core.answers import Decision
 from fallow_coordinator.core.commands import ArchiveJobs, Command, PackFailed, Restart, TaskPacked, Tick
 from fallow_coordinator.core.effects import Effect, PackTask
 from fallow_coordinator.core.evolve import evolve
+from fallow_coordinator.core.invariants import InvariantError, check_ledger
+from fallow_coordinator.core.ledger import LedgerError
 from fallow_coordinator.core.questions import PackPlan, live_payloads, pack_plan
 from fallow_coordinator.core.state import State
 from fallow_coordinator.core.turn import Turn, take_turn
 from fallow_coordinator.inline_packing import InlinePacker
 from fallow_coordinator.latency import Latencies
-from fallow_coordinator.ports import EffectSink, Packer, Snapshots, StorageFailed, Store, Views, WriterFenced
+from fallow_coordinator.ports import (
+    EffectSink,
+    LedgerUnsound,
+    Packer,
+    Snapshots,
+    StorageFailed,
+    Store,
+    Views,
+    WriterFenced,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -112,6 +123,13 @@ def end_process(words: str, exit_code: int) -> NoReturn:
     logger.critical("engine.ended exit_code=%d reason=%s", exit_code, words)
     logging.shutdown()
     os._exit(exit_code)
+
+
+def _unsound(what: str) -> LedgerUnsound:
+    return LedgerUnsound(
+        f"the ledger does not add up ({what}); no work is paid from it: `fallow-coordinator check` says more, "
+        "restore the state folder from a backup"
+    )
 
 
 class PooledEntropy:
@@ -296,13 +314,20 @@ class Engine:
         sequence = began = self._take_up_snapshot()
         while records := self._store.read(after_sequence=sequence, limit=self._settings.replay_chunk_records):
             for record in records:
-                evolve(self._state, record.event, record.at_ms)
+                try:
+                    evolve(self._state, record.event, record.at_ms)
+                except LedgerError as error:
+                    raise _unsound(f"record {record.sequence}: {error}") from error
             sequence, self._last_at_ms = records[-1].sequence, records[-1].at_ms
             await asyncio.sleep(0)
         if sequence != self._store.last_sequence:
             raise StorageFailed(
                 f"the journal ends at record {sequence}, not at {self._store.last_sequence}; restore it from a backup"
             )
+        try:
+            check_ledger(self._state)
+        except (InvariantError, LedgerError) as error:
+            raise _unsound(f"after record {sequence}: {error}") from error
         logger.info("engine.replayed from_snapshot=%d folded=%d", began, sequence - began)
         return sequence
 

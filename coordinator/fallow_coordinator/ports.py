@@ -95,6 +95,10 @@ class StorageFailed(Exception):
     """The disk refused; the message says which file and what to do."""
 
 
+class LedgerUnsound(StorageFailed):
+    """The journal's books do not add up: nothing may be paid from them."""
+
+
 class Views(Protocol):
     """What the follower made of the journal, for questions about what has left the state. Read-only, other thread."""
 

@@ -13,9 +13,11 @@ from fallow_coordinator.core import (
     evolve_door,
     evolve_identity,
     evolve_jobs,
+    evolve_ledger,
     evolve_sessions,
     evolve_tasks,
 )
+from fallow_coordinator.core.postings import postings_of
 from fallow_coordinator.core.state import State
 
 
@@ -27,6 +29,9 @@ def evolve(state: State, event: e.Event, at_ms: int) -> None:
     assert at_ms >= state.clock_ms, "the journal's clock never goes back"
     state.sequence += 1
     state.clock_ms = at_ms
+    postings = postings_of(state, event)
+    if postings:
+        state.ledger.post(postings)
     match event:
         case (
             e.TaskCreated()
@@ -72,6 +77,15 @@ def evolve(state: State, event: e.Event, at_ms: int) -> None:
             evolve_identity.evolve_identity(state, event, at_ms)
         case e.AccountAdmitted() | e.AccountExpelled() | e.BundleCleared() | e.BundleReleased():
             evolve_door.evolve_door(state, event)
+        case (
+            e.PoolModeChanged()
+            | e.CreditsGranted()
+            | e.CreditsReleased()
+            | e.AllotmentSet()
+            | e.AllotmentRenewed()
+            | e.JobFunded()
+        ):
+            evolve_ledger.evolve_ledger(state, event)
         case (
             e.ChallengeIssued()
             | e.ChallengeAnswered()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import assert_never
 
+from fallow.credits import PoolMode
 from fallow.roles import Role
 from fallow_coordinator.core import events as e
 from fallow_coordinator.core.groups import place, unplace
@@ -40,7 +41,7 @@ def evolve_identity(state: State, event: IdentityEvent, at_ms: int) -> None:
                 event.pool_id,
                 event.account_id,
                 event.name,
-                mode=event.mode,
+                mode=PoolMode(event.mode),
                 policy=event.policy,
                 closed=event.closed,
             )
