@@ -26,6 +26,8 @@ from scripts.benches.load_generator import Generators, Load
 from scripts.benches.report import Report, percentile, say
 from scripts.benches.system import resident_mb
 
+from fallow.errors import FallowError
+
 BUDGET_RESTART_S: Final = 10.0
 BUDGET_RECOVERY_S: Final = 5.0
 KILLS_MIN: Final = 40
@@ -105,7 +107,7 @@ async def _killed(chosen: argparse.Namespace, folder: Path) -> _Kills:
             await _until_settled(generators, before + 1)
             found.resumed_s.append(time.monotonic() - killed_s)
             if not number % 10:
-                say(f"kill {number + 1}: ready after {found.recovery_s[-1]:.2f} s, at work after {found.resumed_s[-1]:.2f} s")
+                say(f"kill {number + 1}: ready after {found.recovery_s[-1]:.2f} s")
         await _quiet(generators)
         told, journal = await generators.settled(), coordinator.events_of("task_settled")
         settled = [event.task_settled.lease_id for event in journal]
@@ -198,12 +200,15 @@ async def _restarted(live_tasks: int, folder: Path) -> dict[str, Any]:
 
 async def _until_live(coordinator: RunningCoordinator, live_tasks: int) -> Any:
     deadline = time.monotonic() + PATIENCE_S
-    while True:
-        status = await coordinator.status()
-        if status.tasks >= live_tasks:
-            return status
-        assert time.monotonic() < deadline, f"{status.tasks} of {live_tasks} tasks are live"
-        await asyncio.sleep(0.5)
+    tasks, last = 0, -1
+    while tasks < live_tasks or tasks != last:
+        # A whole fleet that comes at once keeps it busy for a while.
+        with contextlib.suppress(FallowError):
+            last, status = tasks, await coordinator.status()
+            tasks = status.tasks
+        assert time.monotonic() < deadline, f"{tasks} of {live_tasks} tasks are live"
+        await asyncio.sleep(1.0)
+    return await coordinator.status()
 
 
 # ---------------------------------------------------------------------------------------------- report
