@@ -43,7 +43,7 @@ from fallow_coordinator.core.effects import Effect
 from fallow_coordinator.core.questions import lease_to_send
 from fallow_coordinator.core.state import Lease
 from fallow_coordinator.engine import Engine
-from fallow_coordinator.ports import Packer, Store, Views
+from fallow_coordinator.ports import Packer, Snapshots, Store, Views
 from fallow_coordinator.store.memory import MemoryStore
 
 AnswerT = TypeVar("AnswerT", bound=Answer)
@@ -171,6 +171,7 @@ class World:
     entropy: CountedEntropy = field(default_factory=CountedEntropy)
     settings: EngineSettings = QUIET
     views: Views | None = None
+    snapshots: Snapshots | None = None
     sink: RecordingSink = field(default_factory=RecordingSink)
     operator_account_id: AccountId = field(default=AccountId(""))
     client_id: PartyId = field(default=PartyId(""))
@@ -185,6 +186,7 @@ class World:
             sink=self.sink,
             packer=packer,
             views=self.views,
+            snapshots=self.snapshots,
             clock=self.clock,
             entropy=self.entropy,
             settings=self.settings,

@@ -421,20 +421,32 @@ def status(state: Path, as_json: bool) -> None:
 
 @commands.command()
 @state_option
+@click.option("--deep", is_flag=True, help="Read every blob that a job, bundle or account refers to, and compare it.")
 @json_option
-def check(state: Path, as_json: bool) -> None:
-    """Replays the journal from its first record and compares the views with it; changes nothing.
+def check(state: Path, deep: bool, as_json: bool) -> None:
+    """Replays the journal from its first record and compares segments, snapshots, views and blobs; changes nothing.
 
     A coordinator may be running meanwhile. Ends with status 1 when something is wrong.
     """
+    from fallow_coordinator.blob_folder import BlobFiles
     from fallow_coordinator.state_folder import StateFolder
     from fallow_coordinator.store.check import check_journal
 
-    report = check_journal(StateFolder(state.expanduser().absolute()).journal)
+    folder = StateFolder(state.expanduser().absolute())
+    key = folder.coordinator_public_key
+    report = check_journal(
+        folder.journal,
+        public_der=key.read_bytes() if key.exists() else None,
+        blobs=BlobFiles(folder.blobs) if folder.blobs.is_dir() else None,
+        deep=deep,
+    )
     if as_json:
         click.echo(json.dumps(asdict(report)))
     else:
-        click.echo(f"{report.records} records and {report.view_rows} rows of the views were checked.")
+        click.echo(
+            f"{report.records} records ({report.sealed_sequence} of them in {report.segments} sealed segments), "
+            f"{report.snapshots} snapshots, {report.view_rows} rows of the views and {report.blobs} blobs were checked."
+        )
         for fault in report.faults:
             click.echo(f"FAULT: {fault}")
         if not report.faults:

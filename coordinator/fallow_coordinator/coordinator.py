@@ -54,6 +54,7 @@ from fallow_coordinator.service.server import (
 )
 from fallow_coordinator.service.workers import WorkerService
 from fallow_coordinator.state_folder import Ports, StateFolder, port_taken
+from fallow_coordinator.store.snapshots import JournalSnapshots
 from fallow_coordinator.store.sqlite import SqliteStore
 from fallow_coordinator.store.views import SqliteViews
 
@@ -137,6 +138,7 @@ class Coordinator:
             sink=EffectSinks(self._outbox, self._collector),
             packer=self._packer,
             views=self._views,
+            snapshots=JournalSnapshots(folder.journal),
         )
         self._doorkeeper = Doorkeeper(self._engine, wall_clock_ms)
         self._children = Children()
@@ -302,7 +304,7 @@ class Coordinator:
             ChildCommand(
                 "follower",
                 "fallow_coordinator.follower",
-                ("--state", str(self._folder.journal)),
+                ("--state", str(self._folder.journal), "--key", str(self._folder.coordinator_key)),
                 logs / "follower.log",
             )
         )

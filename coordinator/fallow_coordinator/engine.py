@@ -32,7 +32,7 @@ from fallow_coordinator.core.state import State
 from fallow_coordinator.core.turn import Turn, take_turn
 from fallow_coordinator.inline_packing import InlinePacker
 from fallow_coordinator.latency import Latencies
-from fallow_coordinator.ports import EffectSink, Packer, StorageFailed, Store, Views, WriterFenced
+from fallow_coordinator.ports import EffectSink, Packer, Snapshots, StorageFailed, Store, Views, WriterFenced
 
 logger = logging.getLogger(__name__)
 
@@ -148,6 +148,7 @@ class Engine:
         sink: EffectSink,
         packer: Packer,
         views: Views | None = None,
+        snapshots: Snapshots | None = None,
         clock: Callable[[], int] = wall_clock_ms,
         entropy: Callable[[int], bytes] | None = None,
         settings: EngineSettings | None = None,
@@ -158,6 +159,7 @@ class Engine:
         self._sink = sink
         self._packer = packer
         self._views = views
+        self._snapshots = snapshots
         self._clock = clock
         self._entropy = entropy or PooledEntropy()
         self._settings = settings or EngineSettings()
@@ -246,7 +248,8 @@ class Engine:
     # --------------------------------------------------------------------------------------------- life
 
     async def start(self) -> int:
-        """Replays the journal, tells the core of the restart, takes up what was left undone; gives how many records.
+        """Takes up the newest snapshot and folds what came after it, tells the core of the restart, takes up what was
+        left undone; gives how many records the journal has.
 
         Raises StorageFailed when the journal is damaged.
         """
@@ -260,6 +263,7 @@ class Engine:
         self._spawn("tick", self._tick())
         for number in range(self._settings.packs_at_once):
             self._spawn(f"pack-{number}", self._pack())
+        self._spawn("let-go", self._let_go())
         if self._views is not None:
             self._spawn("archive", self._archive(self._views))
             self._spawn("collect", self._collect(self._views))
@@ -289,7 +293,7 @@ class Engine:
             self._end(f"{task.get_name()} ended: {error!r}", EXIT_BROKEN)
 
     async def _replay(self) -> int:
-        sequence = 0
+        sequence = began = self._take_up_snapshot()
         while records := self._store.read(after_sequence=sequence, limit=self._settings.replay_chunk_records):
             for record in records:
                 evolve(self._state, record.event, record.at_ms)
@@ -299,7 +303,15 @@ class Engine:
             raise StorageFailed(
                 f"the journal ends at record {sequence}, not at {self._store.last_sequence}; restore it from a backup"
             )
+        logger.info("engine.replayed from_snapshot=%d folded=%d", began, sequence - began)
         return sequence
+
+    def _take_up_snapshot(self) -> int:
+        """The sequence at which the state stands after it; 0: there is none to use."""
+        state = self._snapshots.newest() if self._snapshots is not None else None
+        if state is not None:
+            self._state, self._last_at_ms = state, state.clock_ms
+        return self._state.sequence
 
     # --------------------------------------------------------------------------------------------- the loop
 
@@ -496,10 +508,15 @@ class Engine:
 
     async def _tick(self) -> None:
         """Lets what is due fall due. A tick that changes nothing writes nothing."""
+        loop = asyncio.get_running_loop()
+        looked_at = loop.time()
         while True:
             await asyncio.sleep(self._settings.tick_ms / 1_000)
-            if not self._queue:
-                self._enqueue(_Waiting(Tick(), _NO_PAYLOADS, None))
+            if self._queue:
+                continue
+            looks = loop.time() - looked_at >= self._settings.measure_ms / 1_000
+            looked_at = loop.time() if looks else looked_at
+            self._enqueue(_Waiting(Tick(self._settings.measuring if looks else None), _NO_PAYLOADS, None))
 
     async def _archive(self, views: Views) -> None:
         """Lets finished jobs go that were in the views one round ago, so that nobody who asks at once misses them."""
@@ -512,6 +529,18 @@ class Engine:
                 in_views = await asyncio.to_thread(views.view_sequence)
             except StorageFailed as error:
                 logger.warning("engine.views_unreadable error=%s", error)
+
+    async def _let_go(self) -> None:
+        """Takes records that were sealed out of the database, a few at a time."""
+        while True:
+            await asyncio.sleep(self._settings.let_go_idle_ms / 1_000)
+            try:
+                while self._store.let_go_of_sealed(self._settings.let_go_records):  # noqa: ASYNC110 - no event tells it
+                    await asyncio.sleep(self._settings.let_go_ms / 1_000)
+            except WriterFenced as error:
+                self._end(str(error), EXIT_WRITER_FENCED)
+            except StorageFailed as error:
+                self._end(str(error), EXIT_STORAGE_FAILED)
 
     async def _collect(self, views: Views) -> None:
         """Drops inline payloads that neither the state nor a retained result refers to."""

@@ -156,6 +156,11 @@ def test_numbers_of_kinds_are_for_ever() -> None:
         "job_deleted": 34,
         "blobs_forgotten": 35,
         "blob_quota_set": 36,
+        "challenge_issued": 60,
+        "challenge_answered": 61,
+        "device_measured": 62,
+        "device_certificate_ended": 63,
+        "challenge_ended": 64,
     }
 
 

@@ -26,6 +26,7 @@ from fallow.session import (
     LeaseRevoked,
     Refused,
     Settled,
+    TaskKind,
     Welcome,
     WorkerMessage,
 )
@@ -33,7 +34,14 @@ from fallow.session_signature import check_worker_signature, sign_coordinator_pa
 from fallow.v1 import worker_service_pb2 as pb
 from fallow.wire.session import decode_worker_message, encode_coordinator_messages
 from fallow_coordinator.core.answers import Decision
-from fallow_coordinator.core.effects import EndSession, SendLease, SendRevoked, SendSettled, SendUploadOffer
+from fallow_coordinator.core.effects import (
+    EndSession,
+    SendLease,
+    SendRevoked,
+    SendSettled,
+    SendStanding,
+    SendUploadOffer,
+)
 from fallow_coordinator.engine import Engine
 from fallow_coordinator.service.auth import Caller
 from fallow_coordinator.service.calls import Context, decoded
@@ -119,6 +127,9 @@ class WorkerSession:
         self._refusals = 0
         self.last_heard = asyncio.get_running_loop().time()
         """When the last message came, on the loop's clock."""
+        self._challenges_sent: dict[LeaseId, float] = {}
+        """When the lease of each challenge of this session went out; the core has one at a time for a device."""
+        self._round_trip_s = 0.0
 
     # ------------------------------------------------------------------------------------------- out
 
@@ -168,6 +179,8 @@ class WorkerSession:
             length_bytes += _bulk_bytes(message)
             if isinstance(message, Lease):
                 leases_since_s.append(since_s)
+                if message.kind is TaskKind.CHALLENGE:
+                    self._challenges_sent[message.lease_id] = asyncio.get_running_loop().time()
         return messages, leases_since_s
 
     async def write_now(self, message: CoordinatorMessage) -> None:
@@ -205,12 +218,34 @@ class WorkerSession:
                 return self._leases.upload_offer(self.session_id, lease_id, self.caller.key_fingerprint)
             case SendSettled(_, lease_id, fence, microcredits):
                 return Settled(lease_id, fence, microcredits)
+            case SendStanding(_, worker_id, device_id):
+                return self._leases.standing(worker_id, device_id)
             case SendRevoked(_, lease_id, fence, reason):
+                self._challenges_sent.pop(lease_id, None)
                 return LeaseRevoked(lease_id, fence, reason)
             case EndSession():
                 return None
             case _:
                 return item
+
+    # ------------------------------------------------------------------------------------------- time
+
+    def lease_seen(self, lease_id: LeaseId) -> None:
+        """The worker says that a challenge's lease has arrived: one round trip, ended when this was heard."""
+        sent_at = self._challenges_sent.get(lease_id)
+        if sent_at is not None:
+            took_s = max(0.0, self.last_heard - sent_at)
+            self._round_trip_s = min(self._round_trip_s or took_s, took_s)
+
+    def challenge_times_ms(self, lease_id: LeaseId) -> tuple[int, int]:
+        """(time from a challenge's lease to the message just heard, shortest round trip); zeros: not known.
+
+        Only of leases that went out in this session: a worker that came back is asked anew.
+        """
+        sent_at = self._challenges_sent.pop(lease_id, None)
+        if sent_at is None:
+            return 0, 0
+        return max(1, round((self.last_heard - sent_at) * 1_000)), round(self._round_trip_s * 1_000)
 
     # ------------------------------------------------------------------------------------------- in
 

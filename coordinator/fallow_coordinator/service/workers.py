@@ -22,6 +22,7 @@ from fallow.limits import (
 from fallow.roles import Role
 from fallow.session import (
     CapabilityChanged,
+    Checked,
     Commitment,
     Delivery,
     Draining,
@@ -31,6 +32,7 @@ from fallow.session import (
     Hello,
     Inspection,
     LeaseReturned,
+    LeaseSeen,
     TaskFailed,
     Welcome,
 )
@@ -45,6 +47,7 @@ from fallow_coordinator.core.commands import (
     DrainSession,
     FailTask,
     OpenSession,
+    ReportCheck,
     ReportInspection,
     ReturnLease,
     StoredBlob,
@@ -318,6 +321,10 @@ class WorkerService:
                 return self._engine.submit_soon(FailTask(session_id, worker_id, lease_id, fence, cause, reason))
             case LeaseReturned(lease_id, fence, cause, reason):
                 return self._engine.submit_soon(ReturnLease(session_id, worker_id, lease_id, fence, cause, reason))
+            case Checked(lease_id, fence, verdict):
+                return self._engine.submit_soon(ReportCheck(session_id, worker_id, lease_id, fence, verdict))
+            case LeaseSeen(lease_id, _):
+                session.lease_seen(lease_id)
             case GrantsWanted():
                 self._regrant(session, incoming.message)
             case Draining():
@@ -338,6 +345,7 @@ class WorkerService:
         if commitment.inline_output:
             stored = checked_inline_output(commitment)
             payloads[commitment.output.digest] = commitment.inline_output
+        elapsed_ms, round_trip_ms = session.challenge_times_ms(commitment.lease_id)
         return self._engine.submit_soon(
             Commit(
                 session_id=session.session_id,
@@ -355,6 +363,8 @@ class WorkerService:
                 signature=incoming.signature,
                 sequence=incoming.sequence,
                 stored=stored,
+                elapsed_ms=elapsed_ms,
+                round_trip_ms=round_trip_ms,
             ),
             payloads,
         )
