@@ -309,6 +309,7 @@ class AdminService:
                 workers_connected=len(state.sessions),
                 jobs_unfinished=len(state.jobs) - len(state.finished),
                 leases=len(state.leases),
+                tasks=len(state.tasks),
             )
 
         status = await self._engine.read(read)

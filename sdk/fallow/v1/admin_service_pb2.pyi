@@ -735,6 +735,7 @@ class GetStatusResponse(_message.Message):
     COMMITS_FIELD_NUMBER: _builtins.int
     SIGNATURES_CHECKED_FIELD_NUMBER: _builtins.int
     ASSIGN_BUCKETS_FIELD_NUMBER: _builtins.int
+    TASKS_FIELD_NUMBER: _builtins.int
     journal_sequence: _builtins.int
     view_sequence: _builtins.int
     """Sequence up to which the follower's views stand."""
@@ -749,6 +750,8 @@ class GetStatusResponse(_message.Message):
     """Commits of the journal to disk since start."""
     signatures_checked: _builtins.int
     """Signatures of workers that were checked since start, and good."""
+    tasks: _builtins.int
+    """Tasks that are cut and not settled: waiting, packed or leased."""
     @_builtins.property
     def protocol(self) -> _identity_pb2.ProtocolVersion: ...
     @_builtins.property
@@ -775,10 +778,11 @@ class GetStatusResponse(_message.Message):
         commits: _builtins.int = ...,
         signatures_checked: _builtins.int = ...,
         assign_buckets: _abc.Iterable[_builtins.int] | None = ...,
+        tasks: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["protocol", b"protocol", "started_at", b"started_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assign_buckets", b"assign_buckets", "commitments", b"commitments", "commits", b"commits", "epoch", b"epoch", "jobs_unfinished", b"jobs_unfinished", "journal_sequence", b"journal_sequence", "leases", b"leases", "protocol", b"protocol", "resident_bytes", b"resident_bytes", "signatures_checked", b"signatures_checked", "started_at", b"started_at", "view_sequence", b"view_sequence", "workers_connected", b"workers_connected"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assign_buckets", b"assign_buckets", "commitments", b"commitments", "commits", b"commits", "epoch", b"epoch", "jobs_unfinished", b"jobs_unfinished", "journal_sequence", b"journal_sequence", "leases", b"leases", "protocol", b"protocol", "resident_bytes", b"resident_bytes", "signatures_checked", b"signatures_checked", "started_at", b"started_at", "tasks", b"tasks", "view_sequence", b"view_sequence", "workers_connected", b"workers_connected"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
