@@ -32,8 +32,10 @@ def main() -> int:
         command.add_argument("--json", action="store_true", help="one JSON object on stdout (else lines for people)")
         options(command)
     chosen = parser.parse_args()
-    # SIGTERM takes the same way out as Ctrl-C, so that nothing stays behind either way.
-    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
+    # SIGTERM takes the same way out as Ctrl-C, so that nothing stays behind either way. A shell that starts this in the
+    # background has both ignored for it and for every child, and then no child could be ended.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     report = asyncio.run(BENCHES[chosen.name][1](chosen))
     if chosen.json:
         print(json.dumps({"bench": chosen.name, **report.facts}))
