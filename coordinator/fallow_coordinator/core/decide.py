@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import assert_never
 
 from fallow_coordinator.core import (
+    admission,
     blobs,
     bundles,
     deferral,
+    holding,
     identity,
     jobs,
     leases,
@@ -22,7 +24,7 @@ from fallow_coordinator.core.names import Names
 from fallow_coordinator.core.state import State
 
 
-def decide(state: State, command: c.Command, now_ms: int, entropy: bytes) -> Decision:  # noqa: C901, PLR0911 one arm each
+def decide(state: State, command: c.Command, now_ms: int, entropy: bytes) -> Decision:  # noqa: C901, PLR0911, PLR0912 one arm each
     """Events and answer of one command, a function of its arguments alone.
 
     `now_ms` is the journal's clock and never goes back; `entropy` is 32 fresh bytes, from which names are made.
@@ -37,7 +39,7 @@ def decide(state: State, command: c.Command, now_ms: int, entropy: bytes) -> Dec
         case c.Deliver():
             return leases.deliver(state, command, now_ms)
         case c.FailTask():
-            return leases.fail_task(state, command, now_ms)
+            return leases.fail_task(state, command, now_ms, Names(entropy))
         case c.ReturnLease():
             return leases.return_lease(state, command)
         case c.ReportInspection():
@@ -79,6 +81,23 @@ def decide(state: State, command: c.Command, now_ms: int, entropy: bytes) -> Dec
             | c.ReleaseWorker()
         ):
             return _decide_identity(state, command, now_ms, entropy)
+        case c.AdmitAccount() | c.ExpelAccount() | c.ReleaseBundle():
+            return _decide_door(state, command)
+        case _:
+            assert_never(command)
+
+
+DoorCommand = c.AdmitAccount | c.ExpelAccount | c.ReleaseBundle
+
+
+def _decide_door(state: State, command: DoorCommand) -> Decision:
+    match command:
+        case c.AdmitAccount():
+            return admission.admit_account(state, command)
+        case c.ExpelAccount():
+            return admission.expel_account(state, command)
+        case c.ReleaseBundle():
+            return holding.release_bundle(state, command)
         case _:
             assert_never(command)
 
