@@ -156,6 +156,10 @@ def test_numbers_of_kinds_are_for_ever() -> None:
         "job_deleted": 34,
         "blobs_forgotten": 35,
         "blob_quota_set": 36,
+        "account_admitted": 75,
+        "account_expelled": 76,
+        "bundle_cleared": 85,
+        "bundle_released": 86,
         "pool_mode_changed": 50,
         "credits_granted": 51,
         "credits_released": 52,
@@ -167,6 +171,10 @@ def test_numbers_of_kinds_are_for_ever() -> None:
         "device_measured": 62,
         "device_certificate_ended": 63,
         "challenge_ended": 64,
+        "forecasts_recorded": 65,
+        "carbon_planned": 66,
+        "job_deferred": 67,
+        "job_resumed": 68,
     }
 
 
