@@ -224,7 +224,7 @@ def test_what_cannot_be_quoted_is_refused_with_its_reason() -> None:
     ):
         request = QuoteRequest(world.bundle_digest, (SizeBin(1, ()),), DataClass.PUBLIC, world.state.default_pool_id)
         with pytest.raises(FallowError) as caught:
-            quote(world.state, world.account_id, replace(request, **changes), world.now_ms)  # type: ignore[arg-type]
+            quote(world.state, world.account_id, replace(request, **changes), world.now_ms)
         assert caught.value.reason is reason
     world.state.bundles[world.bundle_digest].report = None
     world.state.bundles[world.bundle_digest].inspection_task_id = next(iter(world.state.tasks), None) or "task"  # type: ignore[assignment]
