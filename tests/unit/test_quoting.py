@@ -23,10 +23,19 @@ from fallow.cli.root import fallow
 from fallow.client.client import AsyncClient, connect_async
 from fallow.client.loop_thread import LoopThread
 from fallow.client.terms import JobTerms, terms_of
+from fallow.cost import SizeBin
 from fallow.errors import FallowError, Reason
+from fallow.ids import Digest
 from fallow.job import JobOptions, Objective
 from fallow.quote import Quote, QuoteRequest
+from fallow.roles import DataClass
 from fallow.rows import DecodedRows
+from fallow.wire.quote import (
+    quote_from_message,
+    quote_request_from_message,
+    quote_request_to_message,
+    quote_to_message,
+)
 
 NOW = datetime.datetime(2026, 11, 22, 6, 0, tzinfo=datetime.UTC)
 
@@ -139,6 +148,34 @@ def test_terms_that_cannot_be_are_refused_by_name(given: Any, field: str) -> Non
         terms_of(given, JobOptions(), now=NOW)
     assert (caught.value.reason, caught.value.field) == (Reason.FIELD_INVALID, field)
     assert caught.value.limit
+
+
+def test_questions_and_answers_come_back_whole() -> None:
+    asked = QuoteRequest(
+        Digest(bytes(32)), (SizeBin(3, (7, 0)), SizeBin(1, (9, 2))), DataClass.PUBLIC, "pool-2", JobOptions(priority=3)
+    )
+    assert quote_request_from_message(quote_request_to_message(asked)) == asked
+    answer = replace(quote_of(asked), warnings=("odd",), micrograms=5, carbon_known=True, own_workers=1)
+    assert quote_from_message(quote_to_message(answer)) == answer
+
+
+@pytest.mark.parametrize(
+    "bins",
+    [
+        (),
+        (SizeBin(0, ()),),
+        (SizeBin(1, (1 << 32,)),),
+        (SizeBin(1, (1,) * 9),),
+        (SizeBin(10**7, ()), SizeBin(1, ())),
+        tuple(SizeBin(1, ()) for _ in range(4_097)),
+    ],
+)
+def test_questions_beyond_their_limits_are_refused(bins: tuple[SizeBin, ...]) -> None:
+    message = quote_request_to_message(QuoteRequest(Digest(bytes(32)), bins, DataClass.PUBLIC))
+    with pytest.raises(FallowError) as caught:
+        quote_request_from_message(message)
+    assert caught.value.reason in {Reason.FIELD_INVALID, Reason.LIMIT_EXCEEDED, Reason.DATASET_EMPTY}
+    assert caught.value.field.startswith("bins")
 
 
 # ------------------------------------------------------------------------------------------------------------ client
