@@ -281,6 +281,11 @@ class World:
             ),
             {self.bundle_digest: manifest},
         )
+        await self.inspect_again(inspector, unit_micros_per_row=unit_micros_per_row)
+        return self.bundle_digest
+
+    async def inspect_again(self, inspector: WorldWorker, *, unit_micros_per_row: int = 10_000) -> None:
+        """The inspection that an operator's worker holds ends well."""
         lease = self.leases_of(inspector)[0]
         await self.tell(
             c.ReportInspection(
@@ -308,7 +313,6 @@ class World:
                 sequence=1,
             )
         )
-        return self.bundle_digest
 
     async def submit_job(
         self,
@@ -318,6 +322,7 @@ class World:
         key: bytes = b"",
         title: str = "",
         failed_rows_max: int = 1_000,
+        budget_microcredits: int = 0,
     ) -> JobId:
         """A job over one block of these rows."""
         block = block_of(INPUT_SCHEMA, rows)
@@ -341,7 +346,7 @@ class World:
                 data_class=DataClass.PUBLIC,
                 pool_id=None,
                 title=title,
-                options=JobOptions(failed_rows_max=failed_rows_max),
+                options=JobOptions(failed_rows_max=failed_rows_max, budget_microcredits=budget_microcredits),
                 kept=None,
             ),
             payloads,

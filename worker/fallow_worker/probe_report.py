@@ -44,7 +44,7 @@ def report_of(machine: Machine = HERE, *, lock_down: bool = True) -> dict[str, A
 
 def with_standings(report: dict[str, Any], standings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """The report with what a coordinator said of the devices to the worker on the same folder."""
-    devices = []
+    devices: list[dict[str, Any]] = []
     for device in report["devices"]:
         standing = standings.get(device["device_id"], {})
         measured = bool(standing.get("units_milli_per_s"))

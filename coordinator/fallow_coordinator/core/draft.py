@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fallow.credits import PoolMode
 from fallow.errors import Reason
 from fallow.ids import Digest, JobId, LeaseId, TaskId
 from fallow.job import JOB_STATES_FINAL, JobState
@@ -21,6 +22,7 @@ from fallow_coordinator.core.events import (
     TaskSettled,
 )
 from fallow_coordinator.core.evolve_tasks import MEASURING_KINDS, counts_as_attempt
+from fallow_coordinator.core.funding import is_short, resumed, settlement, short_of_allotment
 from fallow_coordinator.core.limits import TASK_LOSSES_MAX
 from fallow_coordinator.core.state import Job, Lease, State, Task
 
@@ -44,6 +46,7 @@ class Draft:
         self._tallies: dict[JobId, _Tally] = {}
         self._leases_ended: set[LeaseId] = set()
         self._tasks_gone: set[TaskId] = set()
+        self._resumed: set[JobId] = set()
 
     def end_lease(self, lease: Lease, outcome: LeaseOutcome, cause: Cause, reason: str) -> None:
         """Ends a lease without result; its task is tried again, or given up when it has been tried often enough."""
@@ -53,6 +56,7 @@ class Draft:
         task = self._state.tasks[lease.task_id]
         self._leases_ended.add(lease.lease_id)
         self.events.append(LeaseEnded(lease_id=lease.lease_id, outcome=outcome, cause=cause, reason=reason))
+        self._given_back(task, lease.reserved_microcredits)
         if task.kind in MEASURING_KINDS:
             self._drop_measurement(task, outcome, cause, reason)
             return
@@ -79,7 +83,8 @@ class Draft:
         reason = shortened(reason)
         if task.job_id is None:
             self.events.append(TaskAbandoned(task_id=task.task_id, cursor=0, rows=0, cause=cause, reason=reason))
-            self._fail_jobs(task.bundle_digest, f"the bundle could not be inspected: {reason}", Reason.JOB_FAILED)
+            if self._state.bundles[task.bundle_digest].report is None:
+                self._fail_jobs(task.bundle_digest, f"the bundle could not be inspected: {reason}", Reason.JOB_FAILED)
             return
         tally = self._tally(task.job_id)
         tally.results += 1
@@ -102,6 +107,7 @@ class Draft:
             tally.rows_done += task.rows
             tally.rows_failed += rows_failed
             cursor = tally.results
+        got = settlement(self._state, task, lease, rows_failed=rows_failed)
         self.events.append(
             TaskSettled(
                 task_id=task.task_id,
@@ -109,11 +115,27 @@ class Draft:
                 cursor=cursor,
                 rows=task.rows,
                 rows_failed=rows_failed,
-                microcredits=0,
+                microcredits=got.microcredits,
+                released=got.released,
+                contribution_microcredits=got.contribution_microcredits,
             )
         )
+        self._given_back(task, lease.reserved_microcredits - got.microcredits)
         if task.job_id is not None and tally is not None:
             self._judge(self._state.jobs[task.job_id], tally)
+
+    def _given_back(self, task: Task, microcredits: int) -> None:
+        """A lease ended and left something of what it could have cost: jobs that lacked it try again."""
+        if not microcredits or task.job_id is None:
+            return
+        job = self._state.jobs[task.job_id]
+        waiting = [job] if is_short(job) else []
+        if job.mode is PoolMode.QUOTA:
+            waiting += [other for other in short_of_allotment(self._state, job.pool_id, job.account_id) if other != job]
+        for one in waiting:
+            if one.job_id not in self._resumed and not self._tally(one.job_id).ended:
+                self._resumed.add(one.job_id)
+                self.events.append(resumed(one))
 
     def finish(self, job: Job, state: JobState, reason: str, code: Reason | None) -> None:
         """Ends a job: its leases are revoked, its tasks dropped."""

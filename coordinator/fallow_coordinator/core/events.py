@@ -42,6 +42,84 @@ class PoolCreated:
     name: str
     mode: str
     policy: str
+    closed: bool = False
+    """True: only admitted accounts submit there."""
+
+
+@dataclass(frozen=True, slots=True)
+class AccountAdmitted:
+    """The account may submit to the closed pool."""
+
+    pool_id: PoolId
+    account_id: AccountId
+
+
+@dataclass(frozen=True, slots=True)
+class AccountExpelled:
+    """The account may not submit there any more; its jobs go on."""
+
+    pool_id: PoolId
+    account_id: AccountId
+
+
+@dataclass(frozen=True, slots=True)
+class PoolModeChanged:
+    pool_id: PoolId
+    mode: str
+
+
+@dataclass(frozen=True, slots=True)
+class CreditsGranted:
+    """The operator makes credits for an account; `transfer_id` makes repeating harmless."""
+
+    account_id: AccountId
+    microcredits: int
+    note: str
+    transfer_id: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class CreditsReleased:
+    """What an account's workers earned may be spent from here on."""
+
+    account_id: AccountId
+    microcredits: int
+    note: str
+    transfer_id: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class AllotmentSet:
+    """What an account gets in a quota pool in each period; a fresh period begins. 0: nothing any more."""
+
+    pool_id: PoolId
+    account_id: AccountId
+    microcredits: int
+    period_ms: int
+    renews_at_ms: int
+    granted_microcredits: int
+    lapsed_microcredits: int
+    """What was left of the period before."""
+
+
+@dataclass(frozen=True, slots=True)
+class AllotmentRenewed:
+    """A period is over and the next begins."""
+
+    pool_id: PoolId
+    account_id: AccountId
+    renews_at_ms: int
+    granted_microcredits: int
+    lapsed_microcredits: int
+
+
+@dataclass(frozen=True, slots=True)
+class JobFunded:
+    """Its owner adds to its budget."""
+
+    job_id: JobId
+    microcredits: int
+    transfer_id: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +257,7 @@ class BundleInspected:
 
 @dataclass(frozen=True, slots=True)
 class BundleHeld:
-    """It crashed workers of two accounts; nobody's record is hurt."""
+    """It crashed workers of two accounts, and an operator's worker found the same; nobody's record is hurt."""
 
     bundle_digest: Digest
     reason: str
@@ -187,11 +265,27 @@ class BundleHeld:
 
 @dataclass(frozen=True, slots=True)
 class BundleCrashed:
-    """It crashed a worker of this account: one more, and it is held."""
+    """A worker of this account says that it crashed."""
 
     bundle_digest: Digest
     account_id: AccountId
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class BundleCleared:
+    """Inspected once more because of such claims, and found well: they count no more."""
+
+    bundle_digest: Digest
+    task_id: TaskId
+    worker_id: PartyId
+
+
+@dataclass(frozen=True, slots=True)
+class BundleReleased:
+    """An operator lets jobs use it, whatever was claimed."""
+
+    bundle_digest: Digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,6 +306,8 @@ class JobSubmitted:
     kept: BlobReference | None
     policy: str
     price_microcredits: int
+    held_microcredits: int = 0
+    """Its budget, which its account can spend on nothing else until it ends."""
     block_size_sums: tuple[tuple[int, ...], ...] = ()
     """Sums of the size features of each block, in order; empty in events from before they were recorded."""
 
@@ -292,6 +388,9 @@ class LeaseGranted:
     fence: int
     deadline_ms: int
     runtime_max_ms: int
+    price_microcredits_per_unit: int = 0
+    reserved_microcredits: int = 0
+    """Most that it can cost: its job can spend it on no other lease while this one lives."""
 
 
 class LeaseOutcome(StrEnum):
@@ -342,6 +441,11 @@ class TaskSettled:
     rows: int
     rows_failed: int
     microcredits: int
+    """What the job pays for the rows done."""
+    released: bool = False
+    """True: the worker's account may spend it at once; false: it is pending."""
+    contribution_microcredits: int = 0
+    """Recorded for the worker's account where nobody pays."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -430,6 +534,14 @@ Event = (
     | Restarted
     | AccountCreated
     | PoolCreated
+    | AccountAdmitted
+    | AccountExpelled
+    | PoolModeChanged
+    | CreditsGranted
+    | CreditsReleased
+    | AllotmentSet
+    | AllotmentRenewed
+    | JobFunded
     | TokenIssued
     | TokenRevoked
     | PartyEnrolled
@@ -447,6 +559,8 @@ Event = (
     | BundleInspected
     | BundleHeld
     | BundleCrashed
+    | BundleCleared
+    | BundleReleased
     | JobSubmitted
     | JobStateChanged
     | JobArchived

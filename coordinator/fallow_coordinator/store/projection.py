@@ -10,6 +10,7 @@ from fallow.wire.job import result_to_message, status_to_message
 from fallow_coordinator.core import events as ev
 from fallow_coordinator.core.evolve import evolve
 from fallow_coordinator.core.limits import RETENTION_MS_DEFAULT
+from fallow_coordinator.core.questions import budget_warnings
 from fallow_coordinator.core.state import Bundle, Job, State
 from fallow_coordinator.ports import Record
 from fallow_coordinator.store.work_events import encode_submission
@@ -44,6 +45,7 @@ class _Touched:
     job_blobs: dict[tuple[JobId, Digest], None] = field(default_factory=dict[tuple[JobId, Digest], None])
     job_payloads: dict[tuple[JobId, Digest], None] = field(default_factory=dict[tuple[JobId, Digest], None])
     job_submissions: list[Row] = field(default_factory=list[Row])
+    pool_members: dict[tuple[PoolId, AccountId], Row] = field(default_factory=dict[tuple[PoolId, AccountId], Row])
     retained_jobs: dict[JobId, Row] = field(default_factory=dict[JobId, Row])
     deleted_jobs: dict[JobId, Row] = field(default_factory=dict[JobId, Row])
 
@@ -92,6 +94,7 @@ class Projection:
             "job_blobs": list(touched.job_blobs),
             "job_payloads": list(touched.job_payloads),
             "job_submissions": touched.job_submissions,
+            "pool_members": list(touched.pool_members.values()),
             "retained_jobs": list(touched.retained_jobs.values()),
             "deleted_jobs": list(touched.deleted_jobs.values()),
         }
@@ -131,6 +134,9 @@ class Projection:
                 touched.accounts[event.account_id] = None
             case ev.PoolCreated():
                 touched.pools[event.pool_id] = None
+            case ev.AccountAdmitted() | ev.AccountExpelled():
+                member = (event.pool_id, event.account_id)
+                touched.pool_members[member] = (*member, isinstance(event, ev.AccountAdmitted))
             case ev.TokenIssued() | ev.TokenRevoked():
                 touched.tokens[event.token_id] = None
             case ev.PartyEnrolled():
@@ -145,7 +151,7 @@ class Projection:
                 touched.workers[event.worker_id] = None
             case ev.CapabilityReported():
                 self._touch_session(event.session_id)
-            case ev.BundleRegistered() | ev.BundleInspected() | ev.BundleHeld():
+            case ev.BundleRegistered() | ev.BundleInspected() | ev.BundleHeld() | ev.BundleReleased():
                 touched.bundles[event.bundle_digest] = None
             case _:
                 pass
@@ -329,6 +335,11 @@ def status_of(job: Job) -> JobStatus:
             workers=len({result.worker_id for result in job.results if result.worker_id}) if finished else 0,
         ),
         deleted_at_ms=job.deleted_at_ms,
+        pool_mode=job.mode,
+        budget_microcredits=job.budget_microcredits,
+        spent_microcredits=job.microcredits,
+        reserved_microcredits=job.reserved_microcredits,
+        warnings=budget_warnings(job),
     )
 
 

@@ -70,9 +70,10 @@ def _answer_in(block: RowBlock) -> bytes:
         values = rows.columns["answer"]
     except FallowError as error:
         raise _WrongError(f"it cannot be read: {error.message}") from None
-    if len(values) != 1 or not isinstance(values[0], bytes):
+    value = values[0] if len(values) == 1 else None
+    if not isinstance(value, bytes):
         raise _WrongError("it is not one row of bytes")
-    return values[0]
+    return value
 
 
 class _Reader:

@@ -205,8 +205,9 @@ class Supervisor:
     def _admit_measurement(self, work: Work, progress: Callable[[int], None]) -> LeaseRun:
         """A challenge or a check: the plan is all that there is. Raises WorkFailed."""
         plan = work.challenge
-        if plan is None or (fault := fault_of_plan(plan)):
-            raise WorkFailed(Cause.PLATFORM, f"the lease has no plan that is one: {fault if plan else ''}")
+        fault = "none" if plan is None else fault_of_plan(plan)
+        if plan is None or fault:
+            raise WorkFailed(Cause.PLATFORM, f"the lease has no plan that can be carried out: {fault}")
         fills = plan.fill_bytes if work.kind is TaskKind.CHALLENGE else 0
         if MEMORY_SPARED_FACTOR * fills > memory_bytes_free():
             raise WorkFailed(Cause.OWNER_PREEMPT, f"a fill of {fills} bytes would take too much of what is free now")
