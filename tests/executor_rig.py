@@ -110,10 +110,10 @@ def gather_bundle(folder: Path) -> BundleOnDisk:
     return bundle_on_disk(folder, manifest, {PROGRAM_FILE: model})
 
 
-def looping_bundle(folder: Path) -> BundleOnDisk:
+def looping_bundle(folder: Path, *, batch_rows: int = 1) -> BundleOnDisk:
     """Each batch takes as many turns as the largest of its rows says, a few microseconds each; every value is 0."""
     program = endless_loop()
-    return bundle_on_disk(folder, program.manifest, {PROGRAM_FILE: program.model}, batch_rows=1)
+    return bundle_on_disk(folder, program.manifest, {PROGRAM_FILE: program.model}, batch_rows=batch_rows)
 
 
 def looping_rows(*turns: int) -> dict[str, NDArray[np.int64]]:
@@ -121,10 +121,11 @@ def looping_rows(*turns: int) -> dict[str, NDArray[np.int64]]:
     return {"x": np.array(turns, np.int64)}
 
 
-def bomb_bundle(folder: Path) -> BundleOnDisk:
-    """Each row asks for as many floats as it says; inspection saw little."""
+def bomb_bundle(folder: Path, *, batch_rows: int = 1) -> BundleOnDisk:
+    """Each batch asks for as many floats as the largest of its rows says; inspection saw little."""
     program = memory_bomb(1)
-    return bundle_on_disk(folder, program.manifest, {PROGRAM_FILE: program.model}, batch_rows=1, peak=64 * MIB)
+    files = {PROGRAM_FILE: program.model}
+    return bundle_on_disk(folder, program.manifest, files, batch_rows=batch_rows, peak=64 * MIB)
 
 
 # ------------------------------------------------------------------------------------------------------------ processes

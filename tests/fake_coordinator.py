@@ -253,6 +253,17 @@ class FakeCoordinator(job_service_pb2_grpc.JobServiceServicer, blob_service_pb2_
             await _abort(context, grpc.StatusCode.FAILED_PRECONDITION, FallowError(Reason.JOB_UNFINISHED, "it runs"))
         return job_service_pb2.DeleteJobResponse(job=status_to_message(self._status(request.job_id)))
 
+    async def GetJobSubmission(self, request: Any, context: Any) -> Any:
+        await self._arrive("GetJobSubmission", context)
+        job = await self._job(request.job_id, context)
+        page = job_service_pb2.SubmitMapJobRequest()
+        page.CopyFrom(job.request)
+        page.idempotency_key = b""
+        blocks = list(page.blocks)
+        del page.blocks[:]
+        page.blocks.extend(blocks[request.first_block : request.first_block + 1])
+        return job_service_pb2.GetJobSubmissionResponse(submission=page, blocks=len(blocks))
+
     async def WatchJob(self, request: Any, context: Any) -> AsyncIterator[Any]:
         await self._arrive("WatchJob", context)
         job = await self._job(request.job_id, context)

@@ -467,7 +467,7 @@ class Engine:
             # Asked before and after the views: a job that leaves the state in between is in one of the two.
             before = live_payloads(self._state)
             try:
-                retained = await asyncio.to_thread(views.retained_outputs)
+                retained = await asyncio.to_thread(views.retained_payloads)
                 if await asyncio.to_thread(views.view_sequence) < self._state.archived_through:
                     # Views that are being made anew do not know all results yet.
                     logger.info("engine.payloads_kept reason=views_behind")

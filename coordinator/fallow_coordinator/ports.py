@@ -10,7 +10,7 @@ from fallow.ids import AccountId, Digest, JobId
 from fallow.job import JobStatus, TaskResult
 from fallow.session import BlobReference
 from fallow_coordinator.core.effects import Effect
-from fallow_coordinator.core.events import Event
+from fallow_coordinator.core.events import Event, JobSubmitted
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +96,12 @@ class Views(Protocol):
         """An output block of one of the account's jobs, or None: archived results stay readable by their owner."""
         ...
 
-    def retained_outputs(self) -> frozenset[Digest]:
-        """Output blocks small enough to be inline, of all jobs that are not deleted."""
+    def submission(self, job_id: JobId) -> JobSubmitted | None:
+        """What a job that is not deleted was submitted as."""
+        ...
+
+    def retained_payloads(self) -> frozenset[Digest]:
+        """Output blocks small enough to be inline, and inline datasets, of all jobs that are not deleted."""
         ...
 
     def references(self, digests: Sequence[Digest]) -> tuple[int, frozenset[Digest]]:

@@ -67,6 +67,8 @@ class JobOptions:
     assurance: str = ""
     retention_ms: int = 0
     """How long results, dataset and kept columns outlive the end of the job; 0: the coordinator's 30 days."""
+    all_rows_may_fail: bool = False
+    """True: a job none of whose rows has a value counts as done, if `failed_rows_max` allows it."""
 
 
 @dataclass(frozen=True, slots=True)

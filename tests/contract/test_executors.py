@@ -46,9 +46,11 @@ pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="the lock-down is Linux's"),
 ]
 
-SETTINGS = SupervisorSettings(cores=2)
+SETTINGS = SupervisorSettings(cores=2, still_share=0.2)
 SECONDS_LONG = 100_000_000
 """Turns of the looping program that take minutes."""
+BOMB_FLOATS = (3 * GIB // 2) // 4
+"""A row of the bomb that its child does not survive."""
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module", params=["process", "ray"])
@@ -147,24 +149,49 @@ async def test_a_program_that_overruns_its_time_is_killed(executor: Executor, tm
 
 async def test_a_memory_bomb_is_the_programs_fault(executor: Executor, tmp_path: Path) -> None:
     bundle = bomb_bundle(tmp_path)
-    rows = {"x": np.array([(3 * GIB // 2) // 4] * 8, np.int64)}
+    rows = {"x": np.array([BOMB_FLOATS] * 8, np.int64)}
     failed = await failure(executor, bundle.work(rows))
     assert failed.cause is Cause.PROGRAM and "MiB of memory" in failed.reason
     outcome = await executor.run(bundle.work({"x": np.array([1, 2], np.int64)}), silent)
     assert len(bundle.decoded(outcome).positions) == 2
 
 
-async def test_a_crash_inside_the_program_fails_the_task_alone(executor: Executor, tmp_path: Path) -> None:
+async def test_a_row_that_its_program_does_not_survive_fails_alone(executor: Executor, tmp_path: Path) -> None:
+    bundle = bomb_bundle(tmp_path, batch_rows=8)
+    rows = np.arange(1, 25, dtype=np.int64)
+    rows[13] = BOMB_FLOATS
+    before = executor.supervisor.isolation_spawns if isinstance(executor, ProcessExecutor) else 0
+    outcome = await executor.run(bundle.work({"x": rows}), silent)
+    [failure] = outcome.failures
+    assert (failure.row, failure.cause) == (13, Cause.ROW) and "MiB of memory" in failure.reason
+    decoded = bundle.decoded(outcome)
+    assert decoded.positions.tolist() == [row for row in range(24) if row != 13]
+    assert len(RowBlock.parse(outcome.output_block)) == 24
+    if isinstance(executor, ProcessExecutor):
+        assert 1 <= executor.supervisor.isolation_spawns - before <= 3 + 2  # ⌈log₂ 8⌉ + 2
+
+
+async def test_a_row_that_hangs_fails_alone_and_in_time(executor: Executor, tmp_path: Path) -> None:
+    bundle = looping_bundle(tmp_path, batch_rows=2)
+    begun = time.monotonic()
+    work = bundle.work(looping_rows(1, 2, 3, SECONDS_LONG, 4), runtime_max_ms=15_000)
+    outcome = await executor.run(work, silent)
+    assert time.monotonic() - begun < 60
+    [failure] = outcome.failures
+    assert (failure.row, failure.cause) == (3, Cause.ROW) and "did not end within" in failure.reason
+    assert bundle.decoded(outcome).positions.tolist() == [0, 1, 2, 4]
+
+
+async def test_a_crash_that_does_not_come_again_costs_no_row(executor: Executor, tmp_path: Path) -> None:
     looping, dense = looping_bundle(tmp_path), dense_bundle(tmp_path)
     await executor.run(looping.work(looping_rows(1)), silent)
     before = set(engine_children())
-    hanging = asyncio.create_task(executor.run(looping.work(looping_rows(SECONDS_LONG)), silent))
-    victim = await busiest_child()
+    crashing = asyncio.create_task(executor.run(looping.work(looping_rows(1_500_000)), silent))
+    victim = await busiest_child(cpu_seconds_more=0.1)
     other = asyncio.create_task(executor.run(dense.work(dense_rows(100)), silent))
     os.kill(victim, signal.SIGSEGV)
-    with pytest.raises(WorkFailed) as caught:
-        await hanging
-    assert caught.value.cause is Cause.PROGRAM and "SIGSEGV" in caught.value.reason
+    outcome = await crashing
+    assert outcome.failures == () and len(looping.decoded(outcome).positions) == 1
     assert len(RowBlock.parse((await other).output_block)) == 100
     assert victim in before
 

@@ -127,7 +127,7 @@ async def test_output_blocks_are_known_to_their_owner_alone(watched: Watched) ->
     assert watched.views.output(world.operator_account_id, digest_of(b"another")) is None
 
 
-async def test_outputs_are_retained_until_their_job_is_deleted(watched: Watched) -> None:
+async def test_outputs_and_inline_datasets_are_retained_until_their_job_is_deleted(watched: Watched) -> None:
     world = watched.world
     job_id = await world.submit_job(ROWS)
     await world.work_until_idle(watched.worker)
@@ -140,10 +140,25 @@ async def test_outputs_are_retained_until_their_job_is_deleted(watched: Watched)
         results = watched.views.results(of, after_cursor=0, limit=1_000)
         return {result.output.digest for result in results if result.output is not None}
 
-    assert watched.views.retained_outputs() == outputs(job_id) | outputs(running)
+    dataset = {block.blob.digest for block in world.engine.state.jobs[running].blocks}
+    assert watched.views.retained_payloads() == outputs(job_id) | outputs(running) | dataset
     await world.tell(c.DeleteJob(world.operator_account_id, job_id, archived=False))
     watched.update()
-    assert watched.views.retained_outputs() == outputs(running)
+    assert watched.views.retained_payloads() == outputs(running) | dataset
+
+
+async def test_a_submission_is_told_until_its_job_is_deleted(watched: Watched) -> None:
+    world = watched.world
+    job_id = await world.submit_job(ROWS, title="asked for again")
+    job = world.engine.state.jobs[job_id]
+    await world.work_until_idle(watched.worker)
+    watched.update()
+    submission = watched.views.submission(job_id)
+    assert submission is not None
+    assert (submission.blocks, submission.options, submission.title) == (job.blocks, job.options, "asked for again")
+    await world.tell(c.DeleteJob(world.operator_account_id, job_id, archived=False))
+    watched.update()
+    assert watched.views.submission(job_id) is None
 
 
 async def test_results_page_by_cursor(watched: Watched) -> None:

@@ -19,6 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 from fallow.bundle_file import Bundle
 from fallow.client.blocking import Client, connect
 from fallow.errors import FallowError, Reason
+from fallow.job import JobOptions
 from integration.harness import CoordinatorService, worker
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(240)]
@@ -143,6 +144,63 @@ def test_rows_that_fail_leave_the_others_and_what_was_kept_in_place(client: Clie
         assert "idx=99" in row["fallow.reason"]
     with pytest.raises(FallowError, match=r"failed: .*; row 0: .*idx=99"):
         client.map(Bundle.from_onnx(path), {"i": np.full(2, 99)}, data="public", failed_rows_max=0).table()
+
+
+def test_rows_without_a_value_are_retried_as_a_job_of_their_own(client: Client, tmp_path: Path) -> None:
+    table = numpy_helper.from_array(np.arange(10, dtype=np.float32) * 1.5, "table")
+    node = helper.make_node("Gather", ["table", "i"], ["y"], axis=0)
+    path = saved(tmp_path / "m.onnx", [node], [("i", TensorProto.INT64, ["n"])], [("y", F, ["n"])], table)
+    # More than one task lists, in several blocks of the blob service.
+    indexes = np.where(np.arange(20_000) % 40 == 3, 99, np.arange(20_000) % 10)
+    spoiled = np.flatnonzero(indexes == 99).tolist()
+    names = [f"row {i}" for i in range(len(indexes))]
+    job = client.map(Bundle.from_onnx(path), {"i": indexes, "name": names}, data="public", keep="name", title="spoiled")
+    assert job.wait().progress.rows_failed == len(spoiled)
+    again = job.retry_failed()
+    # None of them can have a value: that is no success.
+    with pytest.raises(FallowError, match=r"none of its 500 rows has a value.*idx=99"):
+        again.wait()
+    assert again.status().title == "spoiled"
+    third = again.retry_failed()
+    third.wait(check=False)
+    for retried in (again, third):
+        failed = retried.table(partial=True)
+        assert failed.column("first_row").to_pylist() == spoiled
+        assert failed.column("name").to_pylist() == [f"row {row}" for row in spoiled]
+        assert set(failed.column("fallow.status").to_pylist()) == {"failed"}
+    job.delete()
+    with pytest.raises(FallowError, match="not retained any more") as gone:
+        job.retry_failed()
+    assert gone.value.reason is Reason.JOB_DELETED
+
+
+def test_rows_that_a_cancelled_job_never_reached_are_retried_and_put_together(client: Client, tmp_path: Path) -> None:
+    path, rows = loop(tmp_path / "model.onnx")
+    job = client.map(Bundle.from_onnx(path), rows, data="public")
+    job.cancel()
+    job.wait(check=False)
+    done = job.table(partial=True)
+    if len(done) < len(rows["x"]):
+        retried = job.retry_failed().table()
+        missing = set(range(len(rows["x"]))) - set(done.column("fallow.row").to_pylist())
+        assert retried.column("first_row").to_pylist() == sorted(missing)
+        np.testing.assert_array_equal(
+            np.asarray(retried.column("y").to_pylist(), np.float32), rows["x"][sorted(missing)] + 5
+        )
+    else:
+        with pytest.raises(FallowError, match="has a value"):
+            job.retry_failed()
+
+
+def test_a_job_may_be_told_that_no_row_needs_a_value(client: Client, tmp_path: Path) -> None:
+    table = numpy_helper.from_array(np.arange(10, dtype=np.float32), "table")
+    node = helper.make_node("Gather", ["table", "i"], ["y"], axis=0)
+    path = saved(tmp_path / "m.onnx", [node], [("i", TensorProto.INT64, ["n"])], [("y", F, ["n"])], table)
+    bundle, rows = Bundle.from_onnx(path), {"i": np.full(2, 99)}
+    with pytest.raises(FallowError, match=r"none of its 2 rows has a value"):
+        client.map(bundle, rows, data="public").wait()
+    allowed = client.map(bundle, rows, data="public", options=JobOptions(all_rows_may_fail=True))
+    assert allowed.wait().progress.rows_failed == 2
 
 
 def test_an_output_without_rows_is_refused_with_a_way_on(client: Client, tmp_path: Path) -> None:

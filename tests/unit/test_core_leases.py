@@ -200,6 +200,21 @@ def test_more_failed_rows_than_allowed_end_the_job_with_counts() -> None:
     assert status.reason == "2 of 8 rows failed, 6 succeeded; allowed: 1 failed rows"
 
 
+def test_a_job_without_a_single_value_has_failed_unless_that_was_asked_for() -> None:
+    failures = tuple(RowFailure(row, Cause.ROW, "not an image") for row in range(4))
+    world, _, job_id, lease = leased_world(4)
+    world.take(world.commit_command(lease, failures=failures))
+    status = world.status(job_id)
+    assert (status.state, status.reason_code) == (JobState.FAILED, "JOB_FAILED")
+    assert status.reason == "none of its 4 rows has a value: not an image"
+    world, _, job_id, lease = leased_world(4, all_rows_may_fail=True)
+    world.take(world.commit_command(lease, failures=failures))
+    assert world.status(job_id).state is JobState.SUCCEEDED
+    world, _, job_id, lease = leased_world(4)
+    world.take(world.commit_command(lease, failures=failures[:3]))
+    assert world.status(job_id).state is JobState.SUCCEEDED
+
+
 def test_a_full_list_of_failures_may_stand_for_more() -> None:
     rows = ROW_FAILURES_LISTED_PER_TASK_MAX + 44
     world = World().start().ready_bundle(per_row=1)

@@ -394,7 +394,10 @@ class ViewsAt:
         self.asked += 1
         return self.sequence
 
-    def retained_outputs(self) -> frozenset[Digest]:
+    def submission(self, job_id: JobId) -> ev.JobSubmitted | None:
+        return None
+
+    def retained_payloads(self) -> frozenset[Digest]:
         self.collected += 1
         return self.retained
 

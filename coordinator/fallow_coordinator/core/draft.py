@@ -10,6 +10,7 @@ from fallow.job import JOB_STATES_FINAL, JobState
 from fallow.limits import ROW_FAILURE_REASON_BYTES_MAX, TASK_ATTEMPTS_MAX
 from fallow.session import Cause
 from fallow_coordinator.core.events import (
+    CommitmentRecorded,
     Event,
     JobStateChanged,
     LeaseEnded,
@@ -146,8 +147,25 @@ class Draft:
                 f"allowed: {job.options.failed_rows_max} failed rows"
             )
             self.finish(job, JobState.FAILED, reason, Reason.JOB_FAILED)
+        elif tally.rows_done == job.rows and tally.rows_failed == job.rows and not job.options.all_rows_may_fail:
+            reason = shortened(f"none of its {job.rows} rows has a value: {self._last_reason()}")
+            self.finish(job, JobState.FAILED, reason, Reason.JOB_FAILED)
         elif tally.rows_done == job.rows:
             self.finish(job, JobState.SUCCEEDED, "", None)
+
+    def _last_reason(self) -> str:
+        """Why a row failed, the last that is known."""
+        for event in reversed(self.events):
+            if isinstance(event, TaskAbandoned):
+                return event.reason
+            if isinstance(event, TaskSettled):
+                commitment = self._state.leases[event.lease_id].commitment
+                failures = commitment.failures if commitment is not None else ()
+                if failures:
+                    return failures[-1].reason
+            if isinstance(event, CommitmentRecorded) and event.failures:
+                return event.failures[-1].reason
+        return "the rows' failures say why"
 
     def _tally(self, job_id: JobId) -> _Tally:
         tally = self._tallies.get(job_id)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import datetime
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Final
 
 from fallow.errors import FallowError, Reason
-from fallow.ids import AccountId, Digest, JobId
-from fallow.job import JobStatus, TaskResult
+from fallow.ids import AccountId, Digest, JobId, PoolId
+from fallow.job import DatasetBlock, JobOptions, JobStatus, TaskResult
+from fallow.roles import DataClass
 from fallow.session import BlobReference
 from fallow.wire.bundle import decode_manifest
 from fallow.wire.schema import encode_schema
@@ -21,6 +23,19 @@ from fallow_coordinator.ports import Views
 
 SCHEMAS_REMEMBERED_MAX: Final = 1_024
 DELETIONS_REMEMBERED_MAX: Final = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class JobSubmission:
+    """A job as it was submitted."""
+
+    bundle_digest: Digest
+    blocks: tuple[DatasetBlock, ...]
+    data_class: DataClass
+    pool_id: PoolId
+    title: str
+    options: JobOptions
+    kept: BlobReference | None
 
 
 class JobReads:
@@ -44,6 +59,23 @@ class JobReads:
                 Reason.JOB_UNKNOWN, "this account has no such job", field="job_id", hint="list jobs to see them"
             )
         return self._complete(self._without_deleted(status))
+
+    async def submission(self, account_id: AccountId, job_id: JobId) -> JobSubmission:
+        """What a job of the account was submitted as. Raises JOB_UNKNOWN, JOB_DELETED."""
+        check_not_deleted(await self.status(account_id, job_id))
+        job = self._engine.state.jobs.get(job_id)
+        if job is not None:
+            return JobSubmission(
+                job.bundle_digest, job.blocks, job.data_class, job.pool_id, job.title, job.options, job.kept
+            )
+        event = await asyncio.to_thread(self._views.submission, job_id)
+        if event is None:
+            raise FallowError(
+                Reason.JOB_UNKNOWN, "the job's dataset is not known any more", field="job_id", hint="submit it anew"
+            )
+        return JobSubmission(
+            event.bundle_digest, event.blocks, event.data_class, event.pool_id, event.title, event.options, event.kept
+        )
 
     def remember_deleted(self, job_id: JobId, at_ms: int) -> None:
         """The job is deleted from now on, even while the views do not say so yet."""
@@ -106,3 +138,15 @@ class JobReads:
             if len(self._schemas) > SCHEMAS_REMEMBERED_MAX:
                 self._schemas.popitem(last=False)
         return replace(status, output_schema=schema)
+
+
+def check_not_deleted(status: JobStatus) -> None:
+    """Returns when the job's results are there. Raises JOB_DELETED."""
+    if status.deleted_at_ms:
+        moment = datetime.datetime.fromtimestamp(status.deleted_at_ms / 1000, datetime.UTC)
+        raise FallowError(
+            Reason.JOB_DELETED,
+            f"the results of job {status.job_id} were deleted at {moment:%Y-%m-%d %H:%M:%S} UTC: {status.reason}",
+            field="job_id",
+            hint="submit it again to have them again; `--retention` says how long results stay",
+        )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import datetime
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Final
 
@@ -11,7 +10,7 @@ import grpc
 
 from fallow.errors import FallowError, Reason
 from fallow.ids import Digest, JobId, PoolId, digest_of
-from fallow.job import JOB_STATES_FINAL, DatasetBlock, JobStatus
+from fallow.job import JOB_STATES_FINAL, DatasetBlock
 from fallow.limits import (
     GRANTS_PER_REQUEST_MAX,
     INLINE_PAYLOAD_BYTES_MAX,
@@ -22,6 +21,7 @@ from fallow.limits import (
 from fallow.roles import Role
 from fallow.schema import Schema, SizeFeature, TensorColumn
 from fallow.session import BlobReference
+from fallow.v1 import job_pb2
 from fallow.v1 import job_service_pb2 as pb
 from fallow.wire.blob import (
     BLOB_KINDS,
@@ -30,10 +30,18 @@ from fallow.wire.blob import (
     grant_to_message,
     receipt_from_message,
     reference_from_message,
+    reference_to_message,
 )
 from fallow.wire.bundle import decode_manifest, report_to_message
 from fallow.wire.enums import DATA_CLASSES
-from fallow.wire.job import block_from_message, options_from_message, result_to_message, status_to_message
+from fallow.wire.job import (
+    block_from_message,
+    block_to_message,
+    options_from_message,
+    options_to_message,
+    result_to_message,
+    status_to_message,
+)
 from fallow.wire.schema import encode_schema
 from fallow_coordinator.config import CollectionSettings
 from fallow_coordinator.core.answers import JobAccepted
@@ -64,7 +72,7 @@ from fallow_coordinator.service.calls import (
 )
 from fallow_coordinator.service.grants import Grants, Holder, stored_blob
 from fallow_coordinator.service.inline_blocks import inspected_block
-from fallow_coordinator.service.job_reads import JobReads
+from fallow_coordinator.service.job_reads import JobReads, check_not_deleted
 from fallow_coordinator.service.live_streams import LiveStreams
 from fallow_coordinator.service.outbox import Outbox
 from fallow_coordinator.service.protocol import check_protocol, spoken
@@ -75,6 +83,9 @@ PAGE_SIZE_DEFAULT: Final = 100
 PAGE_SIZE_MAX: Final = 1_000
 GRANTS_OF_ONE_CALL: Final = 20
 """So many signatures take about as long as a call of another kind."""
+BLOCKS_PER_PAGE: Final = 2_000
+"""Blocks of a dataset told at a time."""
+BLOCKS_OF_ONE_CALL: Final = 200
 RESULTS_PER_READ_MAX: Final = 64
 """Results looked up at a time for one watcher: with inline outputs at most 4 MiB are held for it."""
 STATUS_INTERVAL_S: Final = 0.2
@@ -137,6 +148,7 @@ class JobService:
                     handler("ListJobs", pb.ListJobsRequest, self.list_jobs),
                     handler("CancelJob", pb.CancelJobRequest, self.cancel_job),
                     handler("DeleteJob", pb.DeleteJobRequest, self.delete_job),
+                    handler("GetJobSubmission", pb.GetJobSubmissionRequest, self.get_job_submission),
                     (
                         "WatchJob",
                         server_stream(method_name(_SERVICE, "WatchJob"), pb.WatchJobRequest, self.watch_job, limit),
@@ -318,6 +330,32 @@ class JobService:
             status = await self._reads.status(caller.account_id, job_id)
         return pb.CancelJobResponse(job=status_to_message(status))
 
+    async def get_job_submission(self, call: Call[pb.GetJobSubmissionRequest]) -> pb.GetJobSubmissionResponse:
+        """A page of the job's dataset, and how it was to be run."""
+        caller = await self._caller(call.peer)
+        job = await self._reads.submission(caller.account_id, JobId(call.request.job_id))
+        first = call.request.first_block
+        page = job.blocks[first : first + BLOCKS_PER_PAGE]
+        call.charge(len(page) / BLOCKS_OF_ONE_CALL)
+        blocks: list[job_pb2.DatasetBlock] = []
+        for block in page:
+            data = self._engine.payload(block.blob.digest) if block.inline else b""
+            if data is None:
+                raise FallowError(
+                    Reason.BLOB_UNKNOWN, "the job's inline dataset is gone", field="job_id", hint="submit the rows anew"
+                )
+            blocks.append(block_to_message(block, data))
+        submission = pb.SubmitMapJobRequest(
+            bundle_digest=job.bundle_digest,
+            blocks=blocks,
+            data_class=DATA_CLASSES.number(job.data_class),
+            pool_id=job.pool_id,
+            title=job.title,
+            options=options_to_message(job.options),
+            kept=reference_to_message(job.kept) if job.kept is not None else None,
+        )
+        return pb.GetJobSubmissionResponse(submission=submission, blocks=len(job.blocks))
+
     async def delete_job(self, call: Call[pb.DeleteJobRequest]) -> pb.DeleteJobResponse:
         """The job, without its results, dataset and kept columns."""
         caller = await self._caller(call.peer)
@@ -337,7 +375,7 @@ class JobService:
         job_id, cursor = JobId(call.request.job_id), call.request.cursor
         status = await self._reads.status(caller.account_id, job_id)
         if not call.request.status_only:
-            _check_not_deleted(status)
+            check_not_deleted(status)
         if cursor > status.results:
             raise FallowError(
                 Reason.OFFSET_MISMATCH,
@@ -356,7 +394,7 @@ class JobService:
                 status = await self._reads.status(caller.account_id, job_id)
                 final = status.state in JOB_STATES_FINAL
                 if not call.request.status_only:
-                    _check_not_deleted(status)
+                    check_not_deleted(status)
                 while not call.request.status_only and cursor < status.results:
                     batch = await self._reads.results(job_id, after_cursor=cursor, limit=RESULTS_PER_READ_MAX)
                     for result in batch:
@@ -444,18 +482,6 @@ def submission(call: Call[pb.SubmitMapJobRequest], caller: Caller) -> tuple[Subm
         kept=reference_from_message(request.kept, "kept") if request.HasField("kept") else None,
     )
     return command, payloads
-
-
-def _check_not_deleted(status: JobStatus) -> None:
-    """Returns when the job's results are there. Raises JOB_DELETED."""
-    if status.deleted_at_ms:
-        moment = datetime.datetime.fromtimestamp(status.deleted_at_ms / 1000, datetime.UTC)
-        raise FallowError(
-            Reason.JOB_DELETED,
-            f"the results of job {status.job_id} were deleted at {moment:%Y-%m-%d %H:%M:%S} UTC: {status.reason}",
-            field="job_id",
-            hint="submit it again to have them again; `--retention` says how long results stay",
-        )
 
 
 def check_count(count: int, most: int, field: str) -> None:

@@ -12,6 +12,7 @@ from fallow_coordinator.core.evolve import evolve
 from fallow_coordinator.core.limits import RETENTION_MS_DEFAULT
 from fallow_coordinator.core.state import Bundle, Job, State
 from fallow_coordinator.ports import Record
+from fallow_coordinator.store.work_events import encode_submission
 
 Row = tuple[object, ...]
 """Values in the order of the table's columns."""
@@ -41,6 +42,8 @@ class _Touched:
     """Last rows of jobs that left the state."""
     results: list[Row] = field(default_factory=list[Row])
     job_blobs: dict[tuple[JobId, Digest], None] = field(default_factory=dict[tuple[JobId, Digest], None])
+    job_payloads: dict[tuple[JobId, Digest], None] = field(default_factory=dict[tuple[JobId, Digest], None])
+    job_submissions: list[Row] = field(default_factory=list[Row])
     retained_jobs: dict[JobId, Row] = field(default_factory=dict[JobId, Row])
     deleted_jobs: dict[JobId, Row] = field(default_factory=dict[JobId, Row])
 
@@ -86,6 +89,8 @@ class Projection:
             "jobs": [*touched.leaving.values(), *(_job_row(state.jobs[job_id]) for job_id in touched.jobs)],
             "results": touched.results,
             "job_blobs": list(touched.job_blobs),
+            "job_payloads": list(touched.job_payloads),
+            "job_submissions": touched.job_submissions,
             "retained_jobs": list(touched.retained_jobs.values()),
             "deleted_jobs": list(touched.deleted_jobs.values()),
         }
@@ -152,6 +157,10 @@ class Projection:
                 blobs = [block.blob for block in event.blocks if not block.inline]
                 for blob in [*blobs, *([event.kept] if event.kept is not None else [])]:
                     touched.job_blobs[event.job_id, blob.digest] = None
+                for block in event.blocks:
+                    if block.inline:
+                        touched.job_payloads[event.job_id, block.blob.digest] = None
+                touched.job_submissions.append((event.job_id, event.account_id, encode_submission(event)))
             case ev.JobStateChanged():
                 touched.jobs[event.job_id] = None
                 if event.state in JOB_STATES_FINAL:

@@ -236,6 +236,7 @@ def options_to_message(options: JobOptions) -> job_pb2.JobOptions:
         device_kind=options.device_kind,
         memory_bytes_min=options.memory_bytes_min,
         assurance=options.assurance,
+        all_rows_may_fail=options.all_rows_may_fail,
     )
     if options.deadline_ms:
         seconds, milliseconds = divmod(options.deadline_ms, _MS_PER_SECOND)
@@ -263,4 +264,5 @@ def options_from_message(message: job_pb2.JobOptions) -> JobOptions:
         memory_bytes_min=message.memory_bytes_min,
         assurance=message.assurance,
         retention_ms=message.retention.seconds * _MS_PER_SECOND + message.retention.nanos // _NANOS_PER_MS,
+        all_rows_may_fail=message.all_rows_may_fail,
     )

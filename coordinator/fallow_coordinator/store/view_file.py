@@ -9,7 +9,7 @@ from fallow_coordinator.store.failures import storage_failures
 from fallow_coordinator.store.projection import Changes
 
 VIEWS_FILE = "views.db"
-VIEWS_VERSION = 3
+VIEWS_VERSION = 4
 """Another version in the file: the views are built anew from the journal."""
 LOCK_WAIT_S = 5.0
 
@@ -34,12 +34,14 @@ _TABLES: dict[str, str] = {
         rows_failed INTEGER, output_digest BLOB, output_length_bytes INTEGER, status TEXT, result BLOB,
         PRIMARY KEY (job_id, cursor)""",
     "job_blobs": "job_id TEXT, blob_digest BLOB, PRIMARY KEY (job_id, blob_digest)",
+    "job_submissions": "job_id TEXT PRIMARY KEY, account_id TEXT, submission BLOB",
+    "job_payloads": "job_id TEXT, digest BLOB, PRIMARY KEY (job_id, digest)",
     "retained_jobs": "job_id TEXT PRIMARY KEY, account_id TEXT, keep_until_ms INTEGER",
     "deleted_jobs": "job_id TEXT PRIMARY KEY, account_id TEXT, deleted_at_ms INTEGER, reason TEXT",
 }
 """Columns of each table; a row of `Changes` has its values in this order. Whatever belongs to somebody says to whom."""
 
-_GONE_WITH_THEIR_JOB = ("results", "job_blobs", "retained_jobs")
+_GONE_WITH_THEIR_JOB = ("results", "job_blobs", "job_submissions", "job_payloads", "retained_jobs")
 
 _EXTRAS = (
     "CREATE INDEX outputs_of_jobs ON results (output_digest)",

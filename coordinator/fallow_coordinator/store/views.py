@@ -15,13 +15,15 @@ from fallow.limits import INLINE_PAYLOAD_BYTES_MAX
 from fallow.session import BlobReference
 from fallow.v1 import job_pb2
 from fallow.wire.job import result_from_message, status_from_message
+from fallow_coordinator.core.events import JobSubmitted
 from fallow_coordinator.store.failures import storage_failures
 from fallow_coordinator.store.view_file import VIEWS_FILE
+from fallow_coordinator.store.work_events import decode_submission
 
 _STATUS = "SELECT status, deleted_at_ms, deleted_jobs.reason FROM jobs LEFT JOIN deleted_jobs USING (job_id)"
 _JOBS = f"{_STATUS} WHERE jobs.account_id = ? ORDER BY submitted_at_ms DESC, job_id DESC LIMIT ?"
 _RETAINED = """SELECT DISTINCT output_digest FROM results JOIN jobs USING (job_id)
-    WHERE output_digest IS NOT NULL AND output_length_bytes <= ?"""
+    WHERE output_digest IS NOT NULL AND output_length_bytes <= ? UNION SELECT digest FROM job_payloads"""
 _JOBS_BEFORE = f"""{_STATUS} WHERE jobs.account_id = ? AND (submitted_at_ms, job_id) < (?, ?)
     ORDER BY submitted_at_ms DESC, job_id DESC LIMIT ?"""
 
@@ -98,8 +100,13 @@ class SqliteViews:
         )
         return [(AccountId(str(account_id)), JobId(str(job_id))) for account_id, job_id in rows]
 
-    def retained_outputs(self) -> frozenset[Digest]:
-        """Output blocks small enough to be inline, of all jobs that are not deleted."""
+    def submission(self, job_id: JobId) -> JobSubmitted | None:
+        """What the job was submitted as; None for one that is deleted or not there."""
+        rows = self._rows("SELECT submission FROM job_submissions WHERE job_id = ?", (job_id,))
+        return decode_submission(rows[0][0]) if rows else None
+
+    def retained_payloads(self) -> frozenset[Digest]:
+        """Output blocks small enough to be inline, and inline datasets, of all jobs that are not deleted."""
         rows = self._rows(_RETAINED, (INLINE_PAYLOAD_BYTES_MAX,))
         return frozenset(Digest(row[0]) for row in rows)
 

@@ -107,6 +107,16 @@ def _job_submitted_from(message: pb.JobSubmitted) -> ev.JobSubmitted:
     )
 
 
+def encode_submission(event: ev.JobSubmitted) -> bytes:
+    """A submission as the views keep it: in the journal's own form."""
+    return _job_submitted_to(event).SerializeToString(deterministic=True)
+
+
+def decode_submission(data: bytes) -> ev.JobSubmitted:
+    """The submission that `encode_submission` gave."""
+    return _job_submitted_from(pb.JobSubmitted.FromString(data))
+
+
 def _task_created_to(event: ev.TaskCreated) -> pb.TaskCreated:
     return pb.TaskCreated(
         task_id=event.task_id,

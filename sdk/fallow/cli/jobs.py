@@ -1,4 +1,4 @@
-"""`fallow job …`: list, show, watch, wait, results, cancel, delete."""
+"""`fallow job …`: list, show, watch, wait, results, retry, cancel, delete."""
 
 from __future__ import annotations
 
@@ -139,6 +139,28 @@ def cancel_command(job_id: str, login: Path | None, as_json: bool) -> None:
         async with await connect_async(login) as client:
             status = await (await client.job(job_id)).cancel()
         output.result(status_facts(status), f"job {job_id}: {status.state.value}")
+
+    run(output, work())
+
+
+@job_group.command("retry")
+@click.argument("job_id")
+@click.option("--failed", is_flag=True, required=True, help="Retry the rows that have no value.")
+@login_option
+@json_option
+def retry_command(job_id: str, failed: bool, login: Path | None, as_json: bool) -> None:
+    """Submit a finished job's rows without a value as a new job, and print its id.
+
+    The kept column `first_row` of its result tells where each row stood in the job that was submitted first.
+    """
+    del failed  # the only choice there is, said in words
+    output = Output(as_json=as_json)
+
+    async def work() -> None:
+        async with await connect_async(login) as client:
+            retried = await (await client.job(job_id)).retry_failed()
+            rows = (await retried.status()).progress.rows_total
+        output.result({"job_id": retried.id, "retried_job_id": job_id, "rows": rows}, retried.id)
 
     run(output, work())
 

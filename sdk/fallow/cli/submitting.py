@@ -32,7 +32,7 @@ from fallow.client.client import AsyncClient, connect_async
 from fallow.client.job import AsyncJob
 from fallow.client.tables import Saved, check_result_path
 from fallow.errors import FallowError, Reason
-from fallow.job import JobStatus
+from fallow.job import JobOptions, JobStatus
 from fallow.limits import FAILED_ROWS_MAX_DEFAULT
 from fallow.roles import DataClass
 
@@ -51,6 +51,7 @@ class Submission:
     cast: bool
     title: str
     failed_rows_max: int
+    all_rows_may_fail: bool
     retention: timedelta | None
     idempotency_key: str | None
     pool: str
@@ -79,6 +80,7 @@ class Submission:
                 title=self.title,
                 failed_rows_max=self.failed_rows_max,
                 retention=self.retention,
+                options=JobOptions(all_rows_may_fail=self.all_rows_may_fail),
                 idempotency_key=self.idempotency_key,
                 pool=self.pool,
                 on_rows=bar.uploaded,
@@ -118,6 +120,11 @@ def submission_options(command: Command) -> Command:
                 default=FAILED_ROWS_MAX_DEFAULT,
                 show_default=True,
                 help="Rows that may fail before the job does.",
+            ),
+            click.option(
+                "--all-rows-may-fail",
+                is_flag=True,
+                help="Count the job as done even when no row has a value.",
             ),
             click.option(
                 "--retention",

@@ -153,6 +153,10 @@ class Job:
         """Lets go of the job's results, dataset and kept columns, for good; see `AsyncJob.delete`."""
         return self._loop.run(self._job.delete())
 
+    def retry_failed(self, *, idempotency_key: bytes | None = None) -> Job:
+        """A new job over just the rows of this one that have no value; see `AsyncJob.retry_failed`."""
+        return Job(self._loop.run(self._job.retry_failed(idempotency_key=idempotency_key)), self._loop)
+
     def results(self, order: Order = "row") -> Iterator[RowResult]:
         """Every row of the job, while it runs: values, or why there are none; see `AsyncJob.results`."""
         with self._detaching():

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import tempfile
 from collections import Counter
 from collections.abc import AsyncGenerator, Iterator, Sequence
@@ -20,6 +21,7 @@ import pyarrow as pa
 from fallow.client.blobs import BlobTransfers
 from fallow.client.connection import CALL_TIMEOUT_S, Connection
 from fallow.client.kept import KeptColumns
+from fallow.client.resubmission import check_retryable, resubmission, rows_without_value
 from fallow.client.results import STATUS_FAILED, ResultDecoder, ResultRows, RowResult, final_spans
 from fallow.client.stream import (
     Arrived,
@@ -39,6 +41,7 @@ from fallow.wire.job import status_from_message
 Order = Literal["row", "any"]
 """`row`: by position in the job; `any`: as soon as they are there."""
 
+IDEMPOTENCY_KEY_BYTES: Final = 32
 BATCH_ROWS: Final = 16_384
 """Rows that are put together before a table or file gets them."""
 
@@ -115,6 +118,48 @@ class AsyncJob:
         answer = await self._connection.call(lambda jobs: jobs.DeleteJob(request, timeout=CALL_TIMEOUT_S))
         self._kept, self._has_kept = None, None
         return self._seen(status_from_message(answer.job))
+
+    async def retry_failed(self, *, idempotency_key: bytes | None = None) -> AsyncJob:
+        """A new job over just the rows of this one that have no value, once it has ended.
+
+        Bundle, data class, pool, title, options and kept columns are this job's. The kept column `first_row` tells
+        each row's position in the job that was submitted first, so that results can be put together. Raises
+        JOB_UNFINISHED, JOB_DELETED when the dataset is not retained any more, DATASET_EMPTY when no row failed.
+        """
+        status = await self.status()
+        if status.state not in JOB_STATES_FINAL:
+            raise FallowError(
+                Reason.JOB_UNFINISHED,
+                f"job {self.id} is {status.state.value}; rows are retried once it has ended",
+                field="job_id",
+                hint=f"`fallow job wait {self.id}` returns then",
+            )
+        if status.deleted_at_ms:
+            raise FallowError(
+                Reason.JOB_DELETED,
+                f"the dataset of job {self.id} is not retained any more: {status.reason}",
+                field="job_id",
+                hint="submit the rows anew",
+            )
+        positions = await rows_without_value(self._connection, self._transfers, self.id, status.progress.rows_total)
+        check_retryable(status, positions)
+        request, kept = await resubmission(
+            self._connection,
+            self._transfers,
+            self.id,
+            positions,
+            await self._kept_columns(),
+            idempotency_key=secrets.token_bytes(IDEMPOTENCY_KEY_BYTES) if idempotency_key is None else idempotency_key,
+        )
+        answer = await self._connection.call(lambda jobs: jobs.SubmitMapJob(request, timeout=CALL_TIMEOUT_S))
+        return AsyncJob(
+            self._connection,
+            self._transfers,
+            JobId(answer.job_id),
+            output_schema=self._output_schema,
+            kept=kept,
+            has_kept=True,
+        )
 
     async def results(self, order: Order = "row") -> AsyncGenerator[RowResult, None]:
         """Every row of the job, while it runs: values, or why there are none.

@@ -148,6 +148,7 @@ class JobOptions(_message.Message):
     MEMORY_BYTES_MIN_FIELD_NUMBER: _builtins.int
     ASSURANCE_FIELD_NUMBER: _builtins.int
     RETENTION_FIELD_NUMBER: _builtins.int
+    ALL_ROWS_MAY_FAIL_FIELD_NUMBER: _builtins.int
     failed_rows_max: _builtins.int
     """Rows that may fail before the job fails. Unset: 1,000."""
     precision: _bundle_pb2.Precision.ValueType
@@ -164,6 +165,8 @@ class JobOptions(_message.Message):
     memory_bytes_min: _builtins.int
     assurance: _builtins.str
     """`basic`, `standard`, `strict`; empty: the pool's policy."""
+    all_rows_may_fail: _builtins.bool
+    """False: a job none of whose rows has a value fails, whatever `failed_rows_max` says."""
     @_builtins.property
     def deadline(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
@@ -186,10 +189,11 @@ class JobOptions(_message.Message):
         memory_bytes_min: _builtins.int = ...,
         assurance: _builtins.str = ...,
         retention: _duration_pb2.Duration | None = ...,
+        all_rows_may_fail: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_failed_rows_max", b"_failed_rows_max", "deadline", b"deadline", "failed_rows_max", b"failed_rows_max", "retention", b"retention"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_failed_rows_max", b"_failed_rows_max", "assurance", b"assurance", "budget_microcredits", b"budget_microcredits", "deadline", b"deadline", "device_kind", b"device_kind", "failed_rows_max", b"failed_rows_max", "latency_ms_max", b"latency_ms_max", "limit_microcredits_per_unit", b"limit_microcredits_per_unit", "memory_bytes_min", b"memory_bytes_min", "objective", b"objective", "precision", b"precision", "priority", b"priority", "region", b"region", "retention", b"retention"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_failed_rows_max", b"_failed_rows_max", "all_rows_may_fail", b"all_rows_may_fail", "assurance", b"assurance", "budget_microcredits", b"budget_microcredits", "deadline", b"deadline", "device_kind", b"device_kind", "failed_rows_max", b"failed_rows_max", "latency_ms_max", b"latency_ms_max", "limit_microcredits_per_unit", b"limit_microcredits_per_unit", "memory_bytes_min", b"memory_bytes_min", "objective", b"objective", "precision", b"precision", "priority", b"priority", "region", b"region", "retention", b"retention"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__failed_rows_max: _TypeAlias = _typing.Literal["failed_rows_max"]  # noqa: Y015
     _WhichOneofArgType__failed_rows_max: _TypeAlias = _typing.Literal["_failed_rows_max", b"_failed_rows_max"]  # noqa: Y015

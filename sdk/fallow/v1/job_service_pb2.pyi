@@ -660,6 +660,59 @@ class DeleteJobResponse(_message.Message):
 Global___DeleteJobResponse: _TypeAlias = DeleteJobResponse  # noqa: Y015
 
 @_typing.final
+class GetJobSubmissionRequest(_message.Message):
+    """Names a job."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    FIRST_BLOCK_FIELD_NUMBER: _builtins.int
+    job_id: _builtins.str
+    first_block: _builtins.int
+    """Index of the first block wanted: large datasets come in pages."""
+    def __init__(
+        self,
+        *,
+        job_id: _builtins.str = ...,
+        first_block: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_block", b"first_block", "job_id", b"job_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetJobSubmissionRequest: _TypeAlias = GetJobSubmissionRequest  # noqa: Y015
+
+@_typing.final
+class GetJobSubmissionResponse(_message.Message):
+    """The job's dataset and how it was to be run."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SUBMISSION_FIELD_NUMBER: _builtins.int
+    BLOCKS_FIELD_NUMBER: _builtins.int
+    blocks: _builtins.int
+    """Blocks of the whole dataset."""
+    @_builtins.property
+    def submission(self) -> Global___SubmitMapJobRequest:
+        """Without the idempotency key; up to 2,000 blocks from `first_block` on, inline ones with their bytes."""
+
+    def __init__(
+        self,
+        *,
+        submission: Global___SubmitMapJobRequest | None = ...,
+        blocks: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["submission", b"submission"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "submission", b"submission"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetJobSubmissionResponse: _TypeAlias = GetJobSubmissionResponse  # noqa: Y015
+
+@_typing.final
 class WatchJobRequest(_message.Message):
     """Where to begin."""
 

@@ -97,6 +97,11 @@ class JobServiceStub(object):
                 request_serializer=fallow_dot_v1_dot_job__service__pb2.DeleteJobRequest.SerializeToString,
                 response_deserializer=fallow_dot_v1_dot_job__service__pb2.DeleteJobResponse.FromString,
                 _registered_method=True)
+        self.GetJobSubmission = channel.unary_unary(
+                '/fallow.v1.JobService/GetJobSubmission',
+                request_serializer=fallow_dot_v1_dot_job__service__pb2.GetJobSubmissionRequest.SerializeToString,
+                response_deserializer=fallow_dot_v1_dot_job__service__pb2.GetJobSubmissionResponse.FromString,
+                _registered_method=True)
         self.WatchJob = channel.unary_stream(
                 '/fallow.v1.JobService/WatchJob',
                 request_serializer=fallow_dot_v1_dot_job__service__pb2.WatchJobRequest.SerializeToString,
@@ -224,6 +229,15 @@ class JobServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetJobSubmission(self, request, context):
+        """What a job of the account was submitted as, so that some of its rows can be submitted again.
+
+        Statuses: NOT_FOUND: not in this account, or deleted: the detail says when.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def WatchJob(self, request, context):
         """Results after a cursor and changes of state, until the job has ended and all is sent.
 
@@ -292,6 +306,11 @@ def add_JobServiceServicer_to_server(servicer, server):
                     servicer.DeleteJob,
                     request_deserializer=fallow_dot_v1_dot_job__service__pb2.DeleteJobRequest.FromString,
                     response_serializer=fallow_dot_v1_dot_job__service__pb2.DeleteJobResponse.SerializeToString,
+            ),
+            'GetJobSubmission': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetJobSubmission,
+                    request_deserializer=fallow_dot_v1_dot_job__service__pb2.GetJobSubmissionRequest.FromString,
+                    response_serializer=fallow_dot_v1_dot_job__service__pb2.GetJobSubmissionResponse.SerializeToString,
             ),
             'WatchJob': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchJob,
@@ -604,6 +623,33 @@ class JobService(object):
             '/fallow.v1.JobService/DeleteJob',
             fallow_dot_v1_dot_job__service__pb2.DeleteJobRequest.SerializeToString,
             fallow_dot_v1_dot_job__service__pb2.DeleteJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetJobSubmission(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fallow.v1.JobService/GetJobSubmission',
+            fallow_dot_v1_dot_job__service__pb2.GetJobSubmissionRequest.SerializeToString,
+            fallow_dot_v1_dot_job__service__pb2.GetJobSubmissionResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -106,6 +106,11 @@ class JobServiceStub:
       NOT_FOUND            not in this account.
       FAILED_PRECONDITION  the job has not ended: cancel it first.
     """
+    GetJobSubmission: _grpc.UnaryUnaryMultiCallable[_job_service_pb2.GetJobSubmissionRequest, _job_service_pb2.GetJobSubmissionResponse]
+    """What a job of the account was submitted as, so that some of its rows can be submitted again.
+
+    Statuses: NOT_FOUND: not in this account, or deleted: the detail says when.
+    """
     WatchJob: _grpc.UnaryStreamMultiCallable[_job_service_pb2.WatchJobRequest, _job_service_pb2.WatchJobResponse]
     """Results after a cursor and changes of state, until the job has ended and all is sent.
 
@@ -191,6 +196,11 @@ class JobServiceAsyncStub(JobServiceStub):
     Statuses:
       NOT_FOUND            not in this account.
       FAILED_PRECONDITION  the job has not ended: cancel it first.
+    """
+    GetJobSubmission: _aio.UnaryUnaryMultiCallable[_job_service_pb2.GetJobSubmissionRequest, _job_service_pb2.GetJobSubmissionResponse]  # type: ignore[assignment]
+    """What a job of the account was submitted as, so that some of its rows can be submitted again.
+
+    Statuses: NOT_FOUND: not in this account, or deleted: the detail says when.
     """
     WatchJob: _aio.UnaryStreamMultiCallable[_job_service_pb2.WatchJobRequest, _job_service_pb2.WatchJobResponse]  # type: ignore[assignment]
     """Results after a cursor and changes of state, until the job has ended and all is sent.
@@ -340,6 +350,17 @@ class JobServiceServicer(metaclass=_abc_1.ABCMeta):
         Statuses:
           NOT_FOUND            not in this account.
           FAILED_PRECONDITION  the job has not ended: cancel it first.
+        """
+
+    @_abc_1.abstractmethod
+    def GetJobSubmission(
+        self,
+        request: _job_service_pb2.GetJobSubmissionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_job_service_pb2.GetJobSubmissionResponse, _abc.Awaitable[_job_service_pb2.GetJobSubmissionResponse]]:
+        """What a job of the account was submitted as, so that some of its rows can be submitted again.
+
+        Statuses: NOT_FOUND: not in this account, or deleted: the detail says when.
         """
 
     @_abc_1.abstractmethod

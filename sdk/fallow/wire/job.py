@@ -37,6 +37,7 @@ def options_to_message(options: JobOptions) -> job_pb2.JobOptions:
         memory_bytes_min=options.memory_bytes_min,
         assurance=options.assurance,
         retention=duration_to_message(options.retention_ms) if options.retention_ms else None,
+        all_rows_may_fail=options.all_rows_may_fail,
     )
 
 
@@ -56,6 +57,7 @@ def options_from_message(message: job_pb2.JobOptions) -> JobOptions:
         memory_bytes_min=message.memory_bytes_min,
         assurance=message.assurance,
         retention_ms=duration_from_message(message.retention),
+        all_rows_may_fail=message.all_rows_may_fail,
     )
 
 

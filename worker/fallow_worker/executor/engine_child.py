@@ -60,6 +60,8 @@ class ChildDeath:
     reason: str
     by_us: bool
     """The supervisor killed it, for that cause."""
+    contract_broken: bool = False
+    """It said what no child of ours says: its program may have taken it over."""
 
 
 class ChildDiedError(Exception):
@@ -96,6 +98,7 @@ class _Sent:
 class _Verdict:
     cause: Cause
     reason: str
+    contract_broken: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,12 +236,12 @@ class EngineChild:
         """The task that it is working on now."""
         return self._sent[0].task if self._sent else None
 
-    def kill(self, cause: Cause, reason: str) -> None:
+    def kill(self, cause: Cause, reason: str, *, contract_broken: bool = False) -> None:
         """Ends it at once; `dead` and every answer still due tell that cause. The first verdict stands."""
         if self.dead.done():
             return
         if self._verdict is None:
-            self._verdict = _Verdict(cause, reason)
+            self._verdict = _Verdict(cause, reason, contract_broken)
         self._spawned.kill()
 
     async def close(self) -> None:
@@ -276,7 +279,7 @@ class EngineChild:
                 self._count_frame()
                 self._on_message(message)
         except FrameError as error:
-            self.kill(Cause.PROGRAM, f"the engine child broke its contract: {error}")
+            self.kill(Cause.PROGRAM, f"the engine child broke its contract: {error}", contract_broken=True)
 
     def _on_message(self, message: FromChild) -> None:
         match message:
@@ -396,8 +399,9 @@ class EngineChild:
             self._input_bytes = 0
 
     def _broke(self, what: str) -> ChildDiedError:
-        death = ChildDeath(Cause.PROGRAM, f"the engine child broke its contract: {what}", by_us=True)
-        self.kill(death.cause, death.reason)
+        reason = f"the engine child broke its contract: {what}"
+        death = ChildDeath(Cause.PROGRAM, reason, by_us=True, contract_broken=True)
+        self.kill(death.cause, death.reason, contract_broken=True)
         return ChildDiedError(death, at_work=True)
 
     # ------------------------------------------------------------------------------------------------------- dying
@@ -450,7 +454,8 @@ class EngineChild:
 
     def _death_of(self, code: int, log: str) -> ChildDeath:
         if self._verdict is not None:
-            return ChildDeath(self._verdict.cause, self._verdict.reason, by_us=True)
+            verdict = self._verdict
+            return ChildDeath(verdict.cause, verdict.reason, by_us=True, contract_broken=verdict.contract_broken)
         cause = cause_of_exit(code, program_loaded=self._foreign)
         how = f"signal {_signal_name(-code)}" if code < 0 else f"exit code {code}"
         when = "with the program" if self._foreign else "before it was ready"

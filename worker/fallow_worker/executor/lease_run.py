@@ -32,6 +32,8 @@ class LeaseRun:
     timer: asyncio.TimerHandle | None = None
     execution_class: str = ""
     memory_bytes_peak: int = 0
+    rows_survived: int = 0
+    """Rows that no child died of, values or not."""
     over: bool = False
 
 
@@ -42,11 +44,21 @@ class Shard:
     lease: LeaseRun
     rows: RowRange
     attempts: int = 0
+    suspect: bool = False
+    """A child died of some of its rows: they are found before anything else is tried."""
+    still: asyncio.TimerHandle | None = None
+    """Runs out when no batch ends for too long."""
     rows_done: int = 0
     output: bytes = b""
     failures: tuple[RowFailure, ...] = ()
     usage: Usage = field(default_factory=Usage)
     done: bool = False
+
+    def settle(self) -> None:
+        """Nothing is awaited of its child any more."""
+        if self.still is not None:
+            self.still.cancel()
+            self.still = None
 
 
 @dataclass(slots=True, eq=False)
@@ -57,6 +69,8 @@ class Seat:
     bundle_digest: Digest
     threads: int
     loading: bool = True
+    alone: bool = False
+    """Its child is for one inspection, or for one suspect shard."""
     given: list[Shard] = field(default_factory=list["Shard"])
 
     @property

@@ -44,6 +44,7 @@ from fallow_worker.executor.engine_child import (
 from fallow_worker.executor.layout import SHARED_BYTES_MAX, Layout, MemoryCap, memory_cap, node_layout
 from fallow_worker.executor.lease_run import LeaseRun, Seat, Shard
 from fallow_worker.executor.loading import inspect_bundle, load_bundle
+from fallow_worker.executor.poison import STILL_SHARE, Isolation, ran_out_of_memory
 from fallow_worker.executor.shards import RowRange, cut, join, join_failures, join_usage, shard_ranges
 from fallow_worker.ports import Outcome, Work
 from fallow_worker.probes.cpu import cores_usable
@@ -74,6 +75,8 @@ class SupervisorSettings:
     allow_spinning: bool = False
     spares: int = 1
     """Children kept ready for the next bundle while nothing is at work; 0 or 1."""
+    still_share: float = STILL_SHARE
+    """Part of a lease's time after which a batch that does not end is taken for stuck."""
 
 
 class Supervisor:
@@ -94,6 +97,8 @@ class Supervisor:
         self._watch: asyncio.TimerHandle | None = None
         self._ready: Ready | None = None
         self._stopped = False
+        self.isolation_spawns = 0
+        """Children spent so far on finding rows that a program does not survive."""
 
     # ------------------------------------------------------------------------------------------------------ callers
 
@@ -210,12 +215,13 @@ class Supervisor:
         lease = shard.lease
         if lease.over:
             return True
-        if lease.work.kind is TaskKind.INSPECT:
+        if lease.work.kind is TaskKind.INSPECT or shard.suspect:
             return self._free_cores() >= min(lease.layout.threads, self.cores) and self._open_seat(shard)
         mine = [
             seat
             for seat in self._seats
-            if seat.bundle_digest == lease.work.bundle.bundle_digest
+            if not seat.alone
+            and seat.bundle_digest == lease.work.bundle.bundle_digest
             and len(seat.given) < TASKS_AHEAD_MAX
             and (seat.child is None or seat.child.alive)
         ]
@@ -239,8 +245,13 @@ class Supervisor:
         while idle and (len(idle) > IDLE_CHILDREN_MAX or memory_bytes_free() < needed):
             self._close_seat(idle.pop(0))
         seat = Seat(None, lease.work.bundle.bundle_digest, lease.layout.threads, given=[shard])
+        seat.alone = shard.suspect or lease.work.kind is TaskKind.INSPECT
         self._seats.append(seat)
-        self._chore(self._inspect(seat, shard) if lease.work.kind is TaskKind.INSPECT else self._bring_up(seat, lease))
+        if shard.suspect:
+            self._chore(self._isolate(seat, shard))
+        else:
+            inspects = lease.work.kind is TaskKind.INSPECT
+            self._chore(self._inspect(seat, shard) if inspects else self._bring_up(seat, lease))
         return True
 
     def _give(self, seat: Seat, shard: Shard) -> None:
@@ -265,11 +276,14 @@ class Supervisor:
         def progress(rows_done: int) -> None:
             shard.rows_done = rows_done
             self._report(lease)
+            self._expect_a_batch(shard, child)
 
         def begin() -> None:
             self._begin(lease)
             if lease.over:  # cancelled while it stood next in line
                 child.kill(Cause.OWNER_PREEMPT, "its lease was cancelled")
+            else:
+                self._expect_a_batch(shard, child)
 
         try:
             answer = child.submit(task, progress, begin)
@@ -280,10 +294,20 @@ class Supervisor:
         lease.execution_class = lease.execution_class or child.execution_class
         answer.add_done_callback(lambda done: self._on_answer(seat, shard, done))
 
+    def _expect_a_batch(self, shard: Shard, child: EngineChild) -> None:
+        """Gives a shard's next batch its time: a row that hangs is found while the others can be redone."""
+        shard.settle()
+        if len(shard.lease.shards) == 1 and len(shard.rows) == 1:
+            return  # a lone row may take all there is
+        seconds = shard.lease.work.runtime_max_ms / 1000 * self._settings.still_share
+        reason = f"no batch ended within {seconds:.3g} s"
+        shard.still = asyncio.get_running_loop().call_later(seconds, child.kill, Cause.PROGRAM, reason)
+
     # ------------------------------------------------------------------------------------------------------- answers
 
     def _on_answer(self, seat: Seat, shard: Shard, answer: asyncio.Future[TaskAnswer | Failed]) -> None:
         error = answer.exception()
+        shard.settle()
         if isinstance(error, ChildDiedError):
             self._drop_seat(seat)
             self._retry_or_fail(shard, error)
@@ -291,10 +315,12 @@ class Supervisor:
             assert error is None, error
             seat.given.remove(shard)
             result = answer.result()
-            if isinstance(result, Failed):
-                self._fail(shard.lease, result.cause, _failed_text(result))
-            else:
+            if not isinstance(result, Failed):
                 self._accept(seat, shard, result)
+            elif ran_out_of_memory(result):
+                self._suspect(shard, result.message)
+            else:
+                self._fail(shard.lease, result.cause, _failed_text(result))
         self._dispatch()
         self._rest_if_idle()
 
@@ -312,13 +338,18 @@ class Supervisor:
         if block.schema_digest != schema_digest or len(block) != len(shard.rows) or block.feature_count != features:
             self._distrust(seat, lease, "its output is not of the declared schema")
             return
-        shard.done = True
-        shard.rows_done = len(shard.rows)
         shard.output, shard.failures, shard.usage = answer.output, answer.done.failures, answer.done.usage
+        lease.rows_survived += len(shard.rows)
         if seat.child is not None:
             lease.memory_bytes_peak = max(lease.memory_bytes_peak, seat.child.memory_bytes_peak)
+        self._done(shard)
+
+    def _done(self, shard: Shard) -> None:
+        lease = shard.lease
+        shard.done = True
+        shard.rows_done = len(shard.rows)
         self._report(lease)
-        if all(other.done for other in lease.shards):
+        if not lease.over and all(other.done for other in lease.shards):
             self._finish(lease)
 
     def _finish(self, lease: LeaseRun) -> None:
@@ -354,6 +385,9 @@ class Supervisor:
         lease, death = shard.lease, error.death
         if lease.over:
             return
+        if error.at_work and death.cause is Cause.PROGRAM and not death.contract_broken and not self._stopped:
+            self._suspect(shard, death.reason)
+            return
         if error.at_work and (death.cause is Cause.PROGRAM or shard.attempts >= SHARD_ATTEMPTS_MAX):
             self._fail(lease, death.cause, death.reason)
             return
@@ -363,10 +397,49 @@ class Supervisor:
         shard.rows_done = 0
         self._queue.appendleft(shard)
 
+    def _suspect(self, shard: Shard, reason: str) -> None:
+        """The program did not survive this shard: which rows are at fault is found in fresh children."""
+        if shard.lease.over:
+            return
+        log.warning("engine.suspect lease=%s row=%s reason=%s", shard.lease.work.lease_id, shard.rows.start, reason)
+        shard.suspect = True
+        shard.rows_done = 0
+        self._queue.appendleft(shard)
+
+    async def _isolate(self, seat: Seat, shard: Shard) -> None:
+        lease = shard.lease
+
+        def rows_done(count: int) -> None:
+            shard.rows_done = count
+            self._report(lease)
+
+        now = asyncio.get_running_loop().time()
+        isolation = Isolation(
+            shard,
+            seat,
+            spawn=lambda: self._spawn(self._options(ChildKind.RUN, lease.layout, lease.cap), lease.cap),
+            seconds_left=max(0.0, lease.started + lease.work.runtime_max_ms / 1000 - now),
+            on_rows=rows_done,
+        )
+        try:
+            await isolation.run()
+        except WorkFailed as failed:
+            self._fail(lease, failed.cause, failed.reason)
+        except OSError as error:
+            self._fail(lease, Cause.PLATFORM, f"no engine child can be had: {error}")
+        else:
+            if not lease.over:
+                self._done(shard)
+        finally:
+            self.isolation_spawns += isolation.spawns
+            self._drop_seat(seat)
+            self._dispatch()
+            self._rest_if_idle()
+
     def _distrust(self, seat: Seat, lease: LeaseRun, why: str) -> None:
         """The program may have taken its child over: nothing that it says counts any more."""
         if seat.child is not None:
-            seat.child.kill(Cause.PROGRAM, why)
+            seat.child.kill(Cause.PROGRAM, why, contract_broken=True)
         self._fail(lease, Cause.PROGRAM, clipped_reason(f"the engine child broke its contract: {why}"))
 
     # -------------------------------------------------------------------------------------------------------- leases
@@ -395,6 +468,8 @@ class Supervisor:
 
     def _end(self, lease: LeaseRun) -> None:
         lease.over = True
+        for shard in lease.shards:
+            shard.settle()
         if lease.timer is not None:
             lease.timer.cancel()
             lease.timer = None
