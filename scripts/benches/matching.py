@@ -179,9 +179,7 @@ class Fleet:
     def _connect(self, number: int) -> None:
         dice = self.dice
         tier = Tier.MANAGED if dice.random() < 0.1 else None
-        token = self._take(
-            c.IssueToken(_digest("secret", number), None, Role.WORKER, tier, POOL, 1, 3_600_000)
-        ).answer
+        token = self._take(c.IssueToken(_digest("secret", number), None, Role.WORKER, tier, POOL, 1, 3_600_000)).answer
         assert isinstance(token, TokenMade)
         key = KeyFingerprint(_digest("worker", number))
         made = self._take(c.Enroll(token.token_id, key, b"key", f"worker {number}", DAY_MS)).answer

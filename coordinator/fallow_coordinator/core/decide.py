@@ -22,9 +22,9 @@ def decide(state: State, command: c.Command, now_ms: int, entropy: bytes) -> Dec
         case c.TaskPacked():
             return jobs.task_packed(state, command)
         case c.Commit():
-            return leases.commit(state, command)
+            return leases.commit(state, command, now_ms)
         case c.Deliver():
-            return leases.deliver(state, command)
+            return leases.deliver(state, command, now_ms)
         case c.FailTask():
             return leases.fail_task(state, command, now_ms)
         case c.ReturnLease():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fallow.errors import Reason
-from fallow.ids import Digest, JobId, LeaseId, TaskId
+from fallow.ids import Digest, JobId, LeaseId, PartyId, TaskId
 from fallow.job import JOB_STATES_FINAL, JobState
 from fallow.limits import ROW_FAILURE_REASON_BYTES_MAX, TASK_ATTEMPTS_MAX
 from fallow.session import Cause
@@ -20,6 +20,7 @@ from fallow_coordinator.core.events import (
     TaskSettled,
 )
 from fallow_coordinator.core.evolve_tasks import counts_as_attempt
+from fallow_coordinator.core.health import is_strike, struck
 from fallow_coordinator.core.limits import TASK_LOSSES_MAX
 from fallow_coordinator.core.state import Job, Lease, State, Task
 
@@ -43,6 +44,7 @@ class Draft:
         self._tallies: dict[JobId, _Tally] = {}
         self._leases_ended: set[LeaseId] = set()
         self._tasks_gone: set[TaskId] = set()
+        self._struck: set[PartyId] = set()
 
     def end_lease(self, lease: Lease, outcome: LeaseOutcome, cause: Cause, reason: str) -> None:
         """Ends a lease without result; its task is tried again, or given up when it has been tried often enough."""
@@ -52,6 +54,9 @@ class Draft:
         task = self._state.tasks[lease.task_id]
         self._leases_ended.add(lease.lease_id)
         self.events.append(LeaseEnded(lease_id=lease.lease_id, outcome=outcome, cause=cause, reason=reason))
+        if lease.worker_id not in self._struck and is_strike(self._state, lease, outcome, cause):
+            self._struck.add(lease.worker_id)
+            self.events.append(struck(self._state.workers[lease.worker_id]))
         if counts_as_attempt(outcome, cause):
             if task.attempts + 1 >= TASK_ATTEMPTS_MAX:
                 self.abandon(task, cause, reason)
@@ -77,8 +82,8 @@ class Draft:
         )
         self._judge(self._state.jobs[task.job_id], tally)
 
-    def settle(self, task: Task, lease: Lease, *, rows_failed: int) -> None:
-        """The lease's commitment becomes the task's result."""
+    def settle(self, task: Task, lease: Lease, *, rows_failed: int, speed_milliunits_per_s: int = 0) -> None:
+        """The lease's commitment becomes the task's result; the speed is the worker's from here on, 0: unchanged."""
         self._tasks_gone.add(task.task_id)
         self._leases_ended.add(lease.lease_id)
         cursor = 0
@@ -97,6 +102,7 @@ class Draft:
                 rows=task.rows,
                 rows_failed=rows_failed,
                 microcredits=0,
+                speed_milliunits_per_s=speed_milliunits_per_s,
             )
         )
         if task.job_id is not None and tally is not None:

@@ -130,6 +130,24 @@ class CapabilityReported:
 
 
 @dataclass(frozen=True, slots=True)
+class WorkerStruck:
+    """A lease of the worker ended by its own fault."""
+
+    worker_id: PartyId
+    strikes: int
+    """So many by now."""
+    cool_ms: int
+    """It gets nothing for so long from now; 0: goes on."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerWarmed:
+    """Its rest is over."""
+
+    worker_id: PartyId
+
+
+@dataclass(frozen=True, slots=True)
 class BlobRecorded:
     account_id: AccountId
     blob: BlobReference
@@ -337,6 +355,8 @@ class TaskSettled:
     rows: int
     rows_failed: int
     microcredits: int
+    speed_milliunits_per_s: int = 0
+    """The worker's speed with the bundle from here on (`speeds`); 0: unchanged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -372,6 +392,8 @@ Event = (
     | SessionOpened
     | SessionClosed
     | CapabilityReported
+    | WorkerStruck
+    | WorkerWarmed
     | BlobRecorded
     | BlobsForgotten
     | BlobQuotaSet

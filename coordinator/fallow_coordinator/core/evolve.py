@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import assert_never
 
 from fallow_coordinator.core import events as e
-from fallow_coordinator.core import evolve_identity, evolve_jobs, evolve_sessions, evolve_tasks
+from fallow_coordinator.core import evolve_identity, evolve_jobs, evolve_sessions, evolve_tasks, health
 from fallow_coordinator.core.state import State
 
 
@@ -34,6 +34,8 @@ def evolve(state: State, event: e.Event, at_ms: int) -> None:
             | e.TaskDropped()
         ):
             evolve_tasks.evolve_task(state, event, at_ms)
+        case e.WorkerStruck() | e.WorkerWarmed():
+            health.evolve_health(state, event, at_ms)
         case e.SessionOpened() | e.SessionClosed() | e.CapabilityReported() | e.Restarted():
             evolve_sessions.evolve_session(state, event, at_ms)
         case (

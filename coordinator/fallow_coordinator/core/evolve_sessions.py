@@ -33,6 +33,7 @@ def evolve_session(state: State, event: SessionEvent, at_ms: int) -> None:
             place(state, worker)
         case e.Restarted():
             assert event.epoch > state.epoch, "every writer has an epoch of its own"
+            state.restarted_at_ms = at_ms if state.epoch else 0
             state.epoch = event.epoch
             for worker_id in list(state.sessions.values()):
                 _close(state, state.workers[worker_id], at_ms, grace_ms=RESTART_GRACE_MS)

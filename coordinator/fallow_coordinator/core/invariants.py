@@ -12,9 +12,11 @@ from fallow.session import TaskKind
 from fallow_coordinator.core.groups import ability_of_worker, duration_of_next_unit
 from fallow_coordinator.core.lanes import CUTTABLE
 from fallow_coordinator.core.limits import (
+    BUNDLES_PER_WORKER_MAX,
     IDEMPOTENCY_KEYS_PER_ACCOUNT_MAX,
     JOBS_UNFINISHED_PER_ACCOUNT_MAX,
     LEASES_REMEMBERED_MAX,
+    STRIKES_MAX,
     TASK_LOSSES_MAX,
 )
 from fallow_coordinator.core.needs import Ability, misfit
@@ -34,6 +36,7 @@ def check(state: State) -> None:
         _check_job(state, job)
     _check_tasks(state)
     _check_groups(state)
+    _check_health(state)
     _check_lanes(state)
     _check_own(state)
     _check_counts(state)
@@ -172,6 +175,15 @@ def _check_groups(state: State) -> None:
     sets = (state.free_groups, state.hungry_groups, state.wanting_groups)
     _must(sets == (free, hungry, wanting), "sets of groups say what the groups say")
     _must(len(state.groups) == len(state.group_numbers), "each group is found")
+
+
+def _check_health(state: State) -> None:
+    resting = sorted((w.cooling_until_ms, worker_id) for worker_id, w in state.workers.items() if w.cooling_until_ms)
+    _must(resting == state.cooling, "who rests stands in the index")
+    for worker in state.workers.values():
+        _must(0 <= worker.strikes <= STRIKES_MAX, "strikes have a limit")
+        _must(not worker.cooling_until_ms or worker.window_max == 1, "who rests begins anew with one lease")
+        _must(len(worker.speeds) <= BUNDLES_PER_WORKER_MAX, "speeds remembered have a limit")
 
 
 def _check_lanes(state: State) -> None:

@@ -11,13 +11,14 @@ from fallow_coordinator.core import events as e
 from fallow_coordinator.core.answers import Decision
 from fallow_coordinator.core.bundles import crash_report, fault_of_report, inspected
 from fallow_coordinator.core.draft import Draft, shortened
+from fallow_coordinator.core.speeds import speed_after
 from fallow_coordinator.core.state import CommitmentFacts, EndedLease, Lease, State, Task
 
 CRASHED_ACCOUNTS_MAX = 2
 """A program that crashes workers of so many accounts is held."""
 
 
-def commit(state: State, command: c.Commit) -> Decision:
+def commit(state: State, command: c.Commit, now_ms: int) -> Decision:
     """Records a commitment; an inline one settles at once, else the output is asked for.
 
     The same commitment again is harmless. Wrong content ends the lease as the worker's failure.
@@ -63,11 +64,14 @@ def commit(state: State, command: c.Commit) -> Decision:
         )
     )
     if command.inline:
-        draft.settle(task, lease, rows_failed=rows_failed)
+        speed = speed_after(
+            state.workers[lease.worker_id], task, lease, wall_us=command.usage.wall_microseconds, now_ms=now_ms
+        )
+        draft.settle(task, lease, rows_failed=rows_failed, speed_milliunits_per_s=speed)
     return Decision(tuple(draft.events))
 
 
-def deliver(state: State, command: c.Deliver) -> Decision:
+def deliver(state: State, command: c.Deliver, now_ms: int) -> Decision:
     """Settles a committed lease with the blob service's receipt; another root than the committed one fails the lease.
 
     Raises SESSION_REPLACED, LEASE_UNKNOWN, LEASE_ENDED, FENCE_STALE, FIELD_INVALID.
@@ -87,7 +91,10 @@ def deliver(state: State, command: c.Deliver) -> Decision:
     if fault:
         draft.end_lease(lease, e.LeaseOutcome.FAILED, Cause.WORKER, fault)
     else:
-        draft.settle(task, lease, rows_failed=command.stored.rows_failed)
+        speed = speed_after(
+            state.workers[lease.worker_id], task, lease, wall_us=lease.commitment.wall_us, now_ms=now_ms
+        )
+        draft.settle(task, lease, rows_failed=command.stored.rows_failed, speed_milliunits_per_s=speed)
     return Decision(tuple(draft.events))
 
 

@@ -118,3 +118,14 @@ HOLDERS_PER_BUNDLE_MAX = 16
 """Workers looked at for one that has a bundle already."""
 BUNDLES_KEPT_AWAY_MS_MAX = 7 * DAY_MS
 """A worker that was away for longer may have emptied its cache."""
+SPEED_MILLIUNITS_PER_S_MAX = 10**9
+"""Fastest slot that is believed: a million reference cores."""
+
+STRIKES_FREE = 2
+"""Failures of a host's own, without success between, that cost it nothing."""
+STRIKES_MAX = 32
+COOL_DOWN_MS_MIN = 10 * SECOND_MS
+"""Rest after the first strike that counts; doubles with each further one."""
+COOL_DOWN_MS_MAX = 10 * MINUTE_MS
+AMNESTY_MS = MINUTE_MS
+"""Leases granted so soon after a restart of ours are no strikes, whatever becomes of them."""

@@ -141,6 +141,16 @@ class Worker:
     tasks_settled: int = 0
     speed_milliunits_per_s: int = 0
     """One slot's speed on accepted work, lately; 0: not known."""
+    speeds: dict[Digest, int] = field(default_factory=dict[Digest, int])
+    """The same for each bundle, the latest last."""
+    settled_at_ms: int = 0
+    """When its latest task was accepted."""
+    strikes: int = 0
+    """Failures of its own that no success has made good (`health`)."""
+    cooling_until_ms: int = 0
+    """It rests until a tick after this moment; 0: it does not rest."""
+    window_max: int = 0
+    """Leases that it may hold while it proves itself again; 0: as many as it likes."""
     bundles: dict[Digest, bool] = field(default_factory=dict[Digest, bool])
     """Bundles that it is thought to have, the latest last; true: loaded."""
     group: int = NO_GROUP
@@ -151,7 +161,9 @@ class Worker:
     @property
     def room(self) -> int:
         """Leases it may hold at once now."""
-        return self.window
+        if self.cooling_until_ms:
+            return 0
+        return min(self.window, self.window_max) if self.window_max else self.window
 
     @property
     def free(self) -> int:
@@ -322,6 +334,8 @@ class CommitmentFacts:
     failures: tuple[RowFailure, ...]
     rows_failed: int
     node: int
+    wall_us: int = 0
+    """What the worker says it took."""
 
 
 @dataclass(slots=True)
@@ -397,6 +411,8 @@ class State:
     """Of the newest event."""
     clock_ms: int = 0
     """Moment of the newest event."""
+    restarted_at_ms: int = 0
+    """When a writer came back last; 0: there was none before the first."""
     operator_account_id: AccountId = field(default=AccountId(""))
     """The first account."""
     default_pool_id: PoolId = field(default=PoolId(""))
@@ -429,6 +445,8 @@ class State:
     """(deadline, lease) of every live lease, sorted."""
     graces: list[tuple[int, PartyId]] = field(default_factory=list[tuple[int, PartyId]])
     """(grace_until_ms, worker) of every worker away that holds leases, sorted."""
+    cooling: list[tuple[int, PartyId]] = field(default_factory=list[tuple[int, PartyId]])
+    """(until, worker) of every worker that rests, sorted."""
     groups: dict[int, WorkerGroup] = field(default_factory=dict[int, WorkerGroup])
     """By number; sets of groups are integers with a bit for each number."""
     group_numbers: dict[Ability, int] = field(default_factory=dict[Ability, int])

@@ -345,6 +345,7 @@ KINDS: tuple[AnyKind, ...] = (
             rows=event.rows,
             rows_failed=event.rows_failed,
             microcredits=event.microcredits,
+            speed_milliunits_per_s=event.speed_milliunits_per_s,
         ),
         lambda message: ev.TaskSettled(
             task_id=TaskId(message.task_id),
@@ -353,6 +354,7 @@ KINDS: tuple[AnyKind, ...] = (
             rows=message.rows,
             rows_failed=message.rows_failed,
             microcredits=message.microcredits,
+            speed_milliunits_per_s=message.speed_milliunits_per_s,
         ),
     ),
     Kind(
