@@ -197,11 +197,13 @@ def _prepare(state: State, now_ms: int, names: Names) -> tuple[e.Event, ...]:
             if _serves_own(state, account, state.lanes[key]):
                 return _cut(state, state.jobs[state.lanes[key].accounts[account_id][0][2]], now_ms, names)
     best: tuple[tuple[int, AccountId], JobId] | None = None
-    if not state.wanting_groups | state.hungry_groups:
+    starving = state.wanting_groups | state.hungry_groups
+    if not starving:
         return ()
     for key, lane in state.lanes.items():
-        wanting = state.wanting_groups if lane.ready else state.wanting_groups | state.hungry_groups
-        if key.kind is TaskKind.INSPECT or not lane.groups & wanting:
+        # Ready tasks beside free windows are such as nobody free may take: a few more may be made for those.
+        wanting = starving if len(lane.ready) < READY_LOOK_AHEAD else state.wanting_groups
+        if not lane.groups & wanting or key.kind is TaskKind.INSPECT:
             continue
         if lane.waiting and lane.waiting[0][0] <= now_ms:
             task = state.tasks[lane.waiting[0][2]]
