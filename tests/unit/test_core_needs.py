@@ -67,7 +67,7 @@ def why(ability: Ability, mode: str = "donation", data_class: DataClass = DataCl
     ],
 )
 def test_a_worker_fits_or_says_why_not(ability: Ability, wishes: dict[str, object], reason: Misfit | None) -> None:
-    assert why(ability, **wishes) is reason
+    assert why(ability, **wishes) is reason  # type: ignore[arg-type]
 
 
 def test_rows_go_only_to_tiers_that_may_see_them() -> None:
@@ -78,11 +78,11 @@ def test_rows_go_only_to_tiers_that_may_see_them() -> None:
 
 
 def test_asks_and_limits_count_in_markets_alone() -> None:
-    dear = {"ask_microcredits_per_unit": 1_000}
-    assert why(able(**dear), limit_microcredits_per_unit=10) is None
-    assert why(able(mode=MARKET, **dear), mode=MARKET, limit_microcredits_per_unit=10) is Misfit.ASK
-    assert why(able(mode=MARKET, **dear), mode=MARKET, limit_microcredits_per_unit=1_000) is None
-    assert why(able(mode=MARKET, **dear), mode=MARKET) is Misfit.ASK, "no limit means free work only"
+    dear = able(mode=MARKET, ask_microcredits_per_unit=1_000)
+    assert why(able(ask_microcredits_per_unit=1_000), limit_microcredits_per_unit=10) is None
+    assert why(dear, mode=MARKET, limit_microcredits_per_unit=10) is Misfit.ASK
+    assert why(dear, mode=MARKET, limit_microcredits_per_unit=1_000) is None
+    assert why(dear, mode=MARKET) is Misfit.ASK, "no limit means free work only"
     assert why(able(mode=MARKET), mode=MARKET) is None
     unmeasured = able(mode=MARKET)._replace(measured=False)
     assert why(unmeasured, mode=MARKET, limit_microcredits_per_unit=1) is Misfit.NOT_MEASURED

@@ -67,7 +67,6 @@ class Misfit(StrEnum):
 
     REVOKED = "revoked"
     QUARANTINED = "quarantined"
-    AWAY = "away"
     KIND = "kind"
     POOL = "pool"
     TIER = "tier"
@@ -77,8 +76,9 @@ class Misfit(StrEnum):
     REGION = "region"
     NOT_MEASURED = "not-measured"
     ASK = "ask"
-    WINDOW_CLOSED = "window-closed"
+    AWAY = "away"
     COOLING_DOWN = "cooling-down"
+    WINDOW_CLOSED = "window-closed"
     BUSY = "busy"
     FAILED_BEFORE = "failed-before"
 

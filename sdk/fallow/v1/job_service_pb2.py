@@ -25,76 +25,81 @@ _sym_db = _symbol_database.Default()
 from fallow.v1 import blob_pb2 as fallow_dot_v1_dot_blob__pb2
 from fallow.v1 import bundle_pb2 as fallow_dot_v1_dot_bundle__pb2
 from fallow.v1 import identity_pb2 as fallow_dot_v1_dot_identity__pb2
+from fallow.v1 import explanation_pb2 as fallow_dot_v1_dot_explanation__pb2
 from fallow.v1 import job_pb2 as fallow_dot_v1_dot_job__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x66\x61llow/v1/job_service.proto\x12\tfallow.v1\x1a\x14\x66\x61llow/v1/blob.proto\x1a\x16\x66\x61llow/v1/bundle.proto\x1a\x18\x66\x61llow/v1/identity.proto\x1a\x13\x66\x61llow/v1/job.proto\"A\n\x11GetSessionRequest\x12,\n\x08protocol\x18\x01 \x01(\x0b\x32\x1a.fallow.v1.ProtocolVersion\"\x90\x01\n\x12GetSessionResponse\x12,\n\x08protocol\x18\x01 \x01(\x0b\x32\x1a.fallow.v1.ProtocolVersion\x12\x10\n\x08party_id\x18\x02 \x01(\t\x12\x12\n\naccount_id\x18\x03 \x01(\t\x12\x0f\n\x07pool_id\x18\x04 \x01(\t\x12\x15\n\rblob_endpoint\x18\x05 \x01(\t\"Y\n\x0cUploadWanted\x12&\n\x04\x62lob\x18\x01 \x01(\x0b\x32\x18.fallow.v1.BlobReference\x12!\n\x04kind\x18\x02 \x01(\x0e\x32\x13.fallow.v1.BlobKind\"?\n\x13GrantUploadsRequest\x12(\n\x07uploads\x18\x01 \x03(\x0b\x32\x17.fallow.v1.UploadWanted\"H\n\rUploadGranted\x12\x0c\n\x04have\x18\x01 \x01(\x08\x12)\n\x05grant\x18\x02 \x01(\x0b\x32\x1a.fallow.v1.SignedBlobGrant\"A\n\x14GrantUploadsResponse\x12)\n\x07uploads\x18\x01 \x03(\x0b\x32\x18.fallow.v1.UploadGranted\"F\n\x14RecordUploadsRequest\x12.\n\x08receipts\x18\x01 \x03(\x0b\x32\x1c.fallow.v1.SignedBlobReceipt\"\x17\n\x15RecordUploadsResponse\"(\n\x15GrantDownloadsRequest\x12\x0f\n\x07\x64igests\x18\x01 \x03(\x0c\"D\n\x16GrantDownloadsResponse\x12*\n\x06grants\x18\x01 \x03(\x0b\x32\x1a.fallow.v1.SignedBlobGrant\")\n\x15RegisterBundleRequest\x12\x10\n\x08manifest\x18\x01 \x01(\x0c\"A\n\x16RegisterBundleResponse\x12\'\n\x06status\x18\x01 \x01(\x0b\x32\x17.fallow.v1.BundleStatus\")\n\x10GetBundleRequest\x12\x15\n\rbundle_digest\x18\x01 \x01(\x0c\"<\n\x11GetBundleResponse\x12\'\n\x06status\x18\x01 \x01(\x0b\x32\x17.fallow.v1.BundleStatus\"\x9b\x01\n\x0c\x42undleStatus\x12\x15\n\rbundle_digest\x18\x01 \x01(\x0c\x12%\n\x05state\x18\x02 \x01(\x0e\x32\x16.fallow.v1.BundleState\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12+\n\x06report\x18\x04 \x01(\x0b\x32\x1b.fallow.v1.InspectionReport\x12\x10\n\x08manifest\x18\x05 \x01(\x0c\"\x88\x02\n\x13SubmitMapJobRequest\x12\x17\n\x0fidempotency_key\x18\x01 \x01(\x0c\x12\x15\n\rbundle_digest\x18\x02 \x01(\x0c\x12\'\n\x06\x62locks\x18\x03 \x03(\x0b\x32\x17.fallow.v1.DatasetBlock\x12(\n\ndata_class\x18\x04 \x01(\x0e\x32\x14.fallow.v1.DataClass\x12\x0f\n\x07pool_id\x18\x05 \x01(\t\x12\r\n\x05title\x18\x06 \x01(\t\x12&\n\x07options\x18\x07 \x01(\x0b\x32\x15.fallow.v1.JobOptions\x12&\n\x04kept\x18\x08 \x01(\x0b\x32\x18.fallow.v1.BlobReference\"&\n\x14SubmitMapJobResponse\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"\x1f\n\rGetJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"3\n\x0eGetJobResponse\x12!\n\x03job\x18\x01 \x01(\x0b\x32\x14.fallow.v1.JobStatus\"8\n\x0fListJobsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"O\n\x10ListJobsResponse\x12\"\n\x04jobs\x18\x01 \x03(\x0b\x32\x14.fallow.v1.JobStatus\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\"\n\x10\x43\x61ncelJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"6\n\x11\x43\x61ncelJobResponse\x12!\n\x03job\x18\x01 \x01(\x0b\x32\x14.fallow.v1.JobStatus\"\"\n\x10\x44\x65leteJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"6\n\x11\x44\x65leteJobResponse\x12!\n\x03job\x18\x01 \x01(\x0b\x32\x14.fallow.v1.JobStatus\">\n\x17GetJobSubmissionRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x13\n\x0b\x66irst_block\x18\x02 \x01(\r\"^\n\x18GetJobSubmissionResponse\x12\x32\n\nsubmission\x18\x01 \x01(\x0b\x32\x1e.fallow.v1.SubmitMapJobRequest\x12\x0e\n\x06\x62locks\x18\x02 \x01(\r\"F\n\x0fWatchJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0e\n\x06\x63ursor\x18\x02 \x01(\x04\x12\x13\n\x0bstatus_only\x18\x03 \x01(\x08\"k\n\x10WatchJobResponse\x12\'\n\x06result\x18\x01 \x01(\x0b\x32\x15.fallow.v1.TaskResultH\x00\x12&\n\x06status\x18\x02 \x01(\x0b\x32\x14.fallow.v1.JobStatusH\x00\x42\x06\n\x04kind*\x94\x01\n\x0b\x42undleState\x12\x1c\n\x18\x42UNDLE_STATE_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x42UNDLE_STATE_INSPECTING\x10\x01\x12\x19\n\x15\x42UNDLE_STATE_ACCEPTED\x10\x02\x12\x18\n\x14\x42UNDLE_STATE_REFUSED\x10\x03\x12\x15\n\x11\x42UNDLE_STATE_HELD\x10\x04\x32\xfb\x07\n\nJobService\x12I\n\nGetSession\x12\x1c.fallow.v1.GetSessionRequest\x1a\x1d.fallow.v1.GetSessionResponse\x12O\n\x0cGrantUploads\x12\x1e.fallow.v1.GrantUploadsRequest\x1a\x1f.fallow.v1.GrantUploadsResponse\x12R\n\rRecordUploads\x12\x1f.fallow.v1.RecordUploadsRequest\x1a .fallow.v1.RecordUploadsResponse\x12U\n\x0eGrantDownloads\x12 .fallow.v1.GrantDownloadsRequest\x1a!.fallow.v1.GrantDownloadsResponse\x12U\n\x0eRegisterBundle\x12 .fallow.v1.RegisterBundleRequest\x1a!.fallow.v1.RegisterBundleResponse\x12\x46\n\tGetBundle\x12\x1b.fallow.v1.GetBundleRequest\x1a\x1c.fallow.v1.GetBundleResponse\x12O\n\x0cSubmitMapJob\x12\x1e.fallow.v1.SubmitMapJobRequest\x1a\x1f.fallow.v1.SubmitMapJobResponse\x12=\n\x06GetJob\x12\x18.fallow.v1.GetJobRequest\x1a\x19.fallow.v1.GetJobResponse\x12\x43\n\x08ListJobs\x12\x1a.fallow.v1.ListJobsRequest\x1a\x1b.fallow.v1.ListJobsResponse\x12\x46\n\tCancelJob\x12\x1b.fallow.v1.CancelJobRequest\x1a\x1c.fallow.v1.CancelJobResponse\x12\x46\n\tDeleteJob\x12\x1b.fallow.v1.DeleteJobRequest\x1a\x1c.fallow.v1.DeleteJobResponse\x12[\n\x10GetJobSubmission\x12\".fallow.v1.GetJobSubmissionRequest\x1a#.fallow.v1.GetJobSubmissionResponse\x12\x45\n\x08WatchJob\x12\x1a.fallow.v1.WatchJobRequest\x1a\x1b.fallow.v1.WatchJobResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x66\x61llow/v1/job_service.proto\x12\tfallow.v1\x1a\x14\x66\x61llow/v1/blob.proto\x1a\x16\x66\x61llow/v1/bundle.proto\x1a\x18\x66\x61llow/v1/identity.proto\x1a\x1b\x66\x61llow/v1/explanation.proto\x1a\x13\x66\x61llow/v1/job.proto\"A\n\x11GetSessionRequest\x12,\n\x08protocol\x18\x01 \x01(\x0b\x32\x1a.fallow.v1.ProtocolVersion\"\x90\x01\n\x12GetSessionResponse\x12,\n\x08protocol\x18\x01 \x01(\x0b\x32\x1a.fallow.v1.ProtocolVersion\x12\x10\n\x08party_id\x18\x02 \x01(\t\x12\x12\n\naccount_id\x18\x03 \x01(\t\x12\x0f\n\x07pool_id\x18\x04 \x01(\t\x12\x15\n\rblob_endpoint\x18\x05 \x01(\t\"Y\n\x0cUploadWanted\x12&\n\x04\x62lob\x18\x01 \x01(\x0b\x32\x18.fallow.v1.BlobReference\x12!\n\x04kind\x18\x02 \x01(\x0e\x32\x13.fallow.v1.BlobKind\"?\n\x13GrantUploadsRequest\x12(\n\x07uploads\x18\x01 \x03(\x0b\x32\x17.fallow.v1.UploadWanted\"H\n\rUploadGranted\x12\x0c\n\x04have\x18\x01 \x01(\x08\x12)\n\x05grant\x18\x02 \x01(\x0b\x32\x1a.fallow.v1.SignedBlobGrant\"A\n\x14GrantUploadsResponse\x12)\n\x07uploads\x18\x01 \x03(\x0b\x32\x18.fallow.v1.UploadGranted\"F\n\x14RecordUploadsRequest\x12.\n\x08receipts\x18\x01 \x03(\x0b\x32\x1c.fallow.v1.SignedBlobReceipt\"\x17\n\x15RecordUploadsResponse\"(\n\x15GrantDownloadsRequest\x12\x0f\n\x07\x64igests\x18\x01 \x03(\x0c\"D\n\x16GrantDownloadsResponse\x12*\n\x06grants\x18\x01 \x03(\x0b\x32\x1a.fallow.v1.SignedBlobGrant\")\n\x15RegisterBundleRequest\x12\x10\n\x08manifest\x18\x01 \x01(\x0c\"A\n\x16RegisterBundleResponse\x12\'\n\x06status\x18\x01 \x01(\x0b\x32\x17.fallow.v1.BundleStatus\")\n\x10GetBundleRequest\x12\x15\n\rbundle_digest\x18\x01 \x01(\x0c\"<\n\x11GetBundleResponse\x12\'\n\x06status\x18\x01 \x01(\x0b\x32\x17.fallow.v1.BundleStatus\"\x9b\x01\n\x0c\x42undleStatus\x12\x15\n\rbundle_digest\x18\x01 \x01(\x0c\x12%\n\x05state\x18\x02 \x01(\x0e\x32\x16.fallow.v1.BundleState\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12+\n\x06report\x18\x04 \x01(\x0b\x32\x1b.fallow.v1.InspectionReport\x12\x10\n\x08manifest\x18\x05 \x01(\x0c\"\x88\x02\n\x13SubmitMapJobRequest\x12\x17\n\x0fidempotency_key\x18\x01 \x01(\x0c\x12\x15\n\rbundle_digest\x18\x02 \x01(\x0c\x12\'\n\x06\x62locks\x18\x03 \x03(\x0b\x32\x17.fallow.v1.DatasetBlock\x12(\n\ndata_class\x18\x04 \x01(\x0e\x32\x14.fallow.v1.DataClass\x12\x0f\n\x07pool_id\x18\x05 \x01(\t\x12\r\n\x05title\x18\x06 \x01(\t\x12&\n\x07options\x18\x07 \x01(\x0b\x32\x15.fallow.v1.JobOptions\x12&\n\x04kept\x18\x08 \x01(\x0b\x32\x18.fallow.v1.BlobReference\"&\n\x14SubmitMapJobResponse\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"\x1f\n\rGetJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"#\n\x11\x45xplainJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"D\n\x12\x45xplainJobResponse\x12.\n\x0b\x65xplanation\x18\x01 \x01(\x0b\x32\x19.fallow.v1.JobExplanation\"3\n\x0eGetJobResponse\x12!\n\x03job\x18\x01 \x01(\x0b\x32\x14.fallow.v1.JobStatus\"8\n\x0fListJobsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"O\n\x10ListJobsResponse\x12\"\n\x04jobs\x18\x01 \x03(\x0b\x32\x14.fallow.v1.JobStatus\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\"\n\x10\x43\x61ncelJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"6\n\x11\x43\x61ncelJobResponse\x12!\n\x03job\x18\x01 \x01(\x0b\x32\x14.fallow.v1.JobStatus\"\"\n\x10\x44\x65leteJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"6\n\x11\x44\x65leteJobResponse\x12!\n\x03job\x18\x01 \x01(\x0b\x32\x14.fallow.v1.JobStatus\">\n\x17GetJobSubmissionRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x13\n\x0b\x66irst_block\x18\x02 \x01(\r\"^\n\x18GetJobSubmissionResponse\x12\x32\n\nsubmission\x18\x01 \x01(\x0b\x32\x1e.fallow.v1.SubmitMapJobRequest\x12\x0e\n\x06\x62locks\x18\x02 \x01(\r\"F\n\x0fWatchJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0e\n\x06\x63ursor\x18\x02 \x01(\x04\x12\x13\n\x0bstatus_only\x18\x03 \x01(\x08\"k\n\x10WatchJobResponse\x12\'\n\x06result\x18\x01 \x01(\x0b\x32\x15.fallow.v1.TaskResultH\x00\x12&\n\x06status\x18\x02 \x01(\x0b\x32\x14.fallow.v1.JobStatusH\x00\x42\x06\n\x04kind*\x94\x01\n\x0b\x42undleState\x12\x1c\n\x18\x42UNDLE_STATE_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x42UNDLE_STATE_INSPECTING\x10\x01\x12\x19\n\x15\x42UNDLE_STATE_ACCEPTED\x10\x02\x12\x18\n\x14\x42UNDLE_STATE_REFUSED\x10\x03\x12\x15\n\x11\x42UNDLE_STATE_HELD\x10\x04\x32\xc6\x08\n\nJobService\x12I\n\nGetSession\x12\x1c.fallow.v1.GetSessionRequest\x1a\x1d.fallow.v1.GetSessionResponse\x12O\n\x0cGrantUploads\x12\x1e.fallow.v1.GrantUploadsRequest\x1a\x1f.fallow.v1.GrantUploadsResponse\x12R\n\rRecordUploads\x12\x1f.fallow.v1.RecordUploadsRequest\x1a .fallow.v1.RecordUploadsResponse\x12U\n\x0eGrantDownloads\x12 .fallow.v1.GrantDownloadsRequest\x1a!.fallow.v1.GrantDownloadsResponse\x12U\n\x0eRegisterBundle\x12 .fallow.v1.RegisterBundleRequest\x1a!.fallow.v1.RegisterBundleResponse\x12\x46\n\tGetBundle\x12\x1b.fallow.v1.GetBundleRequest\x1a\x1c.fallow.v1.GetBundleResponse\x12O\n\x0cSubmitMapJob\x12\x1e.fallow.v1.SubmitMapJobRequest\x1a\x1f.fallow.v1.SubmitMapJobResponse\x12=\n\x06GetJob\x12\x18.fallow.v1.GetJobRequest\x1a\x19.fallow.v1.GetJobResponse\x12I\n\nExplainJob\x12\x1c.fallow.v1.ExplainJobRequest\x1a\x1d.fallow.v1.ExplainJobResponse\x12\x43\n\x08ListJobs\x12\x1a.fallow.v1.ListJobsRequest\x1a\x1b.fallow.v1.ListJobsResponse\x12\x46\n\tCancelJob\x12\x1b.fallow.v1.CancelJobRequest\x1a\x1c.fallow.v1.CancelJobResponse\x12\x46\n\tDeleteJob\x12\x1b.fallow.v1.DeleteJobRequest\x1a\x1c.fallow.v1.DeleteJobResponse\x12[\n\x10GetJobSubmission\x12\".fallow.v1.GetJobSubmissionRequest\x1a#.fallow.v1.GetJobSubmissionResponse\x12\x45\n\x08WatchJob\x12\x1a.fallow.v1.WatchJobRequest\x1a\x1b.fallow.v1.WatchJobResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'fallow.v1.job_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_BUNDLESTATE']._serialized_start=2286
-  _globals['_BUNDLESTATE']._serialized_end=2434
-  _globals['_GETSESSIONREQUEST']._serialized_start=135
-  _globals['_GETSESSIONREQUEST']._serialized_end=200
-  _globals['_GETSESSIONRESPONSE']._serialized_start=203
-  _globals['_GETSESSIONRESPONSE']._serialized_end=347
-  _globals['_UPLOADWANTED']._serialized_start=349
-  _globals['_UPLOADWANTED']._serialized_end=438
-  _globals['_GRANTUPLOADSREQUEST']._serialized_start=440
-  _globals['_GRANTUPLOADSREQUEST']._serialized_end=503
-  _globals['_UPLOADGRANTED']._serialized_start=505
-  _globals['_UPLOADGRANTED']._serialized_end=577
-  _globals['_GRANTUPLOADSRESPONSE']._serialized_start=579
-  _globals['_GRANTUPLOADSRESPONSE']._serialized_end=644
-  _globals['_RECORDUPLOADSREQUEST']._serialized_start=646
-  _globals['_RECORDUPLOADSREQUEST']._serialized_end=716
-  _globals['_RECORDUPLOADSRESPONSE']._serialized_start=718
-  _globals['_RECORDUPLOADSRESPONSE']._serialized_end=741
-  _globals['_GRANTDOWNLOADSREQUEST']._serialized_start=743
-  _globals['_GRANTDOWNLOADSREQUEST']._serialized_end=783
-  _globals['_GRANTDOWNLOADSRESPONSE']._serialized_start=785
-  _globals['_GRANTDOWNLOADSRESPONSE']._serialized_end=853
-  _globals['_REGISTERBUNDLEREQUEST']._serialized_start=855
-  _globals['_REGISTERBUNDLEREQUEST']._serialized_end=896
-  _globals['_REGISTERBUNDLERESPONSE']._serialized_start=898
-  _globals['_REGISTERBUNDLERESPONSE']._serialized_end=963
-  _globals['_GETBUNDLEREQUEST']._serialized_start=965
-  _globals['_GETBUNDLEREQUEST']._serialized_end=1006
-  _globals['_GETBUNDLERESPONSE']._serialized_start=1008
-  _globals['_GETBUNDLERESPONSE']._serialized_end=1068
-  _globals['_BUNDLESTATUS']._serialized_start=1071
-  _globals['_BUNDLESTATUS']._serialized_end=1226
-  _globals['_SUBMITMAPJOBREQUEST']._serialized_start=1229
-  _globals['_SUBMITMAPJOBREQUEST']._serialized_end=1493
-  _globals['_SUBMITMAPJOBRESPONSE']._serialized_start=1495
-  _globals['_SUBMITMAPJOBRESPONSE']._serialized_end=1533
-  _globals['_GETJOBREQUEST']._serialized_start=1535
-  _globals['_GETJOBREQUEST']._serialized_end=1566
-  _globals['_GETJOBRESPONSE']._serialized_start=1568
-  _globals['_GETJOBRESPONSE']._serialized_end=1619
-  _globals['_LISTJOBSREQUEST']._serialized_start=1621
-  _globals['_LISTJOBSREQUEST']._serialized_end=1677
-  _globals['_LISTJOBSRESPONSE']._serialized_start=1679
-  _globals['_LISTJOBSRESPONSE']._serialized_end=1758
-  _globals['_CANCELJOBREQUEST']._serialized_start=1760
-  _globals['_CANCELJOBREQUEST']._serialized_end=1794
-  _globals['_CANCELJOBRESPONSE']._serialized_start=1796
-  _globals['_CANCELJOBRESPONSE']._serialized_end=1850
-  _globals['_DELETEJOBREQUEST']._serialized_start=1852
-  _globals['_DELETEJOBREQUEST']._serialized_end=1886
-  _globals['_DELETEJOBRESPONSE']._serialized_start=1888
-  _globals['_DELETEJOBRESPONSE']._serialized_end=1942
-  _globals['_GETJOBSUBMISSIONREQUEST']._serialized_start=1944
-  _globals['_GETJOBSUBMISSIONREQUEST']._serialized_end=2006
-  _globals['_GETJOBSUBMISSIONRESPONSE']._serialized_start=2008
-  _globals['_GETJOBSUBMISSIONRESPONSE']._serialized_end=2102
-  _globals['_WATCHJOBREQUEST']._serialized_start=2104
-  _globals['_WATCHJOBREQUEST']._serialized_end=2174
-  _globals['_WATCHJOBRESPONSE']._serialized_start=2176
-  _globals['_WATCHJOBRESPONSE']._serialized_end=2283
-  _globals['_JOBSERVICE']._serialized_start=2437
-  _globals['_JOBSERVICE']._serialized_end=3456
+  _globals['_BUNDLESTATE']._serialized_start=2422
+  _globals['_BUNDLESTATE']._serialized_end=2570
+  _globals['_GETSESSIONREQUEST']._serialized_start=164
+  _globals['_GETSESSIONREQUEST']._serialized_end=229
+  _globals['_GETSESSIONRESPONSE']._serialized_start=232
+  _globals['_GETSESSIONRESPONSE']._serialized_end=376
+  _globals['_UPLOADWANTED']._serialized_start=378
+  _globals['_UPLOADWANTED']._serialized_end=467
+  _globals['_GRANTUPLOADSREQUEST']._serialized_start=469
+  _globals['_GRANTUPLOADSREQUEST']._serialized_end=532
+  _globals['_UPLOADGRANTED']._serialized_start=534
+  _globals['_UPLOADGRANTED']._serialized_end=606
+  _globals['_GRANTUPLOADSRESPONSE']._serialized_start=608
+  _globals['_GRANTUPLOADSRESPONSE']._serialized_end=673
+  _globals['_RECORDUPLOADSREQUEST']._serialized_start=675
+  _globals['_RECORDUPLOADSREQUEST']._serialized_end=745
+  _globals['_RECORDUPLOADSRESPONSE']._serialized_start=747
+  _globals['_RECORDUPLOADSRESPONSE']._serialized_end=770
+  _globals['_GRANTDOWNLOADSREQUEST']._serialized_start=772
+  _globals['_GRANTDOWNLOADSREQUEST']._serialized_end=812
+  _globals['_GRANTDOWNLOADSRESPONSE']._serialized_start=814
+  _globals['_GRANTDOWNLOADSRESPONSE']._serialized_end=882
+  _globals['_REGISTERBUNDLEREQUEST']._serialized_start=884
+  _globals['_REGISTERBUNDLEREQUEST']._serialized_end=925
+  _globals['_REGISTERBUNDLERESPONSE']._serialized_start=927
+  _globals['_REGISTERBUNDLERESPONSE']._serialized_end=992
+  _globals['_GETBUNDLEREQUEST']._serialized_start=994
+  _globals['_GETBUNDLEREQUEST']._serialized_end=1035
+  _globals['_GETBUNDLERESPONSE']._serialized_start=1037
+  _globals['_GETBUNDLERESPONSE']._serialized_end=1097
+  _globals['_BUNDLESTATUS']._serialized_start=1100
+  _globals['_BUNDLESTATUS']._serialized_end=1255
+  _globals['_SUBMITMAPJOBREQUEST']._serialized_start=1258
+  _globals['_SUBMITMAPJOBREQUEST']._serialized_end=1522
+  _globals['_SUBMITMAPJOBRESPONSE']._serialized_start=1524
+  _globals['_SUBMITMAPJOBRESPONSE']._serialized_end=1562
+  _globals['_GETJOBREQUEST']._serialized_start=1564
+  _globals['_GETJOBREQUEST']._serialized_end=1595
+  _globals['_EXPLAINJOBREQUEST']._serialized_start=1597
+  _globals['_EXPLAINJOBREQUEST']._serialized_end=1632
+  _globals['_EXPLAINJOBRESPONSE']._serialized_start=1634
+  _globals['_EXPLAINJOBRESPONSE']._serialized_end=1702
+  _globals['_GETJOBRESPONSE']._serialized_start=1704
+  _globals['_GETJOBRESPONSE']._serialized_end=1755
+  _globals['_LISTJOBSREQUEST']._serialized_start=1757
+  _globals['_LISTJOBSREQUEST']._serialized_end=1813
+  _globals['_LISTJOBSRESPONSE']._serialized_start=1815
+  _globals['_LISTJOBSRESPONSE']._serialized_end=1894
+  _globals['_CANCELJOBREQUEST']._serialized_start=1896
+  _globals['_CANCELJOBREQUEST']._serialized_end=1930
+  _globals['_CANCELJOBRESPONSE']._serialized_start=1932
+  _globals['_CANCELJOBRESPONSE']._serialized_end=1986
+  _globals['_DELETEJOBREQUEST']._serialized_start=1988
+  _globals['_DELETEJOBREQUEST']._serialized_end=2022
+  _globals['_DELETEJOBRESPONSE']._serialized_start=2024
+  _globals['_DELETEJOBRESPONSE']._serialized_end=2078
+  _globals['_GETJOBSUBMISSIONREQUEST']._serialized_start=2080
+  _globals['_GETJOBSUBMISSIONREQUEST']._serialized_end=2142
+  _globals['_GETJOBSUBMISSIONRESPONSE']._serialized_start=2144
+  _globals['_GETJOBSUBMISSIONRESPONSE']._serialized_end=2238
+  _globals['_WATCHJOBREQUEST']._serialized_start=2240
+  _globals['_WATCHJOBREQUEST']._serialized_end=2310
+  _globals['_WATCHJOBRESPONSE']._serialized_start=2312
+  _globals['_WATCHJOBRESPONSE']._serialized_end=2419
+  _globals['_JOBSERVICE']._serialized_start=2573
+  _globals['_JOBSERVICE']._serialized_end=3667
 # @@protoc_insertion_point(module_scope)
