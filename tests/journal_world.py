@@ -43,7 +43,7 @@ from fallow_coordinator.core.effects import Effect
 from fallow_coordinator.core.questions import lease_to_send
 from fallow_coordinator.core.state import Lease
 from fallow_coordinator.engine import Engine
-from fallow_coordinator.ports import Packer, Store, Views
+from fallow_coordinator.ports import Packer, Snapshots, Store, Views
 from fallow_coordinator.store.memory import MemoryStore
 
 AnswerT = TypeVar("AnswerT", bound=Answer)
@@ -51,8 +51,8 @@ START_MS = 1_700_000_000_000
 DAY_MS = 24 * 3_600_000
 INPUT_SCHEMA = digest_of(b"input schema")
 OUTPUT_SCHEMA = digest_of(b"output schema")
-QUIET = EngineSettings(tick_ms=3_600_000, archive_ms=3_600_000)
-"""Ticks come when a test says so."""
+QUIET = EngineSettings(tick_ms=3_600_000, archive_ms=3_600_000, batch_ms_max=60_000.0)
+"""Ticks come when a test says so, and what queues together is one batch however slow the machine."""
 
 
 class Ended(BaseException):
@@ -171,6 +171,7 @@ class World:
     entropy: CountedEntropy = field(default_factory=CountedEntropy)
     settings: EngineSettings = QUIET
     views: Views | None = None
+    snapshots: Snapshots | None = None
     sink: RecordingSink = field(default_factory=RecordingSink)
     operator_account_id: AccountId = field(default=AccountId(""))
     client_id: PartyId = field(default=PartyId(""))
@@ -185,6 +186,7 @@ class World:
             sink=self.sink,
             packer=packer,
             views=self.views,
+            snapshots=self.snapshots,
             clock=self.clock,
             entropy=self.entropy,
             settings=self.settings,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from fallow_coordinator.core.commands import MeasuringRules
 
 MIB = 1024 * 1024
 
@@ -22,9 +24,15 @@ class EngineSettings:
     """Commands that may wait; one more is refused as OVERLOADED."""
     batch_max: int = 512
     """Commands decided in one transaction."""
+    batch_ms_max: float = 12.0
+    """After so long a batch takes no further command: the first of it waits for the last, and for the disk."""
     collect_ms_max: float = 5.0
     """Longest time for which a busy writer lets commands gather into a batch."""
     tick_ms: int = 250
+    measure_ms: int = 1_000
+    """How often devices are looked at: who is to be challenged, whose answer is to be checked."""
+    measuring: MeasuringRules | None = field(default_factory=MeasuringRules)
+    """None: devices are never challenged."""
     archive_ms: int = 10_000
     """How often finished jobs that are in the views leave the memory."""
     collect_ms: int = 3_600_000
@@ -35,6 +43,12 @@ class EngineSettings:
     """Inline payloads kept in memory after they were written."""
     replay_chunk_records: int = 2_000
     """Records read at a time when the writer starts."""
+    let_go_idle_ms: int = 2_000
+    """How often sealed records are looked for, which may leave the database."""
+    let_go_ms: int = 100
+    """Wait between two departures while there are some: with the next, room for 10,000 events a second."""
+    let_go_records: int = 1_000
+    """How many leave at a time, in a transaction of a few milliseconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,3 +78,11 @@ class FollowerSettings:
     """Longest wait between two looks at an idle journal: the lag of the views stays below 200 ms."""
     busy_poll_ms: int = 10
     """Wait after a look that found something."""
+    snapshot_records: int = 100_000
+    """A snapshot is written when the newest is so many records old: about what a start has to fold at most."""
+    snapshot_ms: int = 300_000
+    """Or when it is so old and anything happened since."""
+    snapshot_rest_ms: int = 10_000
+    """Shortest time between two tries; ten times what the last one took, when that is longer."""
+    segment_records: int = 1 << 16
+    """Records of a sealed segment: a power of two."""

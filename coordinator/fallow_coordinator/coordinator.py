@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime
+import gc
 import logging
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
@@ -53,6 +54,7 @@ from fallow_coordinator.service.server import (
 )
 from fallow_coordinator.service.workers import WorkerService
 from fallow_coordinator.state_folder import Ports, StateFolder, port_taken
+from fallow_coordinator.store.snapshots import JournalSnapshots
 from fallow_coordinator.store.sqlite import SqliteStore
 from fallow_coordinator.store.views import SqliteViews
 
@@ -136,6 +138,7 @@ class Coordinator:
             sink=EffectSinks(self._outbox, self._collector),
             packer=self._packer,
             views=self._views,
+            snapshots=JournalSnapshots(folder.journal),
         )
         self._doorkeeper = Doorkeeper(self._engine, wall_clock_ms)
         self._children = Children()
@@ -255,6 +258,9 @@ class Coordinator:
             valid_for_ms=START_TOKEN_VALID_FOR_MS,
             tags=("start",),
         )
+        # What was loaded and replayed stays: the collector need not look at it again.
+        gc.collect()
+        gc.freeze()
         _log.info("coordinator.started control=%s state=%s", self.endpoints.control, self._folder.path)
         return Started(self.endpoints, worker.join_line, client.join_line, self._authority.fingerprint.hex())
 
@@ -298,7 +304,7 @@ class Coordinator:
             ChildCommand(
                 "follower",
                 "fallow_coordinator.follower",
-                ("--state", str(self._folder.journal)),
+                ("--state", str(self._folder.journal), "--key", str(self._folder.coordinator_key)),
                 logs / "follower.log",
             )
         )

@@ -13,7 +13,7 @@ import logging
 import os
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from typing import NoReturn, TypeVar
 
@@ -30,12 +30,15 @@ from fallow_coordinator.core.evolve import evolve
 from fallow_coordinator.core.questions import PackPlan, live_payloads, pack_plan
 from fallow_coordinator.core.state import State
 from fallow_coordinator.core.turn import Turn, take_turn
-from fallow_coordinator.inline_packing import pack_inline
-from fallow_coordinator.ports import EffectSink, Packer, StorageFailed, Store, Views, WriterFenced
+from fallow_coordinator.inline_packing import InlinePacker
+from fallow_coordinator.latency import Latencies
+from fallow_coordinator.ports import EffectSink, Packer, Snapshots, StorageFailed, Store, Views, WriterFenced
 
 logger = logging.getLogger(__name__)
 
 ENTROPY_BYTES = 32
+ENTROPY_POOL_BYTES = 16 * 1024
+"""Drawn from the system at once: a system call for each decision would cost more than the bytes."""
 _NO_PAYLOADS: Mapping[Digest, bytes] = {}
 _PACKING_HOPELESS = frozenset(
     {
@@ -72,6 +75,10 @@ class EngineCounters:
     packs_inline: int = 0
     packs_called: int = 0
     """Pack calls to the blob service."""
+    signatures_checked: int = 0
+    """Of workers, and found good."""
+    assigns: Latencies = field(default_factory=Latencies)
+    """From the moment at which a batch began that found a task and room for it, until the transport had the lease."""
 
 
 @dataclass(slots=True)
@@ -88,6 +95,8 @@ class _Batch:
     """What a batch brought about, before it is durable."""
 
     now_ms: int
+    began_s: float
+    """When deciding began, on `time.monotonic`."""
     events: list[tuple[int, ev.Event]] = field(default_factory=list[tuple[int, ev.Event]])
     payloads: dict[Digest, bytes] = field(default_factory=dict[Digest, bytes])
     effects: list[Effect] = field(default_factory=list[Effect])
@@ -105,6 +114,25 @@ def end_process(words: str, exit_code: int) -> NoReturn:
     os._exit(exit_code)
 
 
+class PooledEntropy:
+    """Fresh bytes of the system's, drawn many at a time; none are given out twice."""
+
+    __slots__ = ("_at", "_pool")
+
+    def __init__(self) -> None:
+        self._pool = b""
+        self._at = 0
+
+    def __call__(self, count: int) -> bytes:
+        """So many bytes."""
+        assert count <= ENTROPY_POOL_BYTES, "a draw is small"
+        start, self._at = self._at, self._at + count
+        if self._at > len(self._pool):
+            self._pool = os.urandom(ENTROPY_POOL_BYTES)
+            start, self._at = 0, count
+        return self._pool[start : self._at]
+
+
 def wall_clock_ms() -> int:
     """Milliseconds since 1970."""
     return time.time_ns() // 1_000_000
@@ -120,8 +148,9 @@ class Engine:
         sink: EffectSink,
         packer: Packer,
         views: Views | None = None,
+        snapshots: Snapshots | None = None,
         clock: Callable[[], int] = wall_clock_ms,
-        entropy: Callable[[int], bytes] = os.urandom,
+        entropy: Callable[[int], bytes] | None = None,
         settings: EngineSettings | None = None,
         end: Callable[[str, int], NoReturn] = end_process,
     ) -> None:
@@ -130,8 +159,9 @@ class Engine:
         self._sink = sink
         self._packer = packer
         self._views = views
+        self._snapshots = snapshots
         self._clock = clock
-        self._entropy = entropy
+        self._entropy = entropy or PooledEntropy()
         self._settings = settings or EngineSettings()
         self._end = end
         self._state = State()
@@ -144,6 +174,8 @@ class Engine:
         self._tasks: list[asyncio.Task[None]] = []
         self._packs: asyncio.Queue[PackPlan] = asyncio.Queue()
         self._cache = _PayloadCache(self._settings.payload_cache_bytes_max)
+        self._inline_packer = InlinePacker()
+        self._effects_since_s = 0.0
         self._counters = EngineCounters()
         self._last_append_s = 0.0
         self._last_batch = 0
@@ -169,11 +201,25 @@ class Engine:
         """What `question` finds in the committed state. It must not change it, nor keep a reference to its insides."""
         return question(self._state)
 
+    @property
+    def effects_since_s(self) -> float:
+        """For the sink while `apply` runs: when deciding began that led to the effects, on `time.monotonic`."""
+        return self._effects_since_s
+
     async def submit(self, command: Command, payloads: Mapping[Digest, bytes] = _NO_PAYLOADS) -> Decision:
         """Decides a command; when this returns, its events are on disk.
 
         `payloads` are inline bytes under their digests, which the caller has computed; only those that an event names
         are kept. Raises the FallowError of a refusal, OVERLOADED when too many commands wait, COORDINATOR_STOPPING.
+        """
+        return await self.submit_soon(command, payloads)
+
+    def submit_soon(
+        self, command: Command, payloads: Mapping[Digest, bytes] = _NO_PAYLOADS
+    ) -> asyncio.Future[Decision]:
+        """As `submit`, for callers that do not wait: the future has the decision, or the refusal, once it is durable.
+
+        Raises OVERLOADED and COORDINATOR_STOPPING at once.
         """
         if self._stopping:
             raise FallowError(
@@ -188,7 +234,7 @@ class Engine:
             )
         answer: asyncio.Future[Decision] = asyncio.get_running_loop().create_future()
         self._enqueue(_Waiting(command, payloads, answer))
-        return await answer
+        return answer
 
     def payload(self, digest: Digest) -> bytes | None:
         """An inline payload that is on disk, from memory when it was written lately."""
@@ -202,7 +248,8 @@ class Engine:
     # --------------------------------------------------------------------------------------------- life
 
     async def start(self) -> int:
-        """Replays the journal, tells the core of the restart, takes up what was left undone; gives how many records.
+        """Takes up the newest snapshot and folds what came after it, tells the core of the restart, takes up what was
+        left undone; gives how many records the journal has.
 
         Raises StorageFailed when the journal is damaged.
         """
@@ -210,11 +257,13 @@ class Engine:
         if replayed:
             # Time since the last record, in which the writer may have been up and idle: leases end later, never sooner.
             down_time_ms = max(0, self._clock() - self._last_at_ms)
-            self._process([_Waiting(Restart(self._store.epoch, down_time_ms), _NO_PAYLOADS, None)])
+            self._enqueue(_Waiting(Restart(self._store.epoch, down_time_ms), _NO_PAYLOADS, None))
+            self._process()
         self._spawn("run", self._run())
         self._spawn("tick", self._tick())
         for number in range(self._settings.packs_at_once):
             self._spawn(f"pack-{number}", self._pack())
+        self._spawn("let-go", self._let_go())
         if self._views is not None:
             self._spawn("archive", self._archive(self._views))
             self._spawn("collect", self._collect(self._views))
@@ -244,7 +293,7 @@ class Engine:
             self._end(f"{task.get_name()} ended: {error!r}", EXIT_BROKEN)
 
     async def _replay(self) -> int:
-        sequence = 0
+        sequence = began = self._take_up_snapshot()
         while records := self._store.read(after_sequence=sequence, limit=self._settings.replay_chunk_records):
             for record in records:
                 evolve(self._state, record.event, record.at_ms)
@@ -254,7 +303,15 @@ class Engine:
             raise StorageFailed(
                 f"the journal ends at record {sequence}, not at {self._store.last_sequence}; restore it from a backup"
             )
+        logger.info("engine.replayed from_snapshot=%d folded=%d", began, sequence - began)
         return sequence
+
+    def _take_up_snapshot(self) -> int:
+        """The sequence at which the state stands after it; 0: there is none to use."""
+        state = self._snapshots.newest() if self._snapshots is not None else None
+        if state is not None:
+            self._state, self._last_at_ms = state, state.clock_ms
+        return self._state.sequence
 
     # --------------------------------------------------------------------------------------------- the loop
 
@@ -267,9 +324,7 @@ class Engine:
         while True:
             await self._queued.wait()
             await self._gather()
-            batch = [self._queue.popleft() for _ in range(min(len(self._queue), self._settings.batch_max))]
-            self._last_batch = len(batch)
-            self._process(batch)
+            self._last_batch = self._process()
             if self._queue:
                 await asyncio.sleep(0)
             else:
@@ -291,12 +346,21 @@ class Engine:
             quiet = quiet + 1 if len(self._queue) == seen else 0
             seen = len(self._queue)
 
-    def _process(self, waiting: Sequence[_Waiting]) -> None:
-        """Decides a batch, makes it durable, answers and acts: one step, nothing in between."""
-        batch = _Batch(self._now_ms())
-        for one in waiting:
-            self._decide(one, batch)
+    def _process(self) -> int:
+        """Decides a batch, makes it durable, answers and acts: one step, nothing in between. Gives how many it took.
+
+        Whoever was decided first waits for the last: a batch takes no more commands once it took `batch_ms_max`.
+        """
+        batch = _Batch(self._now_ms(), time.monotonic())
+        until_s = batch.began_s + self._settings.batch_ms_max / 1_000
+        taken = 0
+        while self._queue and taken < self._settings.batch_max:
+            self._decide(self._queue.popleft(), batch)
+            taken += 1
+            if time.monotonic() > until_s:
+                break
         self._commit(batch)
+        return taken
 
     def _now_ms(self) -> int:
         """The journal's clock: the wall clock, but never back."""
@@ -355,6 +419,7 @@ class Engine:
             else:
                 future.set_exception(outcome)
         if batch.effects:
+            self._effects_since_s = batch.began_s
             try:
                 self._sink.apply(batch.effects)
             except Exception:
@@ -399,7 +464,7 @@ class Engine:
         command: Command
         payloads = _NO_PAYLOADS
         try:
-            block = pack_inline(
+            block = self._inline_packer.pack(
                 plan, lambda digest: batch.payloads.get(digest) or self.payload(digest), self._entropy(NONCE_BYTES)
             )
         except FallowError as error:
@@ -443,10 +508,15 @@ class Engine:
 
     async def _tick(self) -> None:
         """Lets what is due fall due. A tick that changes nothing writes nothing."""
+        loop = asyncio.get_running_loop()
+        looked_at = loop.time()
         while True:
             await asyncio.sleep(self._settings.tick_ms / 1_000)
-            if not self._queue:
-                self._enqueue(_Waiting(Tick(), _NO_PAYLOADS, None))
+            if self._queue:
+                continue
+            looks = loop.time() - looked_at >= self._settings.measure_ms / 1_000
+            looked_at = loop.time() if looks else looked_at
+            self._enqueue(_Waiting(Tick(self._settings.measuring if looks else None), _NO_PAYLOADS, None))
 
     async def _archive(self, views: Views) -> None:
         """Lets finished jobs go that were in the views one round ago, so that nobody who asks at once misses them."""
@@ -459,6 +529,18 @@ class Engine:
                 in_views = await asyncio.to_thread(views.view_sequence)
             except StorageFailed as error:
                 logger.warning("engine.views_unreadable error=%s", error)
+
+    async def _let_go(self) -> None:
+        """Takes records that were sealed out of the database, a few at a time."""
+        while True:
+            await asyncio.sleep(self._settings.let_go_idle_ms / 1_000)
+            try:
+                while self._store.let_go_of_sealed(self._settings.let_go_records):  # noqa: ASYNC110 - no event tells it
+                    await asyncio.sleep(self._settings.let_go_ms / 1_000)
+            except WriterFenced as error:
+                self._end(str(error), EXIT_WRITER_FENCED)
+            except StorageFailed as error:
+                self._end(str(error), EXIT_STORAGE_FAILED)
 
     async def _collect(self, views: Views) -> None:
         """Drops inline payloads that neither the state nor a retained result refers to."""

@@ -11,6 +11,7 @@ from fallow.job import JobStatus, TaskResult
 from fallow.session import BlobReference
 from fallow_coordinator.core.effects import Effect
 from fallow_coordinator.core.events import Event, JobSubmitted
+from fallow_coordinator.core.state import State
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,22 @@ class Store(Protocol):
         """Drops payloads that nothing live or retained refers to; returns how many."""
         ...
 
+    def let_go_of_sealed(self, limit: int) -> int:
+        """Takes up to `limit` records that lie in sealed segments out of the way of appending; gives how many.
+
+        `read` still gives them. Raises as `append` does, and the process must end then.
+        """
+        ...
+
     def close(self) -> None: ...
+
+
+class Snapshots(Protocol):
+    """States that somebody folded from this journal before."""
+
+    def newest(self) -> State | None:
+        """The newest that can be used, at its own `sequence`; None: fold the journal from its beginning."""
+        ...
 
 
 class WriterFenced(Exception):

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from scripts.benches import blobs, footprint, inference, latency, matching
+from scripts.benches import blobs, control_plane, footprint, inference, latency, matching
 from scripts.benches.report import Report
 
 BENCHES: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[Any], Coroutine[Any, Any, Report]]]] = {
@@ -19,6 +19,7 @@ BENCHES: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[An
     "footprint": (footprint.options, footprint.measure),
     "blobs": (blobs.options, blobs.measure),
     "matching": (matching.options, matching.measure),
+    "control-plane": (control_plane.options, control_plane.measure),
 }
 
 

@@ -99,19 +99,19 @@ async def running_system(*worker_arguments: str) -> AsyncGenerator[System, None]
         state = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fallow-bench-")))
         say("starting a coordinator, its operator worker and a worker …")
         coordinator = stack.enter_context(
-            _process(
+            running_process(
                 state / "coordinator.log",
                 "fallow-coordinator", "start", "--state", state / "coordinator", "--port", "0", "--json",
             )
         )  # fmt: skip
         assert coordinator.stdout is not None
         line = coordinator.stdout.readline()
-        assert line, f"the coordinator did not start:\n{_tail(state / 'coordinator.log')}"
+        assert line, f"the coordinator did not start:\n{process_tail(state / 'coordinator.log')}"
         facts = json.loads(line)
         folder = state / "worker"
         _run("fallow-worker", "join", facts["worker_join_line"], "--state", folder)
         worker = stack.enter_context(
-            _process(state / "worker.log", "fallow-worker", "start", "--state", folder, *worker_arguments)
+            running_process(state / "worker.log", "fallow-worker", "start", "--state", folder, *worker_arguments)
         )
         async with await connect_async(state / "coordinator" / "client") as client:
             system = System(state, psutil.Process(coordinator.pid), psutil.Process(worker.pid), client)
@@ -121,7 +121,8 @@ async def running_system(*worker_arguments: str) -> AsyncGenerator[System, None]
             try:
                 yield system
             except BaseException:
-                say(f"coordinator: {_tail(state / 'coordinator.log')}\nworker: {_tail(state / 'worker.log')}")
+                for name in ("coordinator", "worker"):
+                    say(f"{name}: {process_tail(state / f'{name}.log')}")
                 raise
 
 
@@ -158,10 +159,11 @@ def resident_mb(process: psutil.Process) -> float:
 
 
 @contextlib.contextmanager
-def _process(log: Path, name: str, *arguments: object) -> Generator[subprocess.Popen[str], None, None]:
+def running_process(log: Path, name: str, *arguments: object) -> Generator[subprocess.Popen[str], None, None]:
+    """One of our commands while the block runs, in a session of its own; `log` takes its stderr."""
     with log.open("w") as errors:
         process = subprocess.Popen(
-            [_tool(name), *map(str, arguments)],
+            [tool(name), *map(str, arguments)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=errors,
@@ -176,7 +178,7 @@ def _process(log: Path, name: str, *arguments: object) -> Generator[subprocess.P
 
 def _run(name: str, *arguments: object) -> None:
     done = subprocess.run(
-        [_tool(name), *map(str, arguments)], capture_output=True, text=True, timeout=START_PATIENCE_S, check=False
+        [tool(name), *map(str, arguments)], capture_output=True, text=True, timeout=START_PATIENCE_S, check=False
     )
     assert not done.returncode, f"{name} failed:\n{done.stderr}"
 
@@ -199,9 +201,11 @@ def _end(process: subprocess.Popen[str]) -> None:
             one.kill()
 
 
-def _tool(name: str) -> str:
+def tool(name: str) -> str:
+    """Path of one of our commands."""
     return str(Path(sys.executable).parent / name)
 
 
-def _tail(log: Path) -> str:
+def process_tail(log: Path) -> str:
+    """The end of a log, for messages."""
     return log.read_text(errors="replace")[-4_000:] if log.exists() else ""

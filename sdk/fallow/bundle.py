@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
+from fallow.cost import CostCurve
 from fallow.ids import Digest
 from fallow.schema import Schema
 
@@ -152,3 +153,7 @@ class InspectionReport:
     execution_class: str
     """The class in which the tests ran."""
     inspected_seconds: float
+    cost: CostCurve | None = None
+    """Cost of a row by its size; None in reports from before there was one: the two numbers above tell then."""
+    flops_per_row: int = 0
+    """Multiplications and additions of one row in matrix products and convolutions, as the graph tells; 0: unknown."""

@@ -21,6 +21,8 @@ INLINE_PAYLOAD_BYTES_MAX = 64 * KIB
 CONTROL_MESSAGE_BYTES_MAX = 1 * MIB
 """Largest message of the control plane in either direction (a submission lists up to `JOB_BLOCKS_MAX` blocks)."""
 SESSION_MESSAGE_BYTES_MAX = 256 * KIB
+MESSAGES_TOGETHER_MAX = 64
+"""Messages of the coordinator that travel as one."""
 BLOB_CHUNK_BYTES = 1 * MIB
 BLOB_BYTES_MAX = 4 * GIB
 MANIFEST_BYTES_MAX = 64 * KIB

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from fallow.bundle import InspectionReport, Precision
+from fallow.challenge import ChallengePlan, ChallengeVerdict
 from fallow.ids import Digest, LeaseId, PoolId, SessionId
 
 
@@ -81,6 +82,8 @@ class Device:
     architecture: str = ""
     execution_class: str = ""
     slots: int = 1
+    claimed_milliunits_per_s: int = 0
+    """Speed it says it has in float32, in thousandths of a unit a second; 0: it says nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +102,8 @@ class Capability:
     network_up_bytes_per_s: int = 0
     task_kinds: frozenset[TaskKind] = frozenset({TaskKind.MAP})
     ask_microcredits_per_unit: int = 0
+    network_round_trip_microseconds: int = 0
+    """Shortest round trip to the coordinator that it has seen; 0: not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +145,8 @@ class Hello:
     capability: Capability
     window: int
     held_leases: tuple[HeldLease, ...] = ()
+    takes_several: bool = False
+    """Whether several messages may come to it as one, under one signature."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,6 +265,23 @@ class Draining:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class LeaseSeen:
+    """The lease of a challenge has arrived: said at once, so that the round trip is known."""
+
+    lease_id: LeaseId
+    fence: int
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """Answer to a check lease. Signed."""
+
+    lease_id: LeaseId
+    fence: int
+    verdict: ChallengeVerdict
+
+
 WorkerMessage = (
     Hello
     | Heartbeat
@@ -269,9 +293,11 @@ WorkerMessage = (
     | LeaseReturned
     | GrantsWanted
     | Draining
+    | LeaseSeen
+    | Checked
 )
 
-SIGNED_WORKER_MESSAGES: tuple[type, ...] = (Hello, Commitment, Inspection, TaskFailed)
+SIGNED_WORKER_MESSAGES: tuple[type, ...] = (Hello, Commitment, Inspection, TaskFailed, Checked)
 """Kinds that carry evidence and must be signed."""
 
 
@@ -328,6 +354,8 @@ class Lease:
     buckets: tuple[int, ...] = ()
     slots: tuple[int, ...] = ()
     latency_ms_max: int = 0
+    challenge: ChallengePlan | None = None
+    """Of a challenge and of its check."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -386,7 +414,22 @@ class Goodbye:
     reconnect_after_ms: int = 0
 
 
-CoordinatorMessage = Welcome | Lease | UploadOffer | Settled | LeaseRevoked | Refused | GrantsRenewed | Goodbye
+@dataclass(frozen=True, slots=True)
+class DeviceStanding:
+    """What challenges have shown of a device, or that it counts no more."""
+
+    device_id: str
+    units_milli_per_s: int = 0
+    """0: the device has no certificate."""
+    memory_bytes: int = 0
+    expires_at_ms: int = 0
+    reason: str = ""
+    """Why it has none."""
+
+
+CoordinatorMessage = (
+    Welcome | Lease | UploadOffer | Settled | LeaseRevoked | Refused | GrantsRenewed | Goodbye | DeviceStanding
+)
 
 SIGNED_COORDINATOR_MESSAGES: tuple[type, ...] = (Welcome, Lease, Settled)
 """Kinds that grant or settle and must be signed."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 import _sqlite3
 import ctypes
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -180,17 +180,22 @@ class _FileImage:
 class DiskHistory:
     """Plays a log forward and tells, at any moment of it, what a power cut would have left."""
 
-    def __init__(self, log: list[Operation]) -> None:
+    def __init__(self, log: list[Operation], base: Mapping[str, bytes] | None = None) -> None:
+        """`base` is what lay durably on the disk before the log began, by file name."""
         self._log = log
         self._next = 0
         self._files: dict[str, _FileImage] = {}
+        self._base = base or {}
 
     def advance(self, count: int) -> None:
         """Goes on until `count` operations of the log have happened."""
         while self._next < count:
             operation = self._log[self._next]
             self._next += 1
-            image = self._files.setdefault(operation.path, _FileImage(bytearray(), False, []))
+            image = self._files.get(operation.path)
+            if image is None:
+                before = self._base.get(Path(operation.path).name)
+                image = self._files[operation.path] = _FileImage(bytearray(before or b""), before is not None, [])
             if operation.kind == "sync":
                 for later in image.later:
                     _apply(image.durable, later)
@@ -203,6 +208,10 @@ class DiskHistory:
 
     def survivors(self, folder: Path, chance: random.Random, kept_0_to_1: float) -> None:
         """Writes the files into `folder`; each unsynced operation survives, wholly or torn, with that probability."""
+        touched = {Path(path).name for path in self._files}
+        for name, before in self._base.items():
+            if name not in touched:
+                (folder / name).write_bytes(before)
         for path, image in self._files.items():
             if not image.synced_once and chance.random() >= kept_0_to_1:
                 continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +34,7 @@ from fallow.session_signature import check_coordinator_signature, sign_worker_pa
 from fallow.v1 import worker_service_pb2 as pb
 from fallow.v1 import worker_service_pb2_grpc
 from fallow.wire.errors import error_from_rpc
-from fallow.wire.session import decode_coordinator_message, encode_worker_message
+from fallow.wire.session import decode_coordinator_messages, encode_worker_message
 
 PATIENCE_S = 20.0
 
@@ -64,6 +65,8 @@ class RawSession:
         self.credentials = credentials
         self.session_id = SessionId("")
         self.sequence = 0
+        self.unread: deque[CoordinatorMessage] = deque()
+        """What came as one with the message that was received last."""
         self.welcome: Welcome | None = None
         self._call = worker_service_pb2_grpc.WorkerServiceStub(channel).Session()
         self._received = 0
@@ -100,6 +103,8 @@ class RawSession:
 
     async def receive(self) -> CoordinatorMessage:
         """The next message. Raises the FallowError with which the coordinator ended the stream."""
+        if self.unread:
+            return self.unread.popleft()
         try:
             async with asyncio.timeout(PATIENCE_S):
                 response = await self._call.read()
@@ -118,11 +123,12 @@ class RawSession:
         assert isinstance(response, pb.SessionResponse)
         assert response.sequence == self._received + 1, "the coordinator counts without gaps"
         self._received = response.sequence
-        message = decode_coordinator_message(response.payload)
+        messages = decode_coordinator_messages(response.payload)
+        message, *others = messages
+        self.unread.extend(others)
         if isinstance(message, Welcome):
             self.session_id, self.welcome = message.session_id, message
-        check = type(message).__name__ in ("Welcome", "Lease", "Settled")
-        if check:
+        if any(type(one).__name__ in ("Welcome", "Lease", "Settled") for one in messages):
             check_coordinator_signature(
                 self.credentials.coordinator_public_key,
                 response.signature,

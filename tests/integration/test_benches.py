@@ -51,6 +51,15 @@ def test_footprint_reads_a_worker_before_and_after_its_job() -> None:
     assert found["coordinator_rss_mb"] > 0
 
 
+def test_control_plane_counts_the_same_on_both_sides() -> None:
+    status, found = bench("control-plane", "--quick")
+    assert (status, found["void"]) == (0, [])
+    assert found["settled_in_journal"] == found["settled_told"] + 1, "the inspection, and every task"
+    assert found["events"]["commitment_recorded"] == found["settled_told"]
+    assert 0 < found["commits"] <= found["settled"]
+    assert found["signatures_checked"] > 0 and found["leases_sent"] > 0
+
+
 def test_blobs_compares_with_a_bare_stream() -> None:
     status, found = bench("blobs", "--pairs", "1", "--mebibytes", "8")
     assert (status, found["void"]) == (1, ["1 pairs, fewer than 7"])

@@ -35,6 +35,7 @@ from fallow.session import (
     BlobReference,
     Commitment,
     Delivery,
+    Draining,
     GrantsRenewed,
     GrantsWanted,
     Inspection,
@@ -309,6 +310,25 @@ async def test_inline_job_goes_through_inspection_leases_and_results(client: Cli
     assert [result.cursor for result in again] == [len(results)]
     code, error = await refusal(client.jobs.WatchJob(job_service_pb2.WatchJobRequest(job_id=job_id, cursor=99)).read())
     assert (code, error.field) == (grpc.StatusCode.OUT_OF_RANGE, "cursor")
+
+
+@pytest.mark.parametrize("takes_several", [True, False])
+async def test_what_became_true_together_comes_as_one_to_a_worker_that_takes_it(
+    client: Client, crew: Crew, shared_coordinator: CoordinatorService, tmp_path: Path, takes_several: bool
+) -> None:
+    bundle_digest = await client.bundle()
+    await crew.volunteer.send(Draining("for another"), sign=False)
+    jobs = [await client.submit(inline_request(bundle_digest, crew.pool_id, input_block(2, seed))) for seed in (1, 2)]
+    await crew.inspect(bundle_digest)
+    line = shared_coordinator.new_token("--role", "worker", "--pool", crew.pool_id)
+    async with raw_session(await joined(line, tmp_path / "worker")) as session:
+        await session.open(replace(hello(window=1), takes_several=takes_several))
+        assert await work(session)
+        assert [type(message) for message in session.unread] == ([Lease] if takes_several else [])
+        await work(session)
+    for job_id in jobs:
+        _, status = await client.watch(job_id)
+        assert status.state == job_pb2.JOB_STATE_SUCCEEDED
 
 
 async def test_same_idempotency_key_gives_the_same_job_and_another_request_a_conflict(

@@ -17,6 +17,7 @@ from fallow_coordinator.core import turn as turns
 from fallow_coordinator.core.answers import Answer
 from fallow_coordinator.core.events import Event, JobArchived
 from fallow_coordinator.core.state import State
+from fallow_coordinator.store.snapshots import decode_state, encode_state
 from simulation.oracle import Oracle
 from simulation.virtual_time import Faults, Schedule, SimulationError
 
@@ -91,8 +92,11 @@ class CoordinatorLife:
         self._reads: list[Callable[[State], None]] = []
         self._in_flight: list[tuple[int, Event]] | None = None
         disk.oracle.new_life()
-        for at_ms, event in disk.records:
+        for number, (at_ms, event) in enumerate(disk.records, 1):
             evolving.evolve(self.state, event, at_ms)
+            if number == len(disk.records) * 3 // 5:
+                # As a start from a snapshot and the journal's tail.
+                self.state = decode_state(encode_state(self.state))
         invariants.check(self.state)
         last_ms = self.state.clock_ms
         self._base_ms = wall_ms if bugs.clock_goes_back else max(wall_ms, last_ms)

@@ -231,8 +231,8 @@ def grace_never_ends(patch: pytest.MonkeyPatch) -> EngineBugs:
     """Leases of a worker that went away wait for their deadline."""
     right = time_passing.tick
 
-    def wrong(state: State, now_ms: int) -> Decision:
-        decision = right(state, now_ms)
+    def wrong(state: State, command: c.Tick, now_ms: int, names: Names) -> Decision:
+        decision = right(state, command, now_ms, names)
         lost = e.LeaseOutcome.LOST
         kept = [x for x in decision.events if not (isinstance(x, e.LeaseEnded) and x.outcome is lost)]
         return replace(decision, events=tuple(kept))
@@ -244,7 +244,9 @@ def grace_never_ends(patch: pytest.MonkeyPatch) -> EngineBugs:
 def leases_expire_early(patch: pytest.MonkeyPatch) -> EngineBugs:
     """A deadline is taken for due long before it is."""
     right = time_passing.tick
-    patch.setattr(time_passing, "tick", lambda state, now_ms: right(state, now_ms + 55_000))
+    patch.setattr(
+        time_passing, "tick", lambda state, command, now_ms, names: right(state, command, now_ms + 55_000, names)
+    )
     return EngineBugs()
 
 

@@ -20,6 +20,7 @@ from fallow_coordinator.core import evolve as evolving
 from fallow_coordinator.core import questions
 from fallow_coordinator.core.answers import Answer, CertificateGranted, JobAccepted, TokenMade
 from fallow_coordinator.core.state import State
+from fallow_coordinator.store.snapshots import encode_state
 from simulation.coordinator_side import Blobs, CoordinatorLife, Disk, EngineBugs, Rows, carry
 from simulation.core_world import INPUT_SCHEMA, OUTPUT_SCHEMA, capability, digest, fingerprint
 from simulation.virtual_time import Faults, Schedule, SimulationError
@@ -311,7 +312,7 @@ class Simulation:
         replayed = State()
         for at_ms, event in self.disk.records:
             evolving.evolve(replayed, event, at_ms)
-        if replayed != state or repr(replayed) != repr(state):
+        if replayed != state or list(encode_state(replayed)) != list(encode_state(state)):
             raise SimulationError("replay gives another state")
 
     def _judge_client(self, client: Client) -> None:

@@ -46,6 +46,12 @@ class CountingStore(MemoryStore):
         self.appends.append([event for _, event in events])
 
 
+def process(world: World, waiting: engine_module._Waiting) -> None:
+    """Decides one command here and now."""
+    world.engine._enqueue(waiting)
+    world.engine._process()
+
+
 async def packers_done() -> None:
     """Lets packers that wait for nothing, and the writer after them, run to their end."""
     for _ in range(50):
@@ -151,7 +157,7 @@ async def test_effects_come_in_order_and_only_after_the_commit() -> None:
     world.sink.effects.clear()
     store.disk.failure = "the disk is full"
     with pytest.raises(Ended):
-        world.engine._process([engine_module._Waiting(world.commit_command(worker, lease)[0], {}, None)])
+        process(world, engine_module._Waiting(world.commit_command(worker, lease)[0], {}, None))
     assert world.sink.effects == []
     assert world.engine.state.jobs[job_id].job_id == job_id
 
@@ -296,7 +302,7 @@ async def test_append_that_fails_ends_the_process_without_an_answer(fault: str, 
         MemoryStore(store.disk)
     answer = asyncio.get_running_loop().create_future()
     with pytest.raises(Ended, match=words) as ended:
-        world.engine._process([engine_module._Waiting(c.CreateAccount("lost"), {}, answer)])
+        process(world, engine_module._Waiting(c.CreateAccount("lost"), {}, answer))
     assert ended.value.exit_code == exit_code
     assert not answer.done()
     assert store.last_sequence == sequence
@@ -329,7 +335,7 @@ async def test_mistake_after_the_state_moved_ends_the_process(monkeypatch: pytes
 
     monkeypatch.setattr(engine_module, "take_turn", broken)
     with pytest.raises(Ended) as ended:
-        world.engine._process([engine_module._Waiting(c.CreateAccount("boom"), {}, None)])
+        process(world, engine_module._Waiting(c.CreateAccount("boom"), {}, None))
     assert ended.value.exit_code == EXIT_BROKEN
 
 

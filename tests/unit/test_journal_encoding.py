@@ -158,6 +158,11 @@ def test_numbers_of_kinds_are_for_ever() -> None:
         "blob_quota_set": 36,
         "worker_struck": 40,
         "worker_warmed": 41,
+        "challenge_issued": 60,
+        "challenge_answered": 61,
+        "device_measured": 62,
+        "device_certificate_ended": 63,
+        "challenge_ended": 64,
     }
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fallow.bundle import InspectionReport, Precision
+from fallow.challenge import ChallengeKind, ChallengePlan, ChallengeVerdict
+from fallow.cost import CostCurve, CostKnot
 from fallow.errors import FallowError, Reason
 from fallow.ids import Digest, LeaseId, PoolId, SessionId
 from fallow.limits import ROW_FAILURE_REASON_BYTES_MAX
@@ -16,12 +19,14 @@ from fallow.session import (
     Capability,
     CapabilityChanged,
     Cause,
+    Checked,
     Commitment,
     CoordinatorMessage,
     Delivery,
     Device,
     DeviceKind,
     DeviceLevel,
+    DeviceStanding,
     Draining,
     Goodbye,
     GrantsRenewed,
@@ -34,6 +39,7 @@ from fallow.session import (
     LeaseProgress,
     LeaseReturned,
     LeaseRevoked,
+    LeaseSeen,
     Refused,
     RowFailure,
     SandboxLevel,
@@ -46,10 +52,13 @@ from fallow.session import (
     Welcome,
     WorkerMessage,
 )
+from fallow.v1 import session_pb2
 from fallow.wire.session import (
     decode_coordinator_message,
+    decode_coordinator_messages,
     decode_worker_message,
     encode_coordinator_message,
+    encode_coordinator_messages,
     encode_worker_message,
 )
 
@@ -74,6 +83,7 @@ CAPABILITY = Capability(
 )
 OFFER = BundleOffer(ONE, b"manifest", (SIGNED,), 4, True, 1 << 28)
 REPORT = InspectionReport(ONE, True, (), (("MatMul", 3),), 4, False, False, 120, 7, 1 << 27, "class", 1.5)
+CURVE = CostCurve(1, (CostKnot(0, 5_000), CostKnot(4_096, 900_000)), 31, "odd")
 
 WORKER_MESSAGES: dict[str, WorkerMessage] = {
     "hello": Hello(1, 1, "fallow 0.1.0", b"token", CAPABILITY, 3, (HeldLease(LEASE, 7, True),)),
@@ -84,10 +94,13 @@ WORKER_MESSAGES: dict[str, WorkerMessage] = {
     ),
     "delivery": Delivery(LEASE, 7, SIGNED),
     "inspection": Inspection(LEASE, 7, REPORT, USAGE),
+    "inspection_with_cost": Inspection(LEASE, 7, replace(REPORT, cost=CURVE, flops_per_row=3_000_000), USAGE),
     "task_failed": TaskFailed(LEASE, 7, Cause.PROGRAM, "died"),
     "lease_returned": LeaseReturned(LEASE, 7, Cause.OWNER_PREEMPT, "owner is back"),
     "grants_wanted": GrantsWanted(LEASE, 7),
     "draining": Draining("stopping"),
+    "lease_seen": LeaseSeen(LEASE, 7),
+    "checked": Checked(LEASE, 7, ChallengeVerdict(False, "row 3 is not the product")),
 }
 COORDINATOR_MESSAGES: dict[str, CoordinatorMessage] = {
     "welcome": Welcome(1, 1, SessionId("session-a"), b"next", 10_000, (LEASE,), 1_700_000_000_123, "127.0.0.1:1"),
@@ -117,7 +130,31 @@ COORDINATOR_MESSAGES: dict[str, CoordinatorMessage] = {
     "refused": Refused(4, LEASE, "FENCE_STALE", "fence 6 is older than 7"),
     "grants_renewed": GrantsRenewed(LEASE, 7, SIGNED, OFFER),
     "goodbye": Goodbye("SESSION_REPLACED", "a newer session took over", 1500),
+    "device_standing": DeviceStanding("cpu-0", 1_500, 1 << 29, 1_700_000_000_123, "measured"),
+    "challenge": Lease(
+        LEASE,
+        7,
+        TaskKind.CHALLENGE,
+        ONE,
+        None,
+        1,
+        None,
+        b"",
+        None,
+        1_700_000_000_123,
+        60_500,
+        Precision.FP32,
+        1 << 20,
+        99,
+        PoolId("pool-a"),
+        challenge=ChallengePlan(
+            "cpu-0", ChallengeKind.SPEED, bytes(range(32)), Precision.FP32, 512, 2_048, 512, 70, 1 << 20, 64
+        ),
+    ),
 }
+
+
+SEVERAL = tuple(COORDINATOR_MESSAGES[name] for name in ("settled", "lease", "refused"))
 
 
 def golden(name: str) -> bytes:
@@ -136,6 +173,33 @@ def test_coordinator_messages_keep_their_bytes(name: str) -> None:
     message = COORDINATOR_MESSAGES[name]
     assert encode_coordinator_message(message) == golden(f"coordinator_{name}")
     assert decode_coordinator_message(golden(f"coordinator_{name}")) == message
+
+
+def test_messages_that_travel_as_one_keep_their_bytes_and_their_order() -> None:
+    assert encode_coordinator_messages(SEVERAL) == golden("coordinator_several")
+    assert decode_coordinator_messages(golden("coordinator_several")) == SEVERAL
+
+
+@pytest.mark.parametrize("name", COORDINATOR_MESSAGES)
+def test_a_message_alone_travels_as_itself(name: str) -> None:
+    message = COORDINATOR_MESSAGES[name]
+    assert encode_coordinator_messages([message]) == golden(f"coordinator_{name}")
+    assert decode_coordinator_messages(golden(f"coordinator_{name}")) == (message,)
+
+
+def test_neither_none_nor_too_many_nor_nested_messages_travel_as_one() -> None:
+    inner = session_pb2.CoordinatorMessage()
+    for count, reason in ((0, Reason.LIMIT_EXCEEDED), (65, Reason.LIMIT_EXCEEDED), (1, Reason.FIELD_INVALID)):
+        several = session_pb2.SeveralMessages(messages=[inner] * count)
+        data = session_pb2.CoordinatorMessage(several=several).SerializeToString()
+        with pytest.raises(FallowError) as caught:
+            decode_coordinator_messages(data)
+        assert caught.value.reason is reason
+    nested = session_pb2.CoordinatorMessage()
+    nested.several.messages.add().several.messages.add().settled.lease_id = "lease-a"
+    with pytest.raises(FallowError) as caught:
+        decode_coordinator_messages(nested.SerializeToString())
+    assert caught.value.reason is Reason.FIELD_INVALID
 
 
 @pytest.mark.parametrize("data", [b"\xff\xff\xff", b"\x0a\x05\x01"])

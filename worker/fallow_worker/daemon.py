@@ -20,6 +20,7 @@ from fallow.session import (
     Cause,
     Commitment,
     CoordinatorMessage,
+    DeviceStanding,
     Goodbye,
     Heartbeat,
     Lease,
@@ -137,6 +138,8 @@ class Daemon:
         self.counts = Counts()
         self.last_error: FallowError | None = None
         """How the last session, or the last try to open one, ended."""
+        self.standings: dict[str, DeviceStanding] = {}
+        """What the coordinator last said of each device."""
         self._looks = looks
         self._credentials = credentials
         self._executor = executor
@@ -348,6 +351,9 @@ class Daemon:
                     self.counts.settled += 1
                     self.counts.rows += held.lease.rows
                 self._happened(Received(message))
+            case DeviceStanding():
+                self.standings[message.device_id] = message
+                self._changed()
             case Lease():
                 self.counts.leases += 1
                 self._happened(Received(message))

@@ -39,7 +39,7 @@ from fallow.session_signature import NO_SESSION, check_coordinator_signature, si
 from fallow.v1 import worker_service_pb2 as pb
 from fallow.v1 import worker_service_pb2_grpc
 from fallow.wire.errors import error_from_rpc
-from fallow.wire.session import decode_coordinator_message, encode_worker_message
+from fallow.wire.session import decode_coordinator_messages, encode_worker_message
 
 _log = logging.getLogger(__name__)
 
@@ -129,6 +129,8 @@ class Session:
         self._session_id = NO_SESSION
         self._said = 0
         self._heard = 0
+        self._unread: deque[CoordinatorMessage] = deque()
+        """Messages that came as one with the last that was read."""
         self._outbox: deque[WorkerMessage] = deque()
         self._outbox_ready = asyncio.Event()
         self._closing = False
@@ -218,6 +220,8 @@ class Session:
             await self._call.write(request)
 
     async def _read(self) -> CoordinatorMessage:
+        if self._unread:
+            return self._unread.popleft()
         try:
             response = await self._call.read()
         except grpc.aio.AioRpcError as failure:
@@ -235,11 +239,12 @@ class Session:
                 f"the coordinator's message {response.sequence} came where {self._heard} was due",
                 field="sequence",
             )
-        message = decode_coordinator_message(response.payload)
-        if isinstance(message, SIGNED_COORDINATOR_MESSAGES):
-            session = message.session_id if isinstance(message, Welcome) else self._session_id
+        first, *others = messages = decode_coordinator_messages(response.payload)
+        if any(isinstance(message, SIGNED_COORDINATOR_MESSAGES) for message in messages):
+            session = first.session_id if isinstance(first, Welcome) else self._session_id
             self._check(response, session)
-        return message
+        self._unread.extend(others)
+        return first
 
     def _check(self, response: pb.SessionResponse, session: SessionId) -> None:
         check_coordinator_signature(
@@ -278,6 +283,7 @@ async def open_session(credentials: Credentials, greeting: Greeting, token: Resu
         capability=greeting.capability,
         window=greeting.window,
         held_leases=greeting.held_leases[:LEASES_PER_WORKER_MAX],
+        takes_several=True,
     )
     try:
         welcome = await session.greet(hello)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fallow.bundle import InspectionReport
+from fallow.cost import fault_of_curve
 from fallow.errors import FallowError, Reason
 from fallow.ids import AccountId, Digest, TaskId
 from fallow.job import JobState
@@ -115,7 +116,7 @@ def crash_report(bundle_digest: Digest, reason: str) -> InspectionReport:
     )
 
 
-def fault_of_report(task: Task, report: InspectionReport) -> str:
+def fault_of_report(task: Task, report: InspectionReport, *, size_feature_count: int) -> str:
     """What is wrong with a report, or nothing."""
     if report.bundle_digest != task.bundle_digest:
         return "the report is about another bundle"
@@ -123,6 +124,10 @@ def fault_of_report(task: Task, report: InspectionReport) -> str:
         return "the report's numbers are negative"
     if max(report.unit_micros_per_row, report.unit_micros_per_kib) > COST_UNIT_MICROS_MAX:
         return f"the report's costs are more than {COST_UNIT_MICROS_MAX} micro-units"
+    if report.cost is not None and (fault := fault_of_curve(report.cost, feature_count=size_feature_count)):
+        return fault
+    if report.flops_per_row < 0:
+        return "the report's operations are negative"
     if report.accepted and not 1 <= report.canonical_batch_rows <= BLOCK_ROWS_MAX:
         return f"the canonical batch has {report.canonical_batch_rows} rows"
     return ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fallow.bundle import InspectionReport
+from fallow.challenge import ChallengeVerdict
 from fallow.ids import AccountId, Digest, JobId, KeyFingerprint, LeaseId, PartyId, PoolId, SessionId, TaskId, TokenId
 from fallow.job import DatasetBlock, JobOptions
 from fallow.roles import DataClass, Role, Tier
@@ -29,8 +30,26 @@ class Restart:
 
 
 @dataclass(frozen=True, slots=True)
+class MeasuringRules:
+    """When devices are challenged, and how hard."""
+
+    idle_ms: int = 60_000
+    """A worker of a donation pool is challenged when it has held no lease for so long, and only while a certificate of
+    it is missing."""
+    idle_paid_ms: int = 1_000
+    """The same in other pools, where only measured devices earn; there they are measured again at random."""
+    target_ms: int = 1_500
+    """How long a challenge takes a device that is as fast as it says."""
+    fill_bytes_max: int = 512 * 1024 * 1024
+    """Most memory that a challenge fills."""
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """Time has passed: what is due falls due."""
+
+    measuring: MeasuringRules | None = None
+    """None: no device is challenged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,6 +329,10 @@ class Commit:
     """The message's number in its session: part of what was signed."""
     stored: StoredBlob | None = None
     """What the service found in an inline output's frame: rows, root, schema, failed rows. Required when inline."""
+    elapsed_ms: int = 0
+    """From the lease's sending to this message, in one and the same session; 0: not known."""
+    round_trip_ms: int = 0
+    """The shortest that was seen in this session; 0: not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -334,6 +357,17 @@ class ReportInspection:
     message_digest: Digest
     signature: bytes
     sequence: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReportCheck:
+    """An operator worker's verdict on the answer to a challenge."""
+
+    session_id: SessionId
+    worker_id: PartyId
+    lease_id: LeaseId
+    fence: int
+    verdict: ChallengeVerdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -396,6 +430,7 @@ Command = (
     | Commit
     | Deliver
     | ReportInspection
+    | ReportCheck
     | FailTask
     | ReturnLease
     | ArchiveJobs

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import accumulate
 
+from fallow.bundle import InspectionReport
+from fallow.cost import CostCurve
 from fallow.limits import BLOCK_BYTES_MAX, BLOCK_ROWS_MAX, JOB_TASKS_MAX
 from fallow_coordinator.core.limits import (
     TASK_BLOCKS_MAX,
@@ -13,20 +17,29 @@ from fallow_coordinator.core.limits import (
     TASK_UNITS_TARGET,
     UNIT_MICROS,
 )
+from fallow_coordinator.core.state import Job
 
 _TARGET = TASK_UNITS_TARGET * UNIT_MICROS
 _SMALLEST = TASK_UNITS_MIN * UNIT_MICROS
 _FIRST = TASK_UNITS_FIRST * UNIT_MICROS
+_NANOS_PER_MICRO = 1_000
 _ROW_OVERHEAD_BYTES = 64
 """Offsets, size features and length prefixes of an output row, generously."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What rows cost, as inspection found."""
+    """What rows cost, as inspection found: by the sizes of the rows where it found a curve, else by their bytes."""
 
     unit_micros_per_row: int
     unit_micros_per_kib: int
+    unit_nano_starts: tuple[int, ...] = ()
+    """Cost of all blocks before each, and of all at the end, in nano-units; empty: the two numbers above tell."""
+
+
+def cost_of(job: Job, report: InspectionReport) -> Cost:
+    """What the job's rows cost, by what inspection found of its bundle."""
+    return Cost(report.unit_micros_per_row, report.unit_micros_per_kib, job.unit_nano_starts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,16 +55,32 @@ class Layout:
 
     def bytes_before(self, row: int) -> int:
         """Bytes of all rows before this one, rows of one block taken as equal."""
+        return self.share_before(self.byte_starts, row)
+
+    def share_before(self, starts: tuple[int, ...], row: int) -> int:
+        """What `starts` counts up to this row, rows of one block taken as equal."""
         if row >= self.row_starts[-1]:
-            return self.byte_starts[-1]
+            return starts[-1]
         block = self.block_of(row)
         first, end = self.row_starts[block], self.row_starts[block + 1]
-        length = self.byte_starts[block + 1] - self.byte_starts[block]
-        return self.byte_starts[block] + length * (row - first) // (end - first)
+        return starts[block] + (starts[block + 1] - starts[block]) * (row - first) // (end - first)
+
+
+def unit_nano_starts(curve: CostCurve, block_rows: Iterable[int], block_sizes: Iterable[int]) -> tuple[int, ...]:
+    """Cost of all blocks before each, and of all at the end, in nano-units.
+
+    `block_sizes` are the sums of the size feature that the curve follows.
+    """
+    costs = (curve.rows_unit_nanos(rows, size) for rows, size in zip(block_rows, block_sizes, strict=True))
+    return tuple(accumulate(costs, initial=0))
 
 
 def unit_micros(layout: Layout, cost: Cost, start: int, end: int) -> int:
     """Cost of the rows from `start` up to `end`, in micro-units; at least 1 for any row."""
+    if cost.unit_nano_starts:
+        starts = cost.unit_nano_starts
+        nanos = layout.share_before(starts, end) - layout.share_before(starts, start)
+        return max(1, -(-nanos // _NANOS_PER_MICRO))
     size_bytes = layout.bytes_before(end) - layout.bytes_before(start)
     return max(1, cost.unit_micros_per_row * (end - start) + cost.unit_micros_per_kib * size_bytes // 1024)
 

@@ -31,8 +31,10 @@ def decide(state: State, command: c.Command, now_ms: int, entropy: bytes) -> Dec
             return leases.return_lease(state, command)
         case c.ReportInspection():
             return leases.report_inspection(state, command, now_ms)
+        case c.ReportCheck():
+            return leases.report_check(state, command, now_ms, Names(entropy))
         case c.Tick():
-            return time_passing.tick(state, now_ms)
+            return time_passing.tick(state, command, now_ms, Names(entropy))
         case c.Restart():
             return time_passing.restart(state, command)
         case (

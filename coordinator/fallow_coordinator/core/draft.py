@@ -8,7 +8,8 @@ from fallow.errors import Reason
 from fallow.ids import Digest, JobId, LeaseId, PartyId, TaskId
 from fallow.job import JOB_STATES_FINAL, JobState
 from fallow.limits import ROW_FAILURE_REASON_BYTES_MAX, TASK_ATTEMPTS_MAX
-from fallow.session import Cause
+from fallow.session import Cause, TaskKind
+from fallow_coordinator.core.devices import challenge_of, ended
 from fallow_coordinator.core.events import (
     CommitmentRecorded,
     Event,
@@ -19,7 +20,7 @@ from fallow_coordinator.core.events import (
     TaskDropped,
     TaskSettled,
 )
-from fallow_coordinator.core.evolve_tasks import counts_as_attempt
+from fallow_coordinator.core.evolve_tasks import MEASURING_KINDS, counts_as_attempt
 from fallow_coordinator.core.health import is_strike, struck
 from fallow_coordinator.core.limits import TASK_LOSSES_MAX
 from fallow_coordinator.core.state import Job, Lease, State, Task
@@ -57,11 +58,23 @@ class Draft:
         if lease.worker_id not in self._struck and is_strike(self._state, lease, outcome, cause):
             self._struck.add(lease.worker_id)
             self.events.append(struck(self._state.workers[lease.worker_id]))
+        if task.kind in MEASURING_KINDS:
+            self._drop_measurement(task, outcome, cause, reason)
+            return
         if counts_as_attempt(outcome, cause):
             if task.attempts + 1 >= TASK_ATTEMPTS_MAX:
                 self.abandon(task, cause, reason)
         elif task.losses + 1 >= TASK_LOSSES_MAX:
             self.abandon(task, cause, f"lost {TASK_LOSSES_MAX} times, last: {reason}")
+
+    def _drop_measurement(self, task: Task, outcome: LeaseOutcome, cause: Cause, reason: str) -> None:
+        """A challenge or a check is never tried again as such: the next look decides anew."""
+        self._tasks_gone.add(task.task_id)
+        self.events.append(TaskDropped(task_id=task.task_id))
+        if task.kind is TaskKind.CHALLENGE:
+            faults = {Cause.WORKER, Cause.PROGRAM, Cause.ROW}
+            blamed = outcome is LeaseOutcome.EXPIRED or (outcome is LeaseOutcome.FAILED and cause in faults)
+            self.events.extend(ended(self._state, challenge_of(self._state, task), reason, blamed=blamed))
 
     def abandon(self, task: Task, cause: Cause, reason: str) -> None:
         """Gives a task up, whose lease has ended: its rows fail."""

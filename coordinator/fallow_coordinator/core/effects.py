@@ -36,6 +36,15 @@ class SendRevoked:
 
 
 @dataclass(frozen=True, slots=True)
+class SendStanding:
+    """Something has changed about what is known of a worker's device."""
+
+    session_id: SessionId
+    worker_id: PartyId
+    device_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class EndSession:
     """Closes the stream of a session: replaced, revoked or quarantined."""
 
@@ -85,6 +94,7 @@ Effect = (
     | SendUploadOffer
     | SendSettled
     | SendRevoked
+    | SendStanding
     | EndSession
     | PackTask
     | DropInput

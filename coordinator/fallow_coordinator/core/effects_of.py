@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fallow.errors import Reason
-from fallow.ids import LeaseId
+from fallow.ids import LeaseId, PartyId
 from fallow_coordinator.core import effects as f
 from fallow_coordinator.core import events as e
 from fallow_coordinator.core.sessions import REPLACED
@@ -34,7 +34,10 @@ def effects_of(state: State, event: e.Event) -> tuple[f.Effect, ...]:  # noqa: P
         case e.BundleInspected() | e.BundleHeld() | e.BundleRegistered():
             return (f.WakeBundleWatchers(bundle_digest=event.bundle_digest),)
         case e.SessionOpened():
-            return _offers(state, event.kept)
+            held = state.workers[event.worker_id].certificates
+            return (*_offers(state, event.kept), *_standings(state, event.worker_id, *held))
+        case e.DeviceMeasured() | e.DeviceCertificateEnded() | e.ChallengeEnded():
+            return _standings(state, event.worker_id, event.device_id)
         case e.SessionClosed():
             return (_end_session(state, event),)
         case e.PartyRevoked():
@@ -54,6 +57,11 @@ def _offers(state: State, lease_ids: tuple[LeaseId, ...]) -> tuple[f.Effect, ...
         if lease.commitment is not None and not lease.commitment.inline:
             made.append(f.SendUploadOffer(session_id=lease.session_id, lease_id=lease_id))
     return tuple(made)
+
+
+def _standings(state: State, worker_id: PartyId, *device_ids: str) -> tuple[f.Effect, ...]:
+    session_id = state.workers[worker_id].session_id
+    return () if session_id is None else tuple(f.SendStanding(session_id, worker_id, name) for name in device_ids)
 
 
 def _settled(state: State, event: e.TaskSettled) -> tuple[f.Effect, ...]:

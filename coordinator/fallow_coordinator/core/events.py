@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from fallow.bundle import InspectionReport
+from fallow.challenge import ChallengeKind, ChallengePlan
 from fallow.ids import AccountId, Digest, JobId, KeyFingerprint, LeaseId, PartyId, PoolId, SessionId, TaskId, TokenId
 from fallow.job import DatasetBlock, JobOptions, JobState
 from fallow.roles import DataClass, Role, Tier
@@ -229,6 +230,8 @@ class JobSubmitted:
     kept: BlobReference | None
     policy: str
     price_microcredits: int
+    block_size_sums: tuple[tuple[int, ...], ...] = ()
+    """Sums of the size features of each block, in order; empty in events from before they were recorded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,6 +271,8 @@ class TaskCreated:
     pool_id: PoolId
     spans: tuple[tuple[int, int], ...]
     unit_micros: int
+    challenge_task_id: TaskId | None = None
+    """Of a check: the challenge that it checks."""
     share_key: int = 0
     """The account's place in the fair order from here on (`shares`); 0: unchanged."""
 
@@ -377,6 +382,69 @@ class TaskDropped:
     task_id: TaskId
 
 
+@dataclass(frozen=True, slots=True)
+class ChallengeIssued:
+    """A device is asked to show what it can do. The task that carries it, and its lease, come right after."""
+
+    task_id: TaskId
+    worker_id: PartyId
+    device_digest: Digest
+    """The identity of the device at this moment."""
+    plan: ChallengePlan
+
+
+@dataclass(frozen=True, slots=True)
+class ChallengeAnswered:
+    """The device committed to an answer in time; it counts once it is checked."""
+
+    task_id: TaskId
+    elapsed_ms: int
+    """From lease sent to commitment received, by the coordinator's clock, less `round_trip_ms`."""
+    round_trip_ms: int
+    units_milli_per_s: int
+    """The speed that follows; 0 for memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceMeasured:
+    """An operator worker found that the answer holds: the device has a certificate, or a fuller one."""
+
+    task_id: TaskId
+    """Of the challenge."""
+    checked_by: PartyId
+    check_lease_id: LeaseId
+    worker_id: PartyId
+    device_id: str
+    device_digest: Digest
+    kind: ChallengeKind
+    units_milli_per_s: int
+    memory_bytes: int
+    again_at_ms: int
+    expires_at_ms: int
+    answer: Digest
+    """Of the answer's block."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceCertificateEnded:
+    worker_id: PartyId
+    device_id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ChallengeEnded:
+    """A challenge came to nothing: given back, lost, too slow, or found wrong."""
+
+    task_id: TaskId
+    worker_id: PartyId
+    device_id: str
+    blamed: bool
+    """The device, or who speaks for it, is to blame."""
+    reason: str
+    retry_after_ms: int
+
+
 Event = (
     JournalStarted
     | Restarted
@@ -415,4 +483,9 @@ Event = (
     | TaskSettled
     | TaskAbandoned
     | TaskDropped
+    | ChallengeIssued
+    | ChallengeAnswered
+    | DeviceMeasured
+    | DeviceCertificateEnded
+    | ChallengeEnded
 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import assert_never
 
 from fallow_coordinator.core import events as e
-from fallow_coordinator.core import evolve_identity, evolve_jobs, evolve_sessions, evolve_tasks, health
+from fallow_coordinator.core import evolve_devices, evolve_identity, evolve_jobs, evolve_sessions, evolve_tasks, health
 from fallow_coordinator.core.state import State
 
 
@@ -65,5 +65,13 @@ def evolve(state: State, event: e.Event, at_ms: int) -> None:
             | e.WorkerReleased()
         ):
             evolve_identity.evolve_identity(state, event, at_ms)
+        case (
+            e.ChallengeIssued()
+            | e.ChallengeAnswered()
+            | e.DeviceMeasured()
+            | e.DeviceCertificateEnded()
+            | e.ChallengeEnded()
+        ):
+            evolve_devices.evolve_device(state, event, at_ms)
         case _:
             assert_never(event)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import accumulate
+from itertools import accumulate, repeat
 from typing import assert_never
 
 from fallow.job import JOB_MOVES, JOB_STATES_FINAL, JobState
@@ -10,6 +10,7 @@ from fallow.ranges import RangeSet
 from fallow.roles import DataClass
 from fallow_coordinator.core import events as e
 from fallow_coordinator.core.commands import StoredBlob
+from fallow_coordinator.core.cutting import unit_nano_starts
 from fallow_coordinator.core.lanes import CUTTABLE, join_queue, lane_of, leave_queue, release_lane
 from fallow_coordinator.core.limits import IDEMPOTENCY_MS
 from fallow_coordinator.core.needs import needs_of_job
@@ -111,6 +112,7 @@ def _submit(state: State, event: e.JobSubmitted, at_ms: int) -> None:
         row_starts=tuple(accumulate((block.rows for block in event.blocks), initial=0)),
         byte_starts=tuple(accumulate((block.blob.length_bytes for block in event.blocks), initial=0)),
         size_feature_sums=event.size_feature_sums,
+        block_size_sums=event.block_size_sums,
         rows=event.rows,
         data_class=DataClass(event.data_class),
         title=event.title,
@@ -156,6 +158,8 @@ def _move(state: State, event: e.JobStateChanged, at_ms: int) -> None:
     assert event.state in JOB_MOVES[job.state], f"no move from {job.state} to {event.state}"
     could_cut, can_cut = job.state in CUTTABLE, event.state in CUTTABLE
     job.state, job.reason, job.reason_code = event.state, event.reason, event.reason_code
+    if can_cut:
+        _set_cost(state, job)
     if event.state is JobState.PAUSED:
         park(state, job)
     elif job.parked:
@@ -178,6 +182,18 @@ def _move(state: State, event: e.JobStateChanged, at_ms: int) -> None:
         release_lane(state, job.lane)
 
 
+def _set_cost(state: State, job: Job) -> None:
+    """What the job's blocks cost: by the bundle's curve as it is when the job is first ready, never by a later one."""
+    report = state.bundles[job.bundle_digest].report
+    if report is None or report.cost is None or job.unit_nano_starts:
+        return
+    curve = report.cost
+    if curve.feature_number and not job.block_size_sums:
+        return
+    sizes = (curve.size_sum(sums) for sums in job.block_size_sums or repeat((), len(job.blocks)))
+    job.unit_nano_starts = unit_nano_starts(curve, (block.rows for block in job.blocks), sizes)
+
+
 def _archive(state: State, event: e.JobArchived) -> None:
     job = state.jobs.pop(event.job_id)
     state.archived_through = max(state.archived_through, state.finished.pop(event.job_id))
@@ -192,6 +208,7 @@ def _delete(state: State, event: e.JobDeleted, at_ms: int) -> None:
     _let_go_of_outputs(state, job)
     job.results = []
     job.blocks, job.kept = (), None
+    job.block_size_sums, job.unit_nano_starts = (), ()
     job.deleted_at_ms, job.deleted_reason = at_ms, event.reason
 
 

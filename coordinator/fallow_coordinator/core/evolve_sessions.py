@@ -67,6 +67,7 @@ def _open(state: State, event: e.SessionOpened, at_ms: int) -> None:
         lease = state.leases[lease_id]
         assert lease.worker_id == worker.worker_id, "a worker keeps its own leases"
         lease.session_id = event.session_id
+    worker.free_since_ms = 0 if worker.leases else state.clock_ms
     place(state, worker)
 
 
@@ -75,6 +76,7 @@ def _close(state: State, worker: Worker, at_ms: int, *, grace_ms: int) -> None:
     unplace(state, worker)
     del state.sessions[worker.session_id]
     worker.session_id = None
+    worker.free_since_ms = 0
     worker.closed_at_ms = at_ms
     if worker.leases:
         _begin_grace(state, worker, at_ms + grace_ms)

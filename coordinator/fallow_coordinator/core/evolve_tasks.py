@@ -46,6 +46,10 @@ TaskEvent = (
     | e.TaskDropped
 )
 
+MEASURING_KINDS = frozenset({TaskKind.CHALLENGE, TaskKind.CHECK})
+"""Tasks that live exactly as long as their lease, and belong to no job and no bundle."""
+UNPACKED_KINDS = MEASURING_KINDS | {TaskKind.INSPECT}
+"""Tasks that are leased without rows packed for them."""
 BLAMELESS = frozenset({e.LeaseOutcome.EXPIRED, e.LeaseOutcome.LOST, e.LeaseOutcome.REVOKED})
 """Outcomes that count as losses, not as failed attempts."""
 
@@ -92,7 +96,10 @@ def evolve_task(state: State, event: TaskEvent, at_ms: int) -> None:
         case e.TaskAbandoned():
             _abandon(state, event)
         case e.TaskDropped():
-            _remove(state, state.tasks[event.task_id])
+            task = state.tasks[event.task_id]
+            _remove(state, task)
+            if task.challenge_task_id is not None:
+                state.challenges[task.challenge_task_id].checks += 1
         case _:
             assert_never(event)
 
@@ -115,15 +122,22 @@ def _create(state: State, event: e.TaskCreated) -> None:
         pool_id=event.pool_id,
         lane=lane_of_task(event, job),
         spans=event.spans,
-        rows=sum(end - start for start, end in event.spans),
+        # A challenge is answered by one row; only jobs have spans.
+        rows=1 if event.kind is TaskKind.CHALLENGE else sum(end - start for start, end in event.spans),
         unit_micros=event.unit_micros,
         phase=TaskPhase.WAITING,
+        challenge_task_id=event.challenge_task_id,
     )
     lane = lane_of(state, task.lane)
     if job is None:
-        assert event.kind is TaskKind.INSPECT, "work of no job is an inspection"
+        assert event.kind in UNPACKED_KINDS, "work of no job is an inspection, a challenge or its check"
         lane.jobs += 1
-        state.bundles[task.bundle_digest].inspection_task_id = task.task_id
+        if event.kind is TaskKind.INSPECT:
+            state.bundles[task.bundle_digest].inspection_task_id = task.task_id
+        elif event.challenge_task_id is not None:
+            challenge = state.challenges[event.challenge_task_id]
+            assert challenge.check_task_id is None, "an answer is checked by one worker at a time"
+            challenge.check_task_id = task.task_id
     else:
         _cut(job, task)
         job.tasks[task.task_id] = None
@@ -162,7 +176,7 @@ def _grant(state: State, event: e.LeaseGranted, at_ms: int) -> None:
     assert event.lease_id not in state.leases and event.lease_id not in state.ended_leases, "a lease is granted once"
     assert event.fence == task.fence + 1, "a fence only grows, one by one"
     assert worker.session_id == event.session_id and worker.free > 0, "a lease goes to a free, open session"
-    assert task.phase is (TaskPhase.WAITING if task.kind is TaskKind.INSPECT else TaskPhase.READY), "it can be leased"
+    assert task.phase is (TaskPhase.WAITING if task.kind in UNPACKED_KINDS else TaskPhase.READY), "it can be leased"
     _leave_phase(state, task)
     task.phase = TaskPhase.LEASED
     task.fence = event.fence
@@ -179,6 +193,7 @@ def _grant(state: State, event: e.LeaseGranted, at_ms: int) -> None:
     )
     insort(state.deadlines, (event.deadline_ms, event.lease_id))
     hold(state, worker, lease_id=event.lease_id, unit_micros=task.unit_micros, holds=True)
+    worker.free_since_ms = 0
     if task.job_id is not None:
         state.jobs[task.job_id].rows_leased += task.rows
     if task.kind is TaskKind.MAP:
@@ -230,6 +245,8 @@ def _release(state: State, lease_id: LeaseId, outcome: e.LeaseOutcome | None) ->
     _forget_deadline(state, lease)
     worker = state.workers[lease.worker_id]
     hold(state, worker, lease_id=lease_id, unit_micros=task.unit_micros, holds=False)
+    if worker.session_id is not None and not worker.leases:
+        worker.free_since_ms = state.clock_ms
     end_grace_if_empty(state, worker)
     if task.job_id is not None:
         state.jobs[task.job_id].rows_leased -= task.rows
@@ -286,8 +303,10 @@ def _remove(state: State, task: Task) -> None:
     if task.job_id is not None:
         del state.jobs[task.job_id].tasks[task.task_id]
     else:
-        bundle = state.bundles[task.bundle_digest]
-        bundle.inspection_task_id = None
+        if task.kind is TaskKind.INSPECT:
+            state.bundles[task.bundle_digest].inspection_task_id = None
+        elif task.challenge_task_id is not None:
+            state.challenges[task.challenge_task_id].check_task_id = None
         release_lane(state, task.lane)
 
 
@@ -299,6 +318,12 @@ def _settle(state: State, event: e.TaskSettled, at_ms: int) -> None:
     task = _release(state, event.lease_id, None)
     assert task.task_id == event.task_id, "a lease settles its own task"
     _remove(state, task)
+    if task.kind is TaskKind.CHALLENGE:
+        assert commitment is not None, "what settles was committed"
+        challenge = state.challenges[task.task_id]
+        challenge.output, challenge.output_inline = commitment.output, commitment.inline
+    if task.kind in MEASURING_KINDS:
+        return
     worker.tasks_settled += 1
     worker.settled_at_ms = at_ms
     recovers(state, worker)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from fallow.ids import AccountId, Digest, LeaseId, PartyId
 from fallow.roles import Tier
 from fallow.session import Capability, DeviceLevel
+from fallow_coordinator.core.devices import measured
 from fallow_coordinator.core.limits import BUNDLES_PER_WORKER_MAX, SLOTS_PER_WORKER_MAX, UNIT_MICROS
 from fallow_coordinator.core.needs import MARKET, Ability, ability_of, misfit
 from fallow_coordinator.core.state import NO_GROUP, Account, Lane, State, Worker, WorkerGroup
@@ -26,16 +27,8 @@ def ability_of_worker(state: State, worker: Worker) -> Ability:
         pool_id=worker.pool_id,
         tier=worker.tier,
         mode=state.pools[worker.pool_id].mode,
-        measured=is_measured(worker),
+        measured=measured(worker),
     )
-
-
-def is_measured(worker: Worker) -> bool:
-    """Whether it may be given paid work.
-
-    NOTE: everybody may until devices are measured; then this asks for a certificate that has not expired.
-    """
-    return True
 
 
 def numbers_in(groups: int) -> Iterator[int]:

@@ -9,6 +9,7 @@ from fallow.limits import JOB_TASKS_MAX, LEASES_PER_WORKER_MAX, TASK_ATTEMPTS_MA
 from fallow.ranges import RangeSet
 from fallow.roles import Tier
 from fallow.session import TaskKind
+from fallow_coordinator.core.devices import identity_of, measurable
 from fallow_coordinator.core.groups import ability_of_worker, duration_of_next_unit
 from fallow_coordinator.core.lanes import CUTTABLE
 from fallow_coordinator.core.limits import (
@@ -35,6 +36,7 @@ def check(state: State) -> None:
     for job in state.jobs.values():
         _check_job(state, job)
     _check_tasks(state)
+    _check_devices(state)
     _check_groups(state)
     _check_health(state)
     _check_lanes(state)
@@ -124,7 +126,10 @@ def _check_job(state: State, job: Job) -> None:
 def _check_tasks(state: State) -> None:
     of_jobs = [task_id for job in state.jobs.values() for task_id in job.tasks]
     of_bundles = [b.inspection_task_id for b in state.bundles.values() if b.inspection_task_id is not None]
-    _must(sorted([*of_jobs, *of_bundles]) == sorted(state.tasks), "each live task belongs to one job or bundle")
+    of_challenges = [ch.check_task_id for ch in state.challenges.values() if ch.check_task_id is not None]
+    of_challenges += [task_id for task_id, challenge in state.challenges.items() if challenge.output is None]
+    owned = [*of_jobs, *of_bundles, *of_challenges]
+    _must(sorted(owned) == sorted(state.tasks), "each live task belongs to one job, bundle or challenge")
     for task in state.tasks.values():
         _must(
             (task.lease_id is not None) == (task.phase is TaskPhase.LEASED), "leased tasks, and no other, have leases"
@@ -133,6 +138,31 @@ def _check_tasks(state: State) -> None:
         _must(task.attempts < TASK_ATTEMPTS_MAX and task.losses < TASK_LOSSES_MAX, "nothing is tried for ever")
         if task.kind is TaskKind.MAP and task.phase in (TaskPhase.READY, TaskPhase.LEASED):
             _must(task.input is not None, "what can be leased is packed")
+
+
+def _check_devices(state: State) -> None:
+    asked = Counter((challenge.worker_id, challenge.plan.device_id) for challenge in state.challenges.values())
+    _must(all(count == 1 for count in asked.values()), "a device has one challenge at a time")
+    for task_id, challenge in state.challenges.items():
+        task = state.tasks.get(task_id)
+        if task is not None:
+            _must(task.kind is TaskKind.CHALLENGE and task.lease_id is not None, "a challenge lives with its lease")
+            holder = state.leases[task.lease_id].worker_id if task.lease_id is not None else None
+            _must(holder == challenge.worker_id, "a challenge is in the hands of its own worker")
+        _must(challenge.output is None or challenge.answered, "what is delivered was answered in time")
+        if challenge.check_task_id is not None:
+            check_task = state.tasks[challenge.check_task_id]
+            _must(check_task.kind is TaskKind.CHECK and check_task.challenge_task_id == task_id, "a check knows which")
+            _must(check_task.lease_id is not None and challenge.output is not None, "only answers are checked")
+    for worker_id, worker in state.workers.items():
+        devices = {device.device_id: identity_of(device) for device in measurable(worker)}
+        for device_id, held in worker.certificates.items():
+            _must(held.device_id == device_id, "a certificate is found by its device")
+            _must(devices.get(device_id) == held.device_digest, "a certificate is of the device as it is now")
+            _must(bool(held.units_milli_per_s) == (held.speed_challenge is not None), "speed was shown by a challenge")
+            _must(bool(held.memory_bytes) == (held.memory_challenge is not None), "memory was shown by a challenge")
+        at_leisure = worker.session_id is not None and not worker.leases
+        _must(at_leisure or not worker.free_since_ms, f"who holds leases or is away is not free: {worker_id}")
 
 
 def _check_groups(state: State) -> None:

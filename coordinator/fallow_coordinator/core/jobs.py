@@ -92,7 +92,7 @@ def submit_map_job(state: State, command: c.SubmitMapJob, now_ms: int, names: Na
     pool_id = _pool_of(state, command)
     _check_options(command, now_ms)
     bundle = usable_bundle(state, account, command.bundle_digest)
-    sums = _check_blocks(account, bundle, command)
+    block_sums = _check_blocks(account, bundle, command)
     job_id = JobId(names.new("job"))
     events: list[e.Event] = [
         e.JobSubmitted(
@@ -104,7 +104,9 @@ def submit_map_job(state: State, command: c.SubmitMapJob, now_ms: int, names: Na
             request_digest=command.request_digest,
             bundle_digest=command.bundle_digest,
             blocks=command.blocks,
-            size_feature_sums=sums,
+            size_feature_sums=tuple(
+                sum(sums[feature] for sums in block_sums) for feature in range(bundle.size_feature_count)
+            ),
             rows=sum(block.rows for block in command.blocks),
             data_class=command.data_class,
             title=command.title,
@@ -113,6 +115,7 @@ def submit_map_job(state: State, command: c.SubmitMapJob, now_ms: int, names: Na
             kept=command.kept,
             policy=state.pools[pool_id].policy,
             price_microcredits=0,
+            block_size_sums=block_sums if bundle.size_feature_count else (),
         )
     ]
     if bundle.report is not None:
@@ -323,11 +326,11 @@ def _not_allowed(option: str, message: str, limit: str) -> FallowError:
     return FallowError(Reason.FIELD_INVALID, message, field=f"options.{option}", limit=limit)
 
 
-def _check_blocks(account: Account, bundle: Bundle, command: c.SubmitMapJob) -> tuple[int, ...]:
-    """Checks every block against what is recorded of it; gives the sums of the size features."""
+def _check_blocks(account: Account, bundle: Bundle, command: c.SubmitMapJob) -> tuple[tuple[int, ...], ...]:
+    """Checks every block against what is recorded of it; gives the sums of the size features of each."""
     _check_counts(command)
     inline = {stored.blob.digest: stored for stored in command.inline_blocks}
-    sums = [0] * bundle.size_feature_count
+    sums: list[tuple[int, ...]] = []
     inline_bytes = 0
     for index, block in enumerate(command.blocks):
         field = f"blocks[{index}]"
@@ -339,8 +342,7 @@ def _check_blocks(account: Account, bundle: Bundle, command: c.SubmitMapJob) -> 
         if stored is None or stored.blob != block.blob:
             raise _blob_unknown(block.blob.digest, field)
         _check_block(bundle, stored, block.rows, field)
-        for feature, total in enumerate(stored.size_feature_sums):
-            sums[feature] += total
+        sums.append(stored.size_feature_sums)
     if inline_bytes > INLINE_PAYLOAD_BYTES_MAX:
         raise FallowError(
             Reason.LIMIT_EXCEEDED,

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from fallow.challenge import OUTPUT_SCHEMA_DIGEST
 from fallow.errors import FallowError, Reason
-from fallow.ids import LeaseId, PartyId, SessionId
+from fallow.ids import Digest, LeaseId, PartyId, SessionId
 from fallow.limits import BLOCK_BYTES_MAX, INLINE_PAYLOAD_BYTES_MAX, ROW_FAILURES_LISTED_PER_TASK_MAX
 from fallow.session import Cause, RowFailure, TaskKind
 from fallow_coordinator.core import commands as c
 from fallow_coordinator.core import events as e
+from fallow_coordinator.core import measuring
 from fallow_coordinator.core.answers import Decision
 from fallow_coordinator.core.bundles import crash_report, fault_of_report, inspected
 from fallow_coordinator.core.draft import Draft, shortened
+from fallow_coordinator.core.names import Names
 from fallow_coordinator.core.speeds import speed_after
 from fallow_coordinator.core.state import CommitmentFacts, EndedLease, Lease, State, Task
 
+COMMITTED_KINDS = frozenset({TaskKind.MAP, TaskKind.CHALLENGE})
 CRASHED_ACCOUNTS_MAX = 2
 """A program that crashes workers of so many accounts is held."""
 
@@ -34,15 +38,19 @@ def commit(state: State, command: c.Commit, now_ms: int) -> Decision:
             return Decision()
         raise FallowError(Reason.FENCE_STALE, "this lease has committed to another output already", field="output_root")
     task = state.tasks[lease.task_id]
-    if task.kind is not TaskKind.MAP:
+    if task.kind not in COMMITTED_KINDS:
         raise FallowError(Reason.FIELD_INVALID, "this lease is answered by a report", field="lease_id")
     if command.inline and command.stored is None:
         raise FallowError(Reason.FIELD_MISSING, "an inline output comes with what its frame says", field="stored")
     draft = Draft(state)
     fault = _fault_of_commitment(task, command)
     if not fault and command.stored is not None:
-        bundle = state.bundles[task.bundle_digest]
-        fault = _fault_of_output(_facts(command), command.stored, bundle.output_schema_digest)
+        fault = _fault_of_output(_facts(command), command.stored, _output_schema_digest(state, task))
+    if task.kind is TaskKind.CHALLENGE and not fault:
+        if not command.elapsed_ms:
+            draft.end_lease(lease, e.LeaseOutcome.REVOKED, Cause.PLATFORM, "its time could not be taken")
+            return Decision(tuple(draft.events))
+        fault = measuring.answer_fault(state, task, command)
     if fault:
         draft.end_lease(lease, e.LeaseOutcome.FAILED, Cause.WORKER, fault)
         return Decision(tuple(draft.events))
@@ -63,6 +71,8 @@ def commit(state: State, command: c.Commit, now_ms: int) -> Decision:
             sequence=command.sequence,
         )
     )
+    if task.kind is TaskKind.CHALLENGE:
+        draft.events.append(measuring.answered(state, task, command))
     if command.inline:
         speed = speed_after(
             state.workers[lease.worker_id], task, lease, wall_us=command.usage.wall_microseconds, now_ms=now_ms
@@ -85,8 +95,7 @@ def deliver(state: State, command: c.Deliver, now_ms: int) -> Decision:
     if lease.commitment is None:
         raise FallowError(Reason.FIELD_INVALID, "nothing was committed for this lease yet", field="lease_id")
     task = state.tasks[lease.task_id]
-    bundle = state.bundles[task.bundle_digest]
-    fault = _fault_of_output(lease.commitment, command.stored, bundle.output_schema_digest)
+    fault = _fault_of_output(lease.commitment, command.stored, _output_schema_digest(state, task))
     draft = Draft(state)
     if fault:
         draft.end_lease(lease, e.LeaseOutcome.FAILED, Cause.WORKER, fault)
@@ -104,12 +113,24 @@ def report_inspection(state: State, command: c.ReportInspection, now_ms: int) ->
     task = state.tasks[lease.task_id]
     if task.kind is not TaskKind.INSPECT:
         raise FallowError(Reason.FIELD_INVALID, "this lease is no inspection", field="lease_id")
-    fault = fault_of_report(task, command.report)
+    bundle = state.bundles[task.bundle_digest]
+    fault = fault_of_report(task, command.report, size_feature_count=bundle.size_feature_count)
     if fault:
         draft = Draft(state)
         draft.end_lease(lease, e.LeaseOutcome.FAILED, Cause.WORKER, fault)
         return Decision(tuple(draft.events))
     return inspected(state, lease, task, command.report, now_ms)
+
+
+def report_check(state: State, command: c.ReportCheck, now_ms: int, names: Names) -> Decision:
+    """A checker's verdict: the device that was challenged is certified, or its challenge ends. Raises as `commit`."""
+    lease = _live_lease(state, command.session_id, command.worker_id, command.lease_id, command.fence)
+    task = state.tasks[lease.task_id]
+    if task.kind is not TaskKind.CHECK:
+        raise FallowError(Reason.FIELD_INVALID, "this lease is no check", field="lease_id")
+    draft = Draft(state)
+    draft.settle(task, lease, rows_failed=0)
+    return Decision((*draft.events, *measuring.checked(state, command, lease, task, now_ms, names)))
 
 
 def fail_task(state: State, command: c.FailTask, now_ms: int) -> Decision:
@@ -122,7 +143,7 @@ def fail_task(state: State, command: c.FailTask, now_ms: int) -> Decision:
     if command.cause is Cause.PROGRAM and task.kind is TaskKind.INSPECT:
         return inspected(state, lease, task, crash_report(task.bundle_digest, command.reason), now_ms)
     draft = Draft(state)
-    if command.cause is Cause.PROGRAM:
+    if command.cause is Cause.PROGRAM and task.bundle_digest in state.bundles:
         _blame_program(state, draft, lease, task, command.reason)
     draft.end_lease(lease, e.LeaseOutcome.FAILED, command.cause, command.reason)
     return Decision(tuple(draft.events))
@@ -134,6 +155,14 @@ def return_lease(state: State, command: c.ReturnLease) -> Decision:
     draft = Draft(state)
     draft.end_lease(lease, e.LeaseOutcome.RETURNED, command.cause, command.reason)
     return Decision(tuple(draft.events))
+
+
+def _output_schema_digest(state: State, task: Task) -> Digest:
+    return (
+        OUTPUT_SCHEMA_DIGEST
+        if task.kind is TaskKind.CHALLENGE
+        else state.bundles[task.bundle_digest].output_schema_digest
+    )
 
 
 def _blame_program(state: State, draft: Draft, lease: Lease, task: Task, reason: str) -> None:

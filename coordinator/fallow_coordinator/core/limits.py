@@ -93,6 +93,41 @@ BLOB_BYTES_PER_ACCOUNT_DEFAULT = 100 * 1024 * 1024 * 1024
 """Bytes of uploads that an account may have recorded, unless an operator says otherwise: 100 GiB."""
 BLOB_BYTES_PER_ACCOUNT_MAX = 1 << 50
 
+CHALLENGES_LIVE_MAX = 64
+"""Devices that are being measured at a time."""
+CHALLENGE_STEPS_TARGET = 128
+"""Products of a challenge: faster devices get larger ones before they get more."""
+CHALLENGE_RUNTIME_MS = 2 * MINUTE_MS
+CHALLENGE_UPLOAD_MS = 30 * SECOND_MS
+CHECK_RUNTIME_MS = 5 * MINUTE_MS
+CHECK_WAIT_MS = 30 * MINUTE_MS
+"""How long an answer waits for a checker, from its challenge on."""
+CHECKS_PER_CHALLENGE_MAX = 3
+"""Checks of one answer that may come to nothing."""
+CLAIM_MILLI_PER_CORE = 500
+"""Speed taken for granted of a core, in thousandths of a unit a second, when a device states none."""
+CLAIM_MILLI_PER_S_MAX = 10_000_000
+"""Largest claim that a challenge is sized to: 500 TFLOP/s."""
+CLAIM_SLACK = 3
+"""A device that states its speed must show at least one part in so many of it."""
+CLAIM_SLACK_UNSTATED = 50
+"""The same for one that states none: what it shows is what counts."""
+FILL_FREE_PART = 4
+"""A challenge takes at most one part in so many of the memory that a machine says is free."""
+FILL_START_MS = 15 * SECOND_MS
+FILL_BYTES_PER_MS_MIN = 20_000
+"""Slowest filling that counts as memory rather than as a disk: 20 MB/s after `FILL_START_MS`."""
+ROUND_TRIP_MS_MAX = 500
+"""Most of a round trip that is taken off a challenge's time, and never more than a quarter of it."""
+CERTIFICATE_AGAIN_MS_MIN = DAY_MS
+CERTIFICATE_MEASURED_MS = 7 * DAY_MS
+"""A certificate of a device ends after so long; the next measurement is drawn between the two."""
+CHALLENGE_RETRY_MS_MIN = 5 * SECOND_MS
+CHALLENGE_RETRY_MS_MAX = HOUR_MS
+"""Wait after a challenge that came to nothing through nobody's fault: doubles between these two."""
+CHALLENGE_RETRY_BLAMED_MS_MIN = 10 * MINUTE_MS
+CHALLENGE_RETRY_BLAMED_MS_MAX = DAY_MS
+"""The same after a wrong or late answer."""
 PRIORITY_MAX = 9
 """Highest priority of a job among those of its account; each step is an hour in the queue."""
 SHARE_HALF_LIFE_MS = DAY_MS

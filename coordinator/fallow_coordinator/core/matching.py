@@ -16,7 +16,7 @@ from fallow.job import JobState, Objective
 from fallow.roles import Tier
 from fallow.session import TaskKind
 from fallow_coordinator.core import events as e
-from fallow_coordinator.core.cutting import Cost, Layout, cut_size, unit_micros
+from fallow_coordinator.core.cutting import Layout, cost_of, cut_size, unit_micros
 from fallow_coordinator.core.evolve_tasks import submitter_of
 from fallow_coordinator.core.groups import numbers_in
 from fallow_coordinator.core.limits import (
@@ -283,7 +283,7 @@ def _cut(state: State, job: Job, now_ms: int, names: Names) -> tuple[e.Event, ..
     report = bundle.report
     assert report is not None, "a job is queued when its bundle is inspected"
     layout = Layout(job.row_starts, job.byte_starts)
-    rates = Cost(report.unit_micros_per_row, report.unit_micros_per_kib)
+    rates = cost_of(job, report)
     rows = cut_size(
         layout,
         rates,

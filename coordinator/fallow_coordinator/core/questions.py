@@ -7,14 +7,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fallow.bundle import InspectionReport, Precision
+from fallow.challenge import OUTPUT_SCHEMA_DIGEST, ChallengePlan
 from fallow.errors import Reason
 from fallow.ids import AccountId, Digest, JobId, LeaseId, PartyId, PoolId, SessionId, TaskId
 from fallow.job import JobProgress, JobState, JobStatus, TaskResult
 from fallow.limits import BLOCK_BYTES_MAX
 from fallow.roles import TIERS_ALLOWED, Tier
-from fallow.session import BlobReference, Capability, TaskKind
+from fallow.session import BlobReference, Capability, DeviceStanding, TaskKind
+from fallow_coordinator.core.devices import certificate_of, challenge_of
+from fallow_coordinator.core.evolve_tasks import MEASURING_KINDS
 from fallow_coordinator.core.needs import INSPECTION, misfit
-from fallow_coordinator.core.state import Job, State, TaskPhase
+from fallow_coordinator.core.state import (
+    ChallengeRecord,
+    DeviceCertificate,
+    Job,
+    Lease,
+    State,
+    Task,
+    TaskPhase,
+)
 
 
 def job_status(state: State, job_id: JobId) -> JobStatus | None:
@@ -177,6 +188,10 @@ class WorkerStatus:
     quarantined: bool
     quarantine_reason: str
     revoked: bool
+    certificates: tuple[DeviceCertificate, ...] = ()
+    """Of its measured devices, whole ones only."""
+    challenged: tuple[tuple[str, ChallengeRecord], ...] = ()
+    """Devices whose last challenge came to nothing."""
 
 
 def workers(state: State) -> tuple[WorkerStatus, ...]:
@@ -200,6 +215,8 @@ def workers(state: State) -> tuple[WorkerStatus, ...]:
                 quarantined=worker.quarantined,
                 quarantine_reason=worker.quarantine_reason,
                 revoked=party.revoked,
+                certificates=tuple(held for held in worker.certificates.values() if held.complete),
+                challenged=tuple(worker.challenged.items()),
             )
         )
     return tuple(made)
@@ -234,6 +251,8 @@ class LeaseToSend:
     unit_micros: int
     pool_id: PoolId
     latency_ms_max: int
+    challenge: ChallengePlan | None = None
+    """Of a challenge or its check."""
 
 
 def lease_to_send(state: State, lease_id: LeaseId) -> LeaseToSend | None:
@@ -242,6 +261,8 @@ def lease_to_send(state: State, lease_id: LeaseId) -> LeaseToSend | None:
     if lease is None:
         return None
     task = state.tasks[lease.task_id]
+    if task.kind in MEASURING_KINDS:
+        return _measurement_to_send(state, lease, task)
     bundle = state.bundles[task.bundle_digest]
     job = state.jobs[task.job_id] if task.job_id is not None else None
     report = bundle.report
@@ -272,6 +293,48 @@ def lease_to_send(state: State, lease_id: LeaseId) -> LeaseToSend | None:
     )
 
 
+def device_standing(state: State, worker_id: PartyId, device_id: str) -> DeviceStanding:
+    """What the worker is told of its device."""
+    worker = state.workers[worker_id]
+    held = certificate_of(worker, device_id)
+    if held is not None:
+        return DeviceStanding(device_id, held.units_milli_per_s, held.memory_bytes, held.expires_at_ms)
+    record = worker.challenged.get(device_id)
+    return DeviceStanding(device_id, reason=record.reason if record is not None else "")
+
+
+def _measurement_to_send(state: State, lease: Lease, task: Task) -> LeaseToSend:
+    """A challenge is its plan; a check is the plan and the answer, which is the challenged worker's account's."""
+    challenge = challenge_of(state, task)
+    checks = task.kind is TaskKind.CHECK
+    return LeaseToSend(
+        lease_id=lease.lease_id,
+        fence=lease.fence,
+        kind=task.kind,
+        worker_id=lease.worker_id,
+        session_id=lease.session_id,
+        account_id=state.workers[challenge.worker_id].account_id,
+        job_id=None,
+        bundle_digest=task.bundle_digest,
+        bundle_files=(),
+        canonical_batch_rows=0,
+        slot_dependent=False,
+        memory_bytes_peak=0,
+        rows=1,
+        input=challenge.output if checks else None,
+        input_inline=checks and challenge.output_inline,
+        deadline_ms=lease.deadline_ms,
+        runtime_max_ms=lease.runtime_max_ms,
+        precision=challenge.plan.precision,
+        output_bytes_max=BLOCK_BYTES_MAX,
+        output_schema_digest=OUTPUT_SCHEMA_DIGEST,
+        unit_micros=task.unit_micros,
+        pool_id=task.pool_id,
+        latency_ms_max=0,
+        challenge=challenge.plan,
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class UploadToOffer:
     """What the upload grant of a committed lease says."""
@@ -291,13 +354,14 @@ def upload_to_offer(state: State, lease_id: LeaseId) -> UploadToOffer | None:
     if lease is None or lease.commitment is None or lease.commitment.inline:
         return None
     job_id = state.tasks[lease.task_id].job_id
-    assert job_id is not None, "only rows of jobs are committed"
+    # What a challenge gives belongs to whose device it is.
+    account_id = state.workers[lease.worker_id].account_id if job_id is None else state.jobs[job_id].account_id
     return UploadToOffer(
         lease_id=lease_id,
         fence=lease.fence,
         session_id=lease.session_id,
         worker_id=lease.worker_id,
-        account_id=state.jobs[job_id].account_id,
+        account_id=account_id,
         output=lease.commitment.output,
         output_root=lease.commitment.output_root,
     )
@@ -396,5 +460,10 @@ def live_payloads(state: State) -> frozenset[Digest]:
         lease.commitment.output.digest
         for lease in state.leases.values()
         if lease.commitment is not None and lease.commitment.inline
+    )
+    digests.update(
+        challenge.output.digest
+        for challenge in state.challenges.values()
+        if challenge.output is not None and challenge.output_inline
     )
     return frozenset(digests)

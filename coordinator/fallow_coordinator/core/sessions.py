@@ -13,6 +13,7 @@ from fallow_coordinator.core.answers import Decision, SessionGranted
 from fallow_coordinator.core.draft import Draft, shortened
 from fallow_coordinator.core.identity import quarantined, revoked
 from fallow_coordinator.core.limits import SESSIONS_MAX
+from fallow_coordinator.core.measuring import outlived
 from fallow_coordinator.core.names import Names
 from fallow_coordinator.core.state import State, Worker
 
@@ -42,6 +43,7 @@ def open_session(state: State, command: c.OpenSession, now_ms: int, names: Names
             hint="try again later",
         )
     draft = Draft(state)
+    draft.events.extend(outlived(worker, command.capability.devices))
     if worker.session_id is not None:
         draft.events.append(e.SessionClosed(session_id=worker.session_id, reason=REPLACED))
     fences = {held.lease_id: held.fence for held in command.held_leases}
@@ -79,7 +81,8 @@ def change_capability(state: State, command: c.ChangeCapability) -> Decision:
     if command.window == worker.window and command.capability in (None, worker.capability):
         return Decision()
     event = e.CapabilityReported(session_id=command.session_id, capability=command.capability, window=command.window)
-    return Decision((event,))
+    ended = () if command.capability is None else outlived(worker, command.capability.devices)
+    return Decision((*ended, event))
 
 
 def drain_session(state: State, command: c.DrainSession) -> Decision:

@@ -21,7 +21,7 @@ def speed_after(worker: Worker, task: Task, lease: Lease, *, wall_us: int, now_m
     if worker.slots == 1:
         least_us = (now_ms - max(lease.granted_at_ms, worker.settled_at_ms)) * 1_000 // 2
     took_us = min(max(wall_us, least_us), elapsed_us)
-    if took_us <= 0 or not task.unit_micros:
+    if took_us <= 0 or not task.unit_micros or task.job_id is None:
         return 0
     speed = max(1, min(SPEED_MILLIUNITS_PER_S_MAX, task.unit_micros * 1_000 // took_us))
     known = worker.speeds.get(task.bundle_digest, 0)

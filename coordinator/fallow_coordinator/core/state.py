@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from fallow.bundle import InspectionReport
+from fallow.challenge import ChallengePlan
 from fallow.ids import AccountId, Digest, JobId, KeyFingerprint, LeaseId, PartyId, PoolId, SessionId, TaskId, TokenId
 from fallow.job import DatasetBlock, JobOptions, JobState, TaskResult
 from fallow.ranges import RangeSet
@@ -110,6 +111,71 @@ class Party:
     revoked_reason: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class DeviceCertificate:
+    """What challenges have shown of a device; it ends with the device's identity, or when it expires."""
+
+    device_id: str
+    device_digest: Digest
+    """The identity that was measured: `devices.identity_of`."""
+    units_milli_per_s: int = 0
+    """Speed in float32: thousandths of a unit a second; 0: not measured yet."""
+    speed_challenge: TaskId | None = None
+    speed_measured_at_ms: int = 0
+    speed_again_at_ms: int = 0
+    """Drawn when it was measured: from then on it may be measured again."""
+    speed_expires_at_ms: int = 0
+    memory_bytes: int = 0
+    """How much was filled and walked; 0: not measured yet."""
+    memory_challenge: TaskId | None = None
+    memory_measured_at_ms: int = 0
+    memory_again_at_ms: int = 0
+    memory_expires_at_ms: int = 0
+
+    @property
+    def expires_at_ms(self) -> int:
+        """When the first of what it says is too old."""
+        moments = (self.speed_expires_at_ms, self.memory_expires_at_ms)
+        return min(moment for moment in moments if moment)
+
+    @property
+    def complete(self) -> bool:
+        """Whether both speed and memory have been shown."""
+        return bool(self.units_milli_per_s and self.memory_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class ChallengeRecord:
+    """How the newest challenges of a device went."""
+
+    failures: int
+    """In a row, whoever was to blame."""
+    retry_at_ms: int
+    reason: str
+    blamed: bool
+
+
+@dataclass(slots=True)
+class Challenge:
+    """A challenge from its issue to its verdict. Its task lives as long as its lease."""
+
+    task_id: TaskId
+    worker_id: PartyId
+    device_digest: Digest
+    plan: ChallengePlan
+    issued_at_ms: int
+    answered: bool = False
+    """Committed to in time: `units_milli_per_s` counts once the answer is checked."""
+    units_milli_per_s: int = 0
+    output: BlobReference | None = None
+    """The answer, once it is delivered."""
+    output_inline: bool = False
+    check_task_id: TaskId | None = None
+    """The live check of it."""
+    checks: int = 0
+    """Checks that came to nothing."""
+
+
 @dataclass(slots=True)
 class Worker:
     """A party of role worker: its session, what it can do, what it holds."""
@@ -139,6 +205,12 @@ class Worker:
     unit_micros_held: int = 0
     rows_settled: int = 0
     tasks_settled: int = 0
+    free_since_ms: int = 0
+    """Since when it has held no lease in its open session; 0 while it holds one, or never had a session."""
+    certificates: dict[str, DeviceCertificate] = field(default_factory=dict[str, DeviceCertificate])
+    """Of its devices that were measured, by device."""
+    challenged: dict[str, ChallengeRecord] = field(default_factory=dict[str, ChallengeRecord])
+    """Devices whose last challenge came to nothing."""
     speed_milliunits_per_s: int = 0
     """One slot's speed on accepted work, lately; 0: not known."""
     speeds: dict[Digest, int] = field(default_factory=dict[Digest, int])
@@ -240,6 +312,8 @@ class Job:
     byte_starts: tuple[int, ...]
     """Sum of the lengths of the blocks before each, and of all at the end."""
     size_feature_sums: tuple[int, ...]
+    block_size_sums: tuple[tuple[int, ...], ...]
+    """Sums of the size features of each block; empty where there are none, and for jobs from before their recording."""
     rows: int
     data_class: DataClass
     title: str
@@ -252,6 +326,9 @@ class Job:
     reason: str = ""
     reason_code: str = ""
     finished_at_ms: int = 0
+    unit_nano_starts: tuple[int, ...] = ()
+    """Cost of all blocks before each, and of all at the end, by the bundle's cost curve; empty until the job is ready,
+    and where there is no curve."""
     next_row: int = 0
     tasks: dict[TaskId, None] = field(default_factory=dict[TaskId, None])
     """Live tasks, and no other."""
@@ -313,6 +390,8 @@ class Task:
     attempts: int = 0
     """Failures that were somebody's fault."""
     losses: int = 0
+    challenge_task_id: TaskId | None = None
+    """Of a check: the challenge that it checks."""
     avoid: dict[PartyId, None] = field(default_factory=dict[PartyId, None])
     """Workers on which it failed."""
     last_cause: Cause = Cause.PLATFORM
@@ -457,6 +536,8 @@ class State:
     wanting_groups: int = 0
     """Groups for which less is packed or being packed than their windows and slots could take."""
     lanes: dict[LaneKey, Lane] = field(default_factory=dict[LaneKey, Lane])
+    challenges: dict[TaskId, Challenge] = field(default_factory=dict[TaskId, Challenge])
+    """Challenges without a verdict, first issued first."""
     open_lanes: dict[LaneKey, None] = field(default_factory=dict[LaneKey, None])
     """Lanes with ready tasks."""
     own_ready: dict[AccountId, None] = field(default_factory=dict[AccountId, None])

@@ -5,10 +5,11 @@ from __future__ import annotations
 from fallow.session import Cause
 from fallow_coordinator.core import commands as c
 from fallow_coordinator.core import events as e
-from fallow_coordinator.core import health
+from fallow_coordinator.core import health, measuring
 from fallow_coordinator.core.answers import Decision
 from fallow_coordinator.core.draft import Draft
 from fallow_coordinator.core.limits import DUE_PER_TICK_MAX, PACK_PATIENCE_MS
+from fallow_coordinator.core.names import Names
 from fallow_coordinator.core.state import State
 
 
@@ -18,7 +19,7 @@ def restart(state: State, command: c.Restart) -> Decision:
     return Decision((e.Restarted(epoch=command.epoch, down_time_ms=max(0, command.down_time_ms)),))
 
 
-def tick(state: State, now_ms: int) -> Decision:
+def tick(state: State, command: c.Tick, now_ms: int, names: Names) -> Decision:
     """Ends leases past their deadline and those of workers gone too long; asks anew for packings nobody answered."""
     draft = Draft(state)
     for grace_until_ms, worker_id in state.graces[:DUE_PER_TICK_MAX]:
@@ -41,4 +42,7 @@ def tick(state: State, now_ms: int) -> Decision:
                 break
             if task_id not in gone:
                 draft.events.append(e.PackRequested(task_id=task_id, pack_number=task.pack_number + 1))
-    return Decision(tuple(draft.events))
+    if draft.events or command.measuring is None:
+        # What ends now may free whom it would challenge: devices have time until the next tick.
+        return Decision(tuple(draft.events))
+    return Decision(measuring.tick(state, command.measuring, now_ms, names))

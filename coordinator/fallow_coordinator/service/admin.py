@@ -280,6 +280,8 @@ class AdminService:
         status.started_at.CopyFrom(moment_to_message(self._started_at_ms))
         status.commitments = counts.commitments
         status.commits = counts.commits
+        status.signatures_checked = counts.signatures_checked
+        status.assign_buckets.extend(counts.assigns.counts)
         return status
 
 

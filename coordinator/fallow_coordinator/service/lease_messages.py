@@ -6,12 +6,13 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Final
 
+from fallow import challenge
 from fallow.bundle import BundleManifest
-from fallow.ids import Digest, KeyFingerprint, LeaseId, SessionId
-from fallow.session import BundleOffer, GrantsRenewed, Lease, SignedBytes, UploadOffer
+from fallow.ids import Digest, KeyFingerprint, LeaseId, PartyId, SessionId
+from fallow.session import BundleOffer, DeviceStanding, GrantsRenewed, Lease, SignedBytes, UploadOffer
 from fallow.wire.blob import BlobKind
-from fallow.wire.bundle import decode_manifest
-from fallow_coordinator.core.questions import LeaseToSend, lease_to_send, upload_to_offer
+from fallow.wire.bundle import decode_manifest, encode_manifest
+from fallow_coordinator.core.questions import LeaseToSend, device_standing, lease_to_send, upload_to_offer
 from fallow_coordinator.engine import Engine
 from fallow_coordinator.service.grants import Grants, Holder
 
@@ -54,7 +55,12 @@ class LeaseMessages:
             unit_micros=facts.unit_micros,
             pool_id=facts.pool_id,
             latency_ms_max=facts.latency_ms_max,
+            challenge=facts.challenge,
         )
+
+    def standing(self, worker_id: PartyId, device_id: str) -> DeviceStanding:
+        """What is known of a worker's device now."""
+        return device_standing(self._engine.state, worker_id, device_id)
 
     def renewed(self, facts: LeaseToSend, worker: KeyFingerprint) -> GrantsRenewed:
         """Fresh grants for everything that the lease needs to read."""
@@ -100,6 +106,8 @@ class LeaseMessages:
         return payload
 
     def _manifest(self, bundle_digest: Digest) -> tuple[bytes, BundleManifest]:
+        if bundle_digest == challenge.BUNDLE_DIGEST:
+            return encode_manifest(challenge.MANIFEST), challenge.MANIFEST
         known = self._manifests.get(bundle_digest)
         if known is None:
             payload = self._engine.payload(bundle_digest)

@@ -19,6 +19,7 @@ from fallow_coordinator.core.effects import (
     SendLease,
     SendRevoked,
     SendSettled,
+    SendStanding,
     SendUploadOffer,
     WakeBundleWatchers,
     WakeWatchers,
@@ -28,7 +29,7 @@ from fallow_coordinator.service.live_streams import LiveStreams
 
 _log = logging.getLogger(__name__)
 
-SessionEffect = SendLease | SendUploadOffer | SendSettled | SendRevoked | EndSession
+SessionEffect = SendLease | SendUploadOffer | SendSettled | SendRevoked | SendStanding | EndSession
 EARLY_EFFECTS_MAX: Final = 10_000
 """Effects of sessions whose opening has not come back yet; beyond it they are dropped, and repaired on reconnect."""
 
@@ -54,7 +55,7 @@ class Outbox:
         """Acts on effects in order."""
         for effect in effects:
             match effect:
-                case SendLease() | SendUploadOffer() | SendSettled() | SendRevoked() | EndSession():
+                case SendLease() | SendUploadOffer() | SendSettled() | SendRevoked() | SendStanding() | EndSession():
                     self._to_session(effect)
                 case WakeWatchers(job_id):
                     for watcher in self._watchers.get(job_id, ()):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 import grpc
@@ -14,20 +16,33 @@ import grpc
 from fallow.errors import FallowError, Reason
 from fallow.identity import PrivateKey
 from fallow.ids import Digest, LeaseId, SessionId
-from fallow.limits import KIB, SESSION_MESSAGE_BYTES_MAX
+from fallow.limits import KIB, MESSAGES_TOGETHER_MAX, SESSION_MESSAGE_BYTES_MAX
 from fallow.session import (
     SIGNED_COORDINATOR_MESSAGES,
     SIGNED_WORKER_MESSAGES,
     CoordinatorMessage,
+    GrantsRenewed,
+    Lease,
     LeaseRevoked,
     Refused,
     Settled,
+    TaskKind,
+    Welcome,
     WorkerMessage,
 )
 from fallow.session_signature import check_worker_signature, sign_coordinator_payload
 from fallow.v1 import worker_service_pb2 as pb
-from fallow.wire.session import decode_worker_message, encode_coordinator_message
-from fallow_coordinator.core.effects import EndSession, SendLease, SendRevoked, SendSettled, SendUploadOffer
+from fallow.wire.session import decode_worker_message, encode_coordinator_messages
+from fallow_coordinator.core.answers import Decision
+from fallow_coordinator.core.effects import (
+    EndSession,
+    SendLease,
+    SendRevoked,
+    SendSettled,
+    SendStanding,
+    SendUploadOffer,
+)
+from fallow_coordinator.engine import Engine
 from fallow_coordinator.service.auth import Caller
 from fallow_coordinator.service.calls import Context, decoded
 from fallow_coordinator.service.errors import told
@@ -46,6 +61,9 @@ MESSAGES_PER_S: Final = 1_000
 MESSAGES_BURST: Final = 4_000
 BYTES_OF_ONE_MESSAGE: Final = 16 * KIB
 """A longer message counts as several: a worker that sends faster than this is read later, not refused."""
+TOGETHER_BYTES_MAX: Final = 32 * KIB
+"""Bytes after which no further message joins those that travel as one: with the largest message there is they stay
+below `SESSION_MESSAGE_BYTES_MAX`."""
 REFUSALS_LOGGED_MAX: Final = 20
 """Refusals of one session that the log shows; a worker must not fill the disk with its mistakes."""
 
@@ -68,6 +86,8 @@ class Incoming:
 
 
 Outgoing = CoordinatorMessage | SessionEffect | Regrant
+Handle = Callable[[Incoming], "asyncio.Future[Decision] | None"]
+"""Acts on a message, without waiting: what is left to wait for, or None. Raises what the worker is refused with."""
 
 
 class WorkerSession:
@@ -80,11 +100,15 @@ class WorkerSession:
         caller: Caller,
         stream: LiveStream,
         key: PrivateKey,
+        engine: Engine,
         leases: LeaseMessages,
         session_id: SessionId,
         last_sequence: int,
+        takes_several: bool,
     ) -> None:
-        """`key` is the coordinator's; `last_sequence` is the Hello's."""
+        """`key` is the coordinator's; `last_sequence` and `takes_several` are the Hello's."""
+        self._engine = engine
+        self._together_max = MESSAGES_TOGETHER_MAX if takes_several else 1
         self.session_id = session_id
         self.caller = caller
         self.stream = stream
@@ -93,12 +117,19 @@ class WorkerSession:
         self._leases = leases
         self._received = last_sequence
         self._sent = 0
-        self._outbound: deque[Outgoing] = deque()
+        self._outbound: deque[tuple[float, Outgoing]] = deque()
         self._outbound_ready = asyncio.Event()
+        self._waiting = 0
+        """Messages of the worker that wait for the disk."""
+        self._settled_down = asyncio.Event()
+        """Set whenever one of them is done."""
         self._offered: set[Digest] = set()
         self._refusals = 0
         self.last_heard = asyncio.get_running_loop().time()
         """When the last message came, on the loop's clock."""
+        self._challenges_sent: dict[LeaseId, float] = {}
+        """When the lease of each challenge of this session went out; the core has one at a time for a device."""
+        self._round_trip_s = 0.0
 
     # ------------------------------------------------------------------------------------------- out
 
@@ -114,7 +145,7 @@ class WorkerSession:
                 )
             )
             return
-        self._outbound.append(item)
+        self._outbound.append((self._engine.effects_since_s, item))
         self._outbound_ready.set()
 
     async def write_all(self) -> None:
@@ -123,16 +154,45 @@ class WorkerSession:
             await self._outbound_ready.wait()
             self._outbound_ready.clear()
             while self._outbound:
-                message = self._message(self._outbound.popleft())
-                if message is not None:
-                    await self.write_now(message)
+                messages, leases_since_s = self._next_outbound()
+                if messages:
+                    response = self._signed(messages)
+                    now_s = time.monotonic()
+                    for since_s in leases_since_s:
+                        self._engine.counters.assigns.add(now_s - since_s)
+                    await self._context.write(response)
+
+    def _next_outbound(self) -> tuple[list[CoordinatorMessage], list[float]]:
+        """What is queued, as far as it may travel as one, and when its leases were decided: one signature for all."""
+        messages: list[CoordinatorMessage] = []
+        leases_since_s: list[float] = []
+        length_bytes = 0
+        while self._outbound and len(messages) < self._together_max and length_bytes < TOGETHER_BYTES_MAX:
+            since_s, item = self._outbound[0]
+            if messages and isinstance(item, Welcome):
+                break
+            self._outbound.popleft()
+            message = self._message(item)
+            if message is None:
+                continue
+            messages.append(message)
+            length_bytes += _bulk_bytes(message)
+            if isinstance(message, Lease):
+                leases_since_s.append(since_s)
+                if message.kind is TaskKind.CHALLENGE:
+                    self._challenges_sent[message.lease_id] = asyncio.get_running_loop().time()
+        return messages, leases_since_s
 
     async def write_now(self, message: CoordinatorMessage) -> None:
         """Sends one message past the queue."""
-        payload = encode_coordinator_message(message)
+        await self._context.write(self._signed([message]))
+
+    def _signed(self, messages: Sequence[CoordinatorMessage]) -> bytes:
+        """Messages as they travel, as one."""
+        payload = encode_coordinator_messages(messages)
         self._sent += 1
         signature = b""
-        if isinstance(message, SIGNED_COORDINATOR_MESSAGES):
+        if any(isinstance(message, SIGNED_COORDINATOR_MESSAGES) for message in messages):
             signature = sign_coordinator_payload(
                 self._key,
                 payload,
@@ -140,8 +200,7 @@ class WorkerSession:
                 sequence=self._sent,
                 worker=self.caller.key_fingerprint,
             )
-        response = pb.SessionResponse(sequence=self._sent, payload=payload, signature=signature)
-        await self._context.write(response.SerializeToString())
+        return pb.SessionResponse(sequence=self._sent, payload=payload, signature=signature).SerializeToString()
 
     def _message(self, item: Outgoing) -> CoordinatorMessage | None:
         """The message for an item; None when its lease has ended in the meantime, which has a message of its own."""
@@ -159,28 +218,43 @@ class WorkerSession:
                 return self._leases.upload_offer(self.session_id, lease_id, self.caller.key_fingerprint)
             case SendSettled(_, lease_id, fence, microcredits):
                 return Settled(lease_id, fence, microcredits)
+            case SendStanding(_, worker_id, device_id):
+                return self._leases.standing(worker_id, device_id)
             case SendRevoked(_, lease_id, fence, reason):
+                self._challenges_sent.pop(lease_id, None)
                 return LeaseRevoked(lease_id, fence, reason)
             case EndSession():
                 return None
             case _:
                 return item
 
+    # ------------------------------------------------------------------------------------------- time
+
+    def lease_seen(self, lease_id: LeaseId) -> None:
+        """The worker says that a challenge's lease has arrived: one round trip, ended when this was heard."""
+        sent_at = self._challenges_sent.get(lease_id)
+        if sent_at is not None:
+            took_s = max(0.0, self.last_heard - sent_at)
+            self._round_trip_s = min(self._round_trip_s or took_s, took_s)
+
+    def challenge_times_ms(self, lease_id: LeaseId) -> tuple[int, int]:
+        """(time from a challenge's lease to the message just heard, shortest round trip); zeros: not known.
+
+        Only of leases that went out in this session: a worker that came back is asked anew.
+        """
+        sent_at = self._challenges_sent.pop(lease_id, None)
+        if sent_at is None:
+            return 0, 0
+        return max(1, round((self.last_heard - sent_at) * 1_000)), round(self._round_trip_s * 1_000)
+
     # ------------------------------------------------------------------------------------------- in
 
-    async def read_all(self, handle: Callable[[Incoming], Awaitable[None]]) -> None:
-        """Reads until the worker ends its side. `handle` runs for up to `INBOUND_MAX` messages at once, begun in order.
+    async def read_all(self, handle: Handle) -> None:
+        """Reads until the worker ends its side. `handle` acts on messages in order; up to `INBOUND_MAX` wait at once.
 
         Raises what ends the stream: MALFORMED_MESSAGE, SIGNATURE_INVALID, SEQUENCE_REPLAYED.
         """
-        room = asyncio.Semaphore(INBOUND_MAX)
         pace = Pace(per_s=MESSAGES_PER_S, burst=MESSAGES_BURST, clock=asyncio.get_running_loop().time)
-        working: set[asyncio.Task[None]] = set()
-
-        def done(task: asyncio.Task[None]) -> None:
-            room.release()
-            working.discard(task)
-
         while True:
             raw = await read_message(self._context)
             if raw is None:
@@ -188,12 +262,14 @@ class WorkerSession:
             self.last_heard = asyncio.get_running_loop().time()
             await pace.keep(1.0 + len(raw) / BYTES_OF_ONE_MESSAGE)
             request = self._next(raw)
-            await room.acquire()
-            task = asyncio.create_task(self._handled(request, handle))
-            working.add(task)
-            task.add_done_callback(done)
-        if working:
-            await asyncio.wait(working)
+            await self._until_waiting(INBOUND_MAX - 1)
+            self._begin(request, handle)
+        await self._until_waiting(0)
+
+    async def _until_waiting(self, count_max: int) -> None:
+        while self._waiting > count_max:
+            self._settled_down.clear()
+            await self._settled_down.wait()
 
     def _next(self, raw: bytes) -> pb.SessionRequest:
         request = decoded(raw, pb.SessionRequest)
@@ -201,26 +277,54 @@ class WorkerSession:
         self._received = request.sequence
         return request
 
-    async def _handled(self, request: pb.SessionRequest, handle: Callable[[Incoming], Awaitable[None]]) -> None:
+    def _begin(self, request: pb.SessionRequest, handle: Handle) -> None:
+        """Checks a message and acts on it; what is left is done when it is durable. No task for each: they are many."""
         lease_id: LeaseId | None = None
         try:
             incoming = checked_message(request, caller=self.caller, coordinator=self._key, session_id=self.session_id)
+            if isinstance(incoming.message, SIGNED_WORKER_MESSAGES):
+                self._engine.counters.signatures_checked += 1
             lease_id = getattr(incoming.message, "lease_id", None)
-            await handle(incoming)
-        except FallowError as error:
-            if error.reason in _ENDS_THE_SESSION:
-                self.stream.end(error)
-                return
-            self._refusals += 1
-            _log.log(
-                logging.INFO if self._refusals <= REFUSALS_LOGGED_MAX else logging.DEBUG,
-                "session.refused session=%s worker=%s lease=%s reason=%s message=%s",
-                self.session_id, self.caller.party_id, lease_id, error.reason.value, error.message,
-            )  # fmt: skip
-            self.send(Refused(request.sequence, lease_id, error.reason.value, str(error)))
+            future = handle(incoming)
         except Exception as error:
-            _log.exception("session.failed session=%s worker=%s", self.session_id, self.caller.party_id)
+            self._failed(request.sequence, lease_id, error)
+            return
+        if future is not None:
+            self._waiting += 1
+            future.add_done_callback(partial(self._done, request.sequence, lease_id))
+
+    def _done(self, sequence: int, lease_id: LeaseId | None, future: asyncio.Future[Decision]) -> None:
+        self._waiting -= 1
+        self._settled_down.set()
+        if not future.cancelled() and (error := future.exception()) is not None:
+            self._failed(sequence, lease_id, error)
+
+    def _failed(self, sequence: int, lease_id: LeaseId | None, error: BaseException) -> None:
+        if not isinstance(error, FallowError):
+            _log.error("session.failed session=%s worker=%s", self.session_id, self.caller.party_id, exc_info=error)
             self.stream.end(told(error))
+            return
+        if error.reason in _ENDS_THE_SESSION:
+            self.stream.end(error)
+            return
+        self._refusals += 1
+        _log.log(
+            logging.INFO if self._refusals <= REFUSALS_LOGGED_MAX else logging.DEBUG,
+            "session.refused session=%s worker=%s lease=%s reason=%s message=%s",
+            self.session_id, self.caller.party_id, lease_id, error.reason.value, error.message,
+        )  # fmt: skip
+        self.send(Refused(sequence, lease_id, error.reason.value, str(error)))
+
+
+def _bulk_bytes(message: CoordinatorMessage) -> int:
+    """About how long the message is, its few hundred bytes of names and numbers not counted."""
+    match message:
+        case Lease():
+            return len(message.inline_input) + (len(message.offer.manifest) if message.offer is not None else 0)
+        case GrantsRenewed():
+            return len(message.offer.manifest) if message.offer is not None else 0
+        case _:
+            return 0
 
 
 _ENDS_THE_SESSION: Final = frozenset(

@@ -22,6 +22,7 @@ from fallow.limits import (
 from fallow.roles import Role
 from fallow.session import (
     CapabilityChanged,
+    Checked,
     Commitment,
     Delivery,
     Draining,
@@ -31,6 +32,7 @@ from fallow.session import (
     Hello,
     Inspection,
     LeaseReturned,
+    LeaseSeen,
     TaskFailed,
     Welcome,
 )
@@ -46,6 +48,7 @@ from fallow_coordinator.core.commands import (
     DrainSession,
     FailTask,
     OpenSession,
+    ReportCheck,
     ReportInspection,
     ReturnLease,
     StoredBlob,
@@ -166,9 +169,11 @@ class WorkerService:
                     caller=caller,
                     stream=stream,
                     key=self._key,
+                    engine=self._engine,
                     leases=self._leases,
                     session_id=granted.session_id,
                     last_sequence=sequence,
+                    takes_several=hello.takes_several,
                 )
                 session.send(
                     Welcome(
@@ -260,10 +265,10 @@ class WorkerService:
         """Runs both directions until something ends the stream; says why. Raises what the worker is to be told."""
         limit = RateLimit(per_s=CHANGES_PER_S, burst=CHANGES_BURST, peers_max=2, clock=asyncio.get_running_loop().time)
 
-        async def handle(incoming: Incoming) -> None:
+        def handle(incoming: Incoming) -> asyncio.Future[Decision] | None:
             if isinstance(incoming.message, CapabilityChanged | GrantsWanted):
                 limit.take(type(incoming.message).__name__)
-            await self._handle(session, incoming)
+            return self._handle(session, incoming)
 
         reading = asyncio.create_task(session.read_all(handle))
         writing = asyncio.create_task(session.write_all())
@@ -308,20 +313,21 @@ class WorkerService:
 
     # ------------------------------------------------------------------------------------------- messages
 
-    async def _handle(self, session: WorkerSession, incoming: Incoming) -> None:
+    def _handle(self, session: WorkerSession, incoming: Incoming) -> asyncio.Future[Decision] | None:
+        """Acts on one message; what it waits for, if anything. Raises what the worker is to be refused with."""
         worker_id, session_id = session.caller.party_id, session.session_id
         match incoming.message:
             case Heartbeat():
                 pass
             case CapabilityChanged(capability, window):
                 _check_window(window)
-                await self._engine.submit(ChangeCapability(session_id, capability, window))
+                return self._engine.submit_soon(ChangeCapability(session_id, capability, window))
             case Commitment():
-                await self._commit(session, incoming, incoming.message)
+                return self._commit(session, incoming, incoming.message)
             case Delivery():
-                await self._deliver(session, incoming.message)
+                return self._deliver(session, incoming.message)
             case Inspection(lease_id, fence, report, usage):
-                await self._engine.submit(
+                return self._engine.submit_soon(
                     ReportInspection(
                         session_id=session_id,
                         worker_id=worker_id,
@@ -335,19 +341,24 @@ class WorkerService:
                     )
                 )
             case TaskFailed(lease_id, fence, cause, reason):
-                await self._engine.submit(FailTask(session_id, worker_id, lease_id, fence, cause, reason))
+                return self._engine.submit_soon(FailTask(session_id, worker_id, lease_id, fence, cause, reason))
             case LeaseReturned(lease_id, fence, cause, reason):
-                await self._engine.submit(ReturnLease(session_id, worker_id, lease_id, fence, cause, reason))
+                return self._engine.submit_soon(ReturnLease(session_id, worker_id, lease_id, fence, cause, reason))
+            case Checked(lease_id, fence, verdict):
+                return self._engine.submit_soon(ReportCheck(session_id, worker_id, lease_id, fence, verdict))
+            case LeaseSeen(lease_id, _):
+                session.lease_seen(lease_id)
             case GrantsWanted():
                 self._regrant(session, incoming.message)
             case Draining():
-                await self._engine.submit(DrainSession(session_id))
+                return self._engine.submit_soon(DrainSession(session_id))
             case Hello():
                 raise FallowError(Reason.MALFORMED_MESSAGE, "a second Hello in one session")
             case _:
                 assert_never(incoming.message)
+        return None
 
-    async def _commit(self, session: WorkerSession, incoming: Incoming, commitment: Commitment) -> None:
+    def _commit(self, session: WorkerSession, incoming: Incoming, commitment: Commitment) -> asyncio.Future[Decision]:
         if commitment.partial:
             raise FallowError(
                 Reason.FIELD_INVALID, "partial results are not taken yet", field="commitment.partial", limit="false"
@@ -357,7 +368,8 @@ class WorkerService:
         if commitment.inline_output:
             stored = checked_inline_output(commitment)
             payloads[commitment.output.digest] = commitment.inline_output
-        await self._engine.submit(
+        elapsed_ms, round_trip_ms = session.challenge_times_ms(commitment.lease_id)
+        return self._engine.submit_soon(
             Commit(
                 session_id=session.session_id,
                 worker_id=session.caller.party_id,
@@ -374,14 +386,16 @@ class WorkerService:
                 signature=incoming.signature,
                 sequence=incoming.sequence,
                 stored=stored,
+                elapsed_ms=elapsed_ms,
+                round_trip_ms=round_trip_ms,
             ),
             payloads,
         )
 
-    async def _deliver(self, session: WorkerSession, delivery: Delivery) -> None:
+    def _deliver(self, session: WorkerSession, delivery: Delivery) -> asyncio.Future[Decision]:
         facts = self._facts(session, delivery.lease_id)
         stored = stored_blob(delivery.receipt, self._blob_service_key, facts.account_id, "delivery.receipt")
-        await self._engine.submit(
+        return self._engine.submit_soon(
             Deliver(session.session_id, session.caller.party_id, delivery.lease_id, delivery.fence, stored)
         )
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 from fallow.ids import Digest
 from fallow_coordinator.ports import Record, StorageFailed
-from fallow_coordinator.store.encoding import EventUnreadable, decode_event, leaf_of
+from fallow_coordinator.store.encoding import EventUnreadable, decode_event
 from fallow_coordinator.store.failures import storage_failures
+from fallow_coordinator.store.sealed_segments import SegmentShelf
+from fallow_coordinator.store.stored_record import StoredRecord
+
+__all__ = ["JOURNAL_FILE", "JournalReader", "StoredRecord", "check_format", "decode_records"]
 
 JOURNAL_FILE = "journal.db"
 APPLICATION_ID = 0x46414C4C
@@ -21,30 +24,16 @@ FORMAT_VERSION = 1
 _RECORDS = "SELECT sequence, at_ms, epoch, event, salt, leaf FROM journal WHERE sequence > ? ORDER BY sequence LIMIT ?"
 
 
-@dataclass(frozen=True, slots=True)
-class StoredRecord:
-    """A record as it lies on disk."""
-
-    sequence: int
-    at_ms: int
-    epoch: int
-    event: bytes
-    salt: bytes
-    leaf: bytes
-
-    def leaf_holds(self) -> bool:
-        """Whether the leaf is the hash of the rest."""
-        return self.leaf == leaf_of(
-            salt=self.salt, sequence=self.sequence, at_ms=self.at_ms, epoch=self.epoch, event=self.event
-        )
-
-
 class JournalReader:
-    """A read-only connection to a journal. It sees what is committed, and a commit is seen only once it is on disk."""
+    """A read-only connection to a journal. It sees what is committed, and a commit is seen only once it is on disk.
+
+    Records that have left the database are read out of their segments; nobody who asks need know where one lies.
+    """
 
     def __init__(self, path: Path) -> None:
         """Opens the journal at `path`. Raises StorageFailed when there is none or it is not one of ours."""
         self._path = path
+        self._segments = SegmentShelf(path.parent)
         with storage_failures(path):
             self._connection = sqlite3.connect(
                 f"{path.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None, check_same_thread=False
@@ -71,7 +60,26 @@ class JournalReader:
         """Up to `limit` records after a sequence, as they lie there, unchecked."""
         with storage_failures(self._path):
             rows = self._connection.execute(_RECORDS, (after_sequence, limit)).fetchall()
+        if limit > 0 and (not rows or rows[0][0] != after_sequence + 1):
+            # Not in the database, or not any more: a record is in one of the two at every moment.
+            if sealed := self._segments.stored(after_sequence=after_sequence, limit=limit):
+                return sealed
+        else:
+            self._segments.forget()
         return [StoredRecord(*row) for row in rows]
+
+    def leaf(self, sequence: int) -> bytes | None:
+        """The leaf of a record, or None where there is none."""
+        found = self.stored(after_sequence=sequence - 1, limit=1) if sequence > 0 else []
+        return found[0].leaf if found and found[0].sequence == sequence else None
+
+    def leaves_in_database(self, first: int, last: int) -> list[tuple[int, bytes]]:
+        """(sequence, leaf) of those records from `first` to `last` that have not left the database."""
+        with storage_failures(self._path):
+            rows = self._connection.execute(
+                "SELECT sequence, leaf FROM journal WHERE sequence BETWEEN ? AND ?", (first, last)
+            ).fetchall()
+        return [(int(sequence), bytes(leaf)) for sequence, leaf in rows]
 
     def read(self, *, after_sequence: int, limit: int) -> Sequence[Record]:
         """Up to `limit` checked records after a sequence. Raises StorageFailed for one that is damaged or missing."""

@@ -10,7 +10,8 @@ from fallow.ids import Digest, digest_of
 from fallow_coordinator.core.events import Event
 from fallow_coordinator.ports import Record, StorageFailed, WriterFenced
 from fallow_coordinator.store.encoding import SALT_BYTES, encode_event, leaf_of
-from fallow_coordinator.store.journal_reader import StoredRecord, decode_records
+from fallow_coordinator.store.journal_reader import decode_records
+from fallow_coordinator.store.stored_record import StoredRecord
 
 _NAME = Path("journal in memory")
 
@@ -87,6 +88,9 @@ class MemoryStore:
         for digest in gone:
             del self._disk.payloads[digest]
         return len(gone)
+
+    def let_go_of_sealed(self, limit: int) -> int:
+        return 0
 
     def close(self) -> None:
         """Nothing to give back."""

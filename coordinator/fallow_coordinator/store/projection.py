@@ -54,8 +54,9 @@ class Projection:
     A row depends on the state alone and never on how many records were folded at once, so that rebuilt views are equal.
     """
 
-    def __init__(self) -> None:
-        self.state = State()
+    def __init__(self, state: State | None = None) -> None:
+        """Begins with `state`, whose rows the views have; None: at the journal's beginning."""
+        self.state = State() if state is None else state
         self._touched = _Touched()
 
     def pass_over(self, record: Record) -> None:
@@ -184,7 +185,7 @@ class Projection:
         task = self.state.tasks[task_id]
         if task.job_id is not None:
             self._touched.jobs[task.job_id] = None
-        else:
+        elif task.bundle_digest in self.state.bundles:
             self._touched.bundles[task.bundle_digest] = None
 
     def _delivered_to(self, event: ev.Event) -> JobId | None:

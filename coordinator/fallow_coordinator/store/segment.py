@@ -9,7 +9,7 @@ from google.protobuf.message import DecodeError
 
 from fallow.journal.v1 import journal_pb2 as pb
 from fallow_coordinator.store.encoding import EventUnreadable
-from fallow_coordinator.store.journal_reader import StoredRecord
+from fallow_coordinator.store.stored_record import StoredRecord
 
 _LENGTH = struct.Struct(">I")
 

@@ -6,6 +6,7 @@ what `append` returned for, and what any reader saw, survives `kill -9` and powe
 
 from __future__ import annotations
 
+import logging
 import os
 import sqlite3
 from collections.abc import Generator, Mapping, Sequence
@@ -24,6 +25,9 @@ from fallow_coordinator.store.journal_reader import (
     JournalReader,
     check_format,
 )
+from fallow_coordinator.store.sealed_segments import Segment, SegmentShelf, read_header
+
+logger = logging.getLogger(__name__)
 
 LOCK_WAIT_S = 5.0
 """How long a transaction of another process may hold us up before we give up."""
@@ -31,6 +35,8 @@ CHECKPOINT_PAGES = 4_000
 """Pages (4 KiB) in the write-ahead log before a commit moves them into the file: 16 MB, so few commits pay for it."""
 WAL_BYTES_KEPT = 32 * 1024 * 1024
 """Size to which the write-ahead log is cut back after a checkpoint."""
+JOURNAL_TAIL_RECORDS = 10_000
+"""The newest records, which stay in the database though they be sealed."""
 
 _SCHEMA = """
 CREATE TABLE meta (name TEXT PRIMARY KEY, value INTEGER NOT NULL) STRICT;
@@ -47,6 +53,7 @@ INSERT INTO meta VALUES ('format_version', 0), ('epoch', 0);
 """
 _INSERT_RECORD = "INSERT INTO journal (sequence, at_ms, epoch, event, salt, leaf) VALUES (?, ?, ?, ?, ?, ?)"
 _INSERT_PAYLOAD = "INSERT OR IGNORE INTO payloads (digest, bytes) VALUES (?, ?)"
+_OLDEST = "SELECT sequence FROM journal ORDER BY sequence LIMIT 1"
 _STANDING = "SELECT (SELECT value FROM meta WHERE name = 'epoch'), (SELECT max(sequence) FROM journal)"
 
 
@@ -64,6 +71,9 @@ class SqliteStore:
             row = self._writer.execute("SELECT sequence, at_ms FROM journal ORDER BY sequence DESC LIMIT 1").fetchone()
         self._last_sequence, self._last_at_ms = (0, 0) if row is None else (int(row[0]), int(row[1]))
         self._reader = JournalReader(self._path)
+        self._segments = SegmentShelf(folder)
+        self._trusted: Segment | None = None
+        """The segment that was last compared with the database."""
 
     @property
     def path(self) -> Path:
@@ -121,9 +131,7 @@ class SqliteStore:
         payloads: Mapping[Digest, bytes],
     ) -> None:
         with self._transaction() as writer:
-            epoch, last_sequence = writer.execute(_STANDING).fetchone()
-            if epoch != self._epoch:
-                raise WriterFenced(f"{self._path}: a coordinator with epoch {epoch} has taken over from {self._epoch}")
+            last_sequence = self._standing(writer)
             if (last_sequence or 0) != expected_sequence:
                 raise WriterFenced(
                     f"{self._path}: the journal ends at {last_sequence or 0}, this writer expected {expected_sequence}"
@@ -131,6 +139,13 @@ class SqliteStore:
             writer.executemany(_INSERT_RECORD, rows)
             if payloads:
                 writer.executemany(_INSERT_PAYLOAD, list(payloads.items()))
+
+    def _standing(self, writer: sqlite3.Connection) -> int | None:
+        """The newest sequence in the database. Raises WriterFenced when another writer has taken over."""
+        epoch, last_sequence = writer.execute(_STANDING).fetchone()
+        if epoch != self._epoch:
+            raise WriterFenced(f"{self._path}: a coordinator with epoch {epoch} has taken over from {self._epoch}")
+        return None if last_sequence is None else int(last_sequence)
 
     @contextmanager
     def _transaction(self) -> Generator[sqlite3.Connection]:
@@ -160,6 +175,44 @@ class SqliteStore:
                 writer.executemany("INSERT INTO kept VALUES (?)", [(digest,) for digest in keep])
                 dropped = writer.execute("DELETE FROM payloads WHERE digest NOT IN (SELECT digest FROM kept)").rowcount
         return dropped
+
+    def let_go_of_sealed(self, limit: int) -> int:
+        if self._failure is not None:
+            raise self._failure
+        try:
+            with storage_failures(self._path):
+                return self._let_go(limit)
+        except StorageFailed as failure:
+            self._failure = failure
+            raise
+
+    def _let_go(self, limit: int) -> int:
+        row = self._writer.execute(_OLDEST).fetchone()
+        oldest = self._last_sequence + 1 if row is None else int(row[0])
+        if oldest > self._last_sequence - JOURNAL_TAIL_RECORDS:
+            return 0
+        segment = self._segments.holding(oldest)
+        if segment is None or not self._holds(segment):
+            return 0
+        until = min(segment.last, oldest + limit - 1, self._last_sequence - JOURNAL_TAIL_RECORDS)
+        with self._transaction() as writer:
+            self._standing(writer)
+            return writer.execute("DELETE FROM journal WHERE sequence <= ?", (until,)).rowcount
+
+    def _holds(self, segment: Segment) -> bool:
+        """Whether a segment's file is whole and ends with the record that the database has there."""
+        if segment != self._trusted:
+            try:
+                header, _ = read_header(segment)
+            except StorageFailed as failure:
+                logger.error("segment.refused path=%s reason=%s", segment.path, failure)
+                return False
+            row = self._writer.execute("SELECT leaf FROM journal WHERE sequence = ?", (segment.last,)).fetchone()
+            if row is None or bytes(row[0]).hex() != header.last_leaf:
+                logger.error("segment.refused path=%s reason=%s", segment.path, "it is of another journal")
+                return False
+            self._trusted = segment
+        return True
 
     def close(self) -> None:
         self._reader.close()

@@ -11,6 +11,7 @@ from enum import StrEnum
 from typing import Generic, TypeVar
 
 from fallow.bundle import InspectionReport, Precision
+from fallow.cost import CostCurve, CostKnot
 from fallow.ids import Digest
 from fallow.job import JobOptions, JobState, Objective
 from fallow.roles import DataClass, Role, Tier
@@ -118,6 +119,24 @@ def usage_from_message(message: session_pb2.Usage) -> Usage:
     )
 
 
+def curve_to_message(curve: CostCurve) -> bundle_pb2.CostCurve:
+    return bundle_pb2.CostCurve(
+        feature_number=curve.feature_number,
+        knots=[bundle_pb2.CostKnot(size=knot.size, unit_nanos=knot.unit_nanos) for knot in curve.knots],
+        spread_permille=curve.spread_permille,
+        note=curve.note,
+    )
+
+
+def curve_from_message(message: bundle_pb2.CostCurve) -> CostCurve:
+    return CostCurve(
+        feature_number=message.feature_number,
+        knots=tuple([CostKnot(knot.size, knot.unit_nanos) for knot in message.knots]),
+        spread_permille=message.spread_permille,
+        note=message.note,
+    )
+
+
 def report_to_message(report: InspectionReport) -> bundle_pb2.InspectionReport:
     return bundle_pb2.InspectionReport(
         bundle_digest=report.bundle_digest,
@@ -132,6 +151,8 @@ def report_to_message(report: InspectionReport) -> bundle_pb2.InspectionReport:
         memory_bytes_peak=report.memory_bytes_peak,
         execution_class=report.execution_class,
         inspected_seconds=report.inspected_seconds,
+        cost=curve_to_message(report.cost) if report.cost is not None else None,
+        flops_per_row=report.flops_per_row,
     )
 
 
@@ -149,6 +170,8 @@ def report_from_message(message: bundle_pb2.InspectionReport) -> InspectionRepor
         memory_bytes_peak=message.memory_bytes_peak,
         execution_class=message.execution_class,
         inspected_seconds=message.inspected_seconds,
+        cost=curve_from_message(message.cost) if message.HasField("cost") else None,
+        flops_per_row=message.flops_per_row,
     )
 
 
@@ -167,6 +190,7 @@ def capability_to_message(capability: Capability) -> capability_pb2.Capability:
         # A set has no order and bytes must not depend on the hash seed.
         task_kinds=sorted(kind.value for kind in capability.task_kinds),
         ask_microcredits_per_unit=capability.ask_microcredits_per_unit,
+        network_round_trip_microseconds=capability.network_round_trip_microseconds,
     )
 
 
@@ -184,6 +208,7 @@ def capability_from_message(message: capability_pb2.Capability) -> Capability:
         network_up_bytes_per_s=message.network_up_bytes_per_s,
         task_kinds=frozenset([TaskKind(kind) for kind in message.task_kinds]),
         ask_microcredits_per_unit=message.ask_microcredits_per_unit,
+        network_round_trip_microseconds=message.network_round_trip_microseconds,
     )
 
 
@@ -202,6 +227,7 @@ def _device_to_message(device: Device) -> capability_pb2.Device:
         architecture=device.architecture,
         execution_class=device.execution_class,
         slots=device.slots,
+        claimed_milliunits_per_s=device.claimed_milliunits_per_s,
     )
 
 
@@ -220,6 +246,7 @@ def _device_from_message(message: capability_pb2.Device) -> Device:
         architecture=message.architecture,
         execution_class=message.execution_class,
         slots=message.slots,
+        claimed_milliunits_per_s=message.claimed_milliunits_per_s,
     )
 
 

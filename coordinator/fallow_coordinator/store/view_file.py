@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 from pathlib import Path
 
+from fallow.ids import Digest
 from fallow_coordinator.store.failures import storage_failures
 from fallow_coordinator.store.projection import Changes
 
@@ -145,5 +146,20 @@ def view_rows(path: Path) -> tuple[int, dict[str, list[tuple[object, ...]]]]:
                 for table in _TABLES
             }
             return int(row[0]), rows
+        finally:
+            connection.close()
+
+
+def blob_references(path: Path) -> dict[Digest, int | None]:
+    """Datasets, kept columns and outputs of all jobs that are not deleted, with lengths where the views have them."""
+    with storage_failures(path):
+        connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None)
+        try:
+            found: dict[Digest, int | None] = {
+                Digest(row[0]): None for row in connection.execute("SELECT DISTINCT blob_digest FROM job_blobs")
+            }
+            outputs = "SELECT DISTINCT output_digest, output_length_bytes FROM results WHERE output_digest IS NOT NULL"
+            found.update((Digest(digest), int(length)) for digest, length in connection.execute(outputs))
+            return found
         finally:
             connection.close()

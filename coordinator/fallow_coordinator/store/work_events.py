@@ -81,6 +81,7 @@ def _job_submitted_to(event: ev.JobSubmitted) -> pb.JobSubmitted:
         kept=None if event.kept is None else values.blob_to_message(event.kept),
         policy=event.policy,
         price_microcredits=event.price_microcredits,
+        block_size_sums=[pb.SizeSums(sums=sums) for sums in event.block_size_sums],
     )
 
 
@@ -104,6 +105,7 @@ def _job_submitted_from(message: pb.JobSubmitted) -> ev.JobSubmitted:
         kept=values.blob_from_message(message.kept) if message.HasField("kept") else None,
         policy=message.policy,
         price_microcredits=message.price_microcredits,
+        block_size_sums=tuple([tuple(sizes.sums) for sizes in message.block_size_sums]),
     )
 
 
@@ -126,6 +128,7 @@ def _task_created_to(event: ev.TaskCreated) -> pb.TaskCreated:
         pool_id=event.pool_id,
         spans=[position for span in event.spans for position in span],
         unit_micros=event.unit_micros,
+        challenge_task_id=event.challenge_task_id,
         share_key=event.share_key,
     )
 
@@ -140,6 +143,7 @@ def _task_created_from(message: pb.TaskCreated) -> ev.TaskCreated:
         pool_id=PoolId(message.pool_id),
         spans=tuple(zip(flat[::2], flat[1::2], strict=True)),
         unit_micros=message.unit_micros,
+        challenge_task_id=TaskId(message.challenge_task_id) if message.HasField("challenge_task_id") else None,
         share_key=message.share_key,
     )
 

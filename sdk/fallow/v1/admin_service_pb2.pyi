@@ -604,6 +604,8 @@ class GetStatusResponse(_message.Message):
     STARTED_AT_FIELD_NUMBER: _builtins.int
     COMMITMENTS_FIELD_NUMBER: _builtins.int
     COMMITS_FIELD_NUMBER: _builtins.int
+    SIGNATURES_CHECKED_FIELD_NUMBER: _builtins.int
+    ASSIGN_BUCKETS_FIELD_NUMBER: _builtins.int
     journal_sequence: _builtins.int
     view_sequence: _builtins.int
     """Sequence up to which the follower's views stand."""
@@ -616,10 +618,18 @@ class GetStatusResponse(_message.Message):
     """Commitments recorded since start."""
     commits: _builtins.int
     """Commits of the journal to disk since start."""
+    signatures_checked: _builtins.int
+    """Signatures of workers that were checked since start, and good."""
     @_builtins.property
     def protocol(self) -> _identity_pb2.ProtocolVersion: ...
     @_builtins.property
     def started_at(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def assign_buckets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """How long leases took since start, from the decision (a task waits and a worker has room) until they were handed
+        to the transport: bucket i counts those of up to 0.1 × 2^(i/8) milliseconds.
+        """
+
     def __init__(
         self,
         *,
@@ -634,10 +644,12 @@ class GetStatusResponse(_message.Message):
         started_at: _timestamp_pb2.Timestamp | None = ...,
         commitments: _builtins.int = ...,
         commits: _builtins.int = ...,
+        signatures_checked: _builtins.int = ...,
+        assign_buckets: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["protocol", b"protocol", "started_at", b"started_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["commitments", b"commitments", "commits", b"commits", "epoch", b"epoch", "jobs_unfinished", b"jobs_unfinished", "journal_sequence", b"journal_sequence", "leases", b"leases", "protocol", b"protocol", "resident_bytes", b"resident_bytes", "started_at", b"started_at", "view_sequence", b"view_sequence", "workers_connected", b"workers_connected"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assign_buckets", b"assign_buckets", "commitments", b"commitments", "commits", b"commits", "epoch", b"epoch", "jobs_unfinished", b"jobs_unfinished", "journal_sequence", b"journal_sequence", "leases", b"leases", "protocol", b"protocol", "resident_bytes", b"resident_bytes", "signatures_checked", b"signatures_checked", "started_at", b"started_at", "view_sequence", b"view_sequence", "workers_connected", b"workers_connected"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -365,6 +365,68 @@ class OperatorCount(_message.Message):
 Global___OperatorCount: _TypeAlias = OperatorCount  # noqa: Y015
 
 @_typing.final
+class CostKnot(_message.Message):
+    """What a row of this size costs."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SIZE_FIELD_NUMBER: _builtins.int
+    UNIT_NANOS_FIELD_NUMBER: _builtins.int
+    size: _builtins.int
+    """Of the size feature."""
+    unit_nanos: _builtins.int
+    """10⁻⁹ units."""
+    def __init__(
+        self,
+        *,
+        size: _builtins.int = ...,
+        unit_nanos: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["size", b"size", "unit_nanos", b"unit_nanos"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CostKnot: _TypeAlias = CostKnot  # noqa: Y015
+
+@_typing.final
+class CostCurve(_message.Message):
+    """Cost of a row by its size: straight lines between knots, constant beyond them."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FEATURE_NUMBER_FIELD_NUMBER: _builtins.int
+    KNOTS_FIELD_NUMBER: _builtins.int
+    SPREAD_PERMILLE_FIELD_NUMBER: _builtins.int
+    NOTE_FIELD_NUMBER: _builtins.int
+    feature_number: _builtins.int
+    """Which size feature of the input schema it follows, counted from 1; 0: none, every row costs the same."""
+    spread_permille: _builtins.int
+    """How far repeats of a measurement lay apart."""
+    note: _builtins.str
+    """What was odd about the measurements; empty: nothing."""
+    @_builtins.property
+    def knots(self) -> _containers.RepeatedCompositeFieldContainer[Global___CostKnot]:
+        """1 to 16, rising in size, never falling in cost."""
+
+    def __init__(
+        self,
+        *,
+        feature_number: _builtins.int = ...,
+        knots: _abc.Iterable[Global___CostKnot] | None = ...,
+        spread_permille: _builtins.int = ...,
+        note: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["feature_number", b"feature_number", "knots", b"knots", "note", b"note", "spread_permille", b"spread_permille"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CostCurve: _TypeAlias = CostCurve  # noqa: Y015
+
+@_typing.final
 class InspectionReport(_message.Message):
     """What an operator worker found when it took a bundle apart and ran it."""
 
@@ -382,6 +444,8 @@ class InspectionReport(_message.Message):
     MEMORY_BYTES_PEAK_FIELD_NUMBER: _builtins.int
     EXECUTION_CLASS_FIELD_NUMBER: _builtins.int
     INSPECTED_SECONDS_FIELD_NUMBER: _builtins.int
+    COST_FIELD_NUMBER: _builtins.int
+    FLOPS_PER_ROW_FIELD_NUMBER: _builtins.int
     bundle_digest: _builtins.bytes
     accepted: _builtins.bool
     canonical_batch_rows: _builtins.int
@@ -393,12 +457,18 @@ class InspectionReport(_message.Message):
     memory_bytes_peak: _builtins.int
     execution_class: _builtins.str
     inspected_seconds: _builtins.float
+    flops_per_row: _builtins.int
+    """Multiplications and additions of one row, as the graph tells; 0: unknown."""
     @_builtins.property
     def refusals(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """One sentence each; empty when accepted."""
 
     @_builtins.property
     def operators(self) -> _containers.RepeatedCompositeFieldContainer[Global___OperatorCount]: ...
+    @_builtins.property
+    def cost(self) -> Global___CostCurve:
+        """Unset: from before there were curves; the two numbers above tell."""
+
     def __init__(
         self,
         *,
@@ -414,10 +484,12 @@ class InspectionReport(_message.Message):
         memory_bytes_peak: _builtins.int = ...,
         execution_class: _builtins.str = ...,
         inspected_seconds: _builtins.float = ...,
+        cost: Global___CostCurve | None = ...,
+        flops_per_row: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cost", b"cost"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "bundle_digest", b"bundle_digest", "canonical_batch_rows", b"canonical_batch_rows", "execution_class", b"execution_class", "inspected_seconds", b"inspected_seconds", "memory_bytes_peak", b"memory_bytes_peak", "neighbour_dependent", b"neighbour_dependent", "operators", b"operators", "refusals", b"refusals", "slot_dependent", b"slot_dependent", "unit_micros_per_kib", b"unit_micros_per_kib", "unit_micros_per_row", b"unit_micros_per_row"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "bundle_digest", b"bundle_digest", "canonical_batch_rows", b"canonical_batch_rows", "cost", b"cost", "execution_class", b"execution_class", "flops_per_row", b"flops_per_row", "inspected_seconds", b"inspected_seconds", "memory_bytes_peak", b"memory_bytes_peak", "neighbour_dependent", b"neighbour_dependent", "operators", b"operators", "refusals", b"refusals", "slot_dependent", b"slot_dependent", "unit_micros_per_kib", b"unit_micros_per_kib", "unit_micros_per_row", b"unit_micros_per_row"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

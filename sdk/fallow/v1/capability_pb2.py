@@ -24,21 +24,21 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x66\x61llow/v1/capability.proto\x12\tfallow.v1\"\xa6\x02\n\x06\x44\x65vice\x12\x11\n\tdevice_id\x18\x01 \x01(\t\x12#\n\x04kind\x18\x02 \x01(\x0e\x32\x15.fallow.v1.DeviceKind\x12%\n\x05level\x18\x03 \x01(\x0e\x32\x16.fallow.v1.DeviceLevel\x12\x0e\n\x06vendor\x18\x04 \x01(\t\x12\r\n\x05model\x18\x05 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x06 \x01(\x04\x12\x11\n\tproviders\x18\x07 \x03(\t\x12\x16\n\x0e\x64river_version\x18\x08 \x01(\t\x12\x10\n\x08obstacle\x18\t \x01(\t\x12\r\n\x05\x63ores\x18\n \x01(\r\x12\x14\n\x0c\x61rchitecture\x18\x0b \x01(\t\x12\x17\n\x0f\x65xecution_class\x18\x0c \x01(\t\x12\r\n\x05slots\x18\r \x01(\r\"\xd3\x02\n\nCapability\x12\"\n\x07\x64\x65vices\x18\x01 \x03(\x0b\x32\x11.fallow.v1.Device\x12.\n\rsandbox_level\x18\x02 \x01(\x0e\x32\x17.fallow.v1.SandboxLevel\x12\x19\n\x11memory_bytes_free\x18\x03 \x01(\x04\x12\x10\n\x08\x65xecutor\x18\x04 \x01(\t\x12\r\n\x05nodes\x18\x05 \x01(\r\x12\x18\n\x10operating_system\x18\x06 \x01(\t\x12\x0e\n\x06region\x18\x07 \x01(\t\x12\x12\n\non_battery\x18\x08 \x01(\x08\x12 \n\x18network_down_bytes_per_s\x18\t \x01(\x04\x12\x1e\n\x16network_up_bytes_per_s\x18\n \x01(\x04\x12\x12\n\ntask_kinds\x18\x0b \x03(\t\x12!\n\x19\x61sk_microcredits_per_unit\x18\x0c \x01(\x04*h\n\nDeviceKind\x12\x1b\n\x17\x44\x45VICE_KIND_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x44\x45VICE_KIND_CPU\x10\x01\x12\x13\n\x0f\x44\x45VICE_KIND_GPU\x10\x02\x12\x13\n\x0f\x44\x45VICE_KIND_NPU\x10\x03*y\n\x0b\x44\x65viceLevel\x12\x1c\n\x18\x44\x45VICE_LEVEL_UNSPECIFIED\x10\x00\x12\x18\n\x14\x44\x45VICE_LEVEL_PRESENT\x10\x01\x12\x17\n\x13\x44\x45VICE_LEVEL_USABLE\x10\x02\x12\x19\n\x15\x44\x45VICE_LEVEL_MEASURED\x10\x03*\x93\x01\n\x0cSandboxLevel\x12\x1d\n\x19SANDBOX_LEVEL_UNSPECIFIED\x10\x00\x12\x16\n\x12SANDBOX_LEVEL_NONE\x10\x01\x12\x18\n\x14SANDBOX_LEVEL_LIMITS\x10\x02\x12\x1a\n\x16SANDBOX_LEVEL_NO_FILES\x10\x03\x12\x16\n\x12SANDBOX_LEVEL_FULL\x10\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x66\x61llow/v1/capability.proto\x12\tfallow.v1\"\xc8\x02\n\x06\x44\x65vice\x12\x11\n\tdevice_id\x18\x01 \x01(\t\x12#\n\x04kind\x18\x02 \x01(\x0e\x32\x15.fallow.v1.DeviceKind\x12%\n\x05level\x18\x03 \x01(\x0e\x32\x16.fallow.v1.DeviceLevel\x12\x0e\n\x06vendor\x18\x04 \x01(\t\x12\r\n\x05model\x18\x05 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x06 \x01(\x04\x12\x11\n\tproviders\x18\x07 \x03(\t\x12\x16\n\x0e\x64river_version\x18\x08 \x01(\t\x12\x10\n\x08obstacle\x18\t \x01(\t\x12\r\n\x05\x63ores\x18\n \x01(\r\x12\x14\n\x0c\x61rchitecture\x18\x0b \x01(\t\x12\x17\n\x0f\x65xecution_class\x18\x0c \x01(\t\x12\r\n\x05slots\x18\r \x01(\r\x12 \n\x18\x63laimed_milliunits_per_s\x18\x0e \x01(\x04\"\xfc\x02\n\nCapability\x12\"\n\x07\x64\x65vices\x18\x01 \x03(\x0b\x32\x11.fallow.v1.Device\x12.\n\rsandbox_level\x18\x02 \x01(\x0e\x32\x17.fallow.v1.SandboxLevel\x12\x19\n\x11memory_bytes_free\x18\x03 \x01(\x04\x12\x10\n\x08\x65xecutor\x18\x04 \x01(\t\x12\r\n\x05nodes\x18\x05 \x01(\r\x12\x18\n\x10operating_system\x18\x06 \x01(\t\x12\x0e\n\x06region\x18\x07 \x01(\t\x12\x12\n\non_battery\x18\x08 \x01(\x08\x12 \n\x18network_down_bytes_per_s\x18\t \x01(\x04\x12\x1e\n\x16network_up_bytes_per_s\x18\n \x01(\x04\x12\x12\n\ntask_kinds\x18\x0b \x03(\t\x12!\n\x19\x61sk_microcredits_per_unit\x18\x0c \x01(\x04\x12\'\n\x1fnetwork_round_trip_microseconds\x18\r \x01(\x04*h\n\nDeviceKind\x12\x1b\n\x17\x44\x45VICE_KIND_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x44\x45VICE_KIND_CPU\x10\x01\x12\x13\n\x0f\x44\x45VICE_KIND_GPU\x10\x02\x12\x13\n\x0f\x44\x45VICE_KIND_NPU\x10\x03*y\n\x0b\x44\x65viceLevel\x12\x1c\n\x18\x44\x45VICE_LEVEL_UNSPECIFIED\x10\x00\x12\x18\n\x14\x44\x45VICE_LEVEL_PRESENT\x10\x01\x12\x17\n\x13\x44\x45VICE_LEVEL_USABLE\x10\x02\x12\x19\n\x15\x44\x45VICE_LEVEL_MEASURED\x10\x03*\x93\x01\n\x0cSandboxLevel\x12\x1d\n\x19SANDBOX_LEVEL_UNSPECIFIED\x10\x00\x12\x16\n\x12SANDBOX_LEVEL_NONE\x10\x01\x12\x18\n\x14SANDBOX_LEVEL_LIMITS\x10\x02\x12\x1a\n\x16SANDBOX_LEVEL_NO_FILES\x10\x03\x12\x16\n\x12SANDBOX_LEVEL_FULL\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'fallow.v1.capability_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DEVICEKIND']._serialized_start=680
-  _globals['_DEVICEKIND']._serialized_end=784
-  _globals['_DEVICELEVEL']._serialized_start=786
-  _globals['_DEVICELEVEL']._serialized_end=907
-  _globals['_SANDBOXLEVEL']._serialized_start=910
-  _globals['_SANDBOXLEVEL']._serialized_end=1057
+  _globals['_DEVICEKIND']._serialized_start=755
+  _globals['_DEVICEKIND']._serialized_end=859
+  _globals['_DEVICELEVEL']._serialized_start=861
+  _globals['_DEVICELEVEL']._serialized_end=982
+  _globals['_SANDBOXLEVEL']._serialized_start=985
+  _globals['_SANDBOXLEVEL']._serialized_end=1132
   _globals['_DEVICE']._serialized_start=42
-  _globals['_DEVICE']._serialized_end=336
-  _globals['_CAPABILITY']._serialized_start=339
-  _globals['_CAPABILITY']._serialized_end=678
+  _globals['_DEVICE']._serialized_end=370
+  _globals['_CAPABILITY']._serialized_start=373
+  _globals['_CAPABILITY']._serialized_end=753
 # @@protoc_insertion_point(module_scope)

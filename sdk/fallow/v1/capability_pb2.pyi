@@ -110,6 +110,7 @@ class Device(_message.Message):
     ARCHITECTURE_FIELD_NUMBER: _builtins.int
     EXECUTION_CLASS_FIELD_NUMBER: _builtins.int
     SLOTS_FIELD_NUMBER: _builtins.int
+    CLAIMED_MILLIUNITS_PER_S_FIELD_NUMBER: _builtins.int
     device_id: _builtins.str
     """Stable within the worker: `cpu-0`, `gpu-0`."""
     kind: Global___DeviceKind.ValueType
@@ -127,6 +128,8 @@ class Device(_message.Message):
     """Everything that decides output bits on this device."""
     slots: _builtins.int
     """Leases this device works on at once."""
+    claimed_milliunits_per_s: _builtins.int
+    """Speed it says it has in float32, in thousandths of a unit a second; challenges are sized to it. 0: it says nothing."""
     @_builtins.property
     def providers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Runtime providers that ran here, best first."""
@@ -147,10 +150,11 @@ class Device(_message.Message):
         architecture: _builtins.str = ...,
         execution_class: _builtins.str = ...,
         slots: _builtins.int = ...,
+        claimed_milliunits_per_s: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "cores", b"cores", "device_id", b"device_id", "driver_version", b"driver_version", "execution_class", b"execution_class", "kind", b"kind", "level", b"level", "memory_bytes", b"memory_bytes", "model", b"model", "obstacle", b"obstacle", "providers", b"providers", "slots", b"slots", "vendor", b"vendor"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "claimed_milliunits_per_s", b"claimed_milliunits_per_s", "cores", b"cores", "device_id", b"device_id", "driver_version", b"driver_version", "execution_class", b"execution_class", "kind", b"kind", "level", b"level", "memory_bytes", b"memory_bytes", "model", b"model", "obstacle", b"obstacle", "providers", b"providers", "slots", b"slots", "vendor", b"vendor"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -174,6 +178,7 @@ class Capability(_message.Message):
     NETWORK_UP_BYTES_PER_S_FIELD_NUMBER: _builtins.int
     TASK_KINDS_FIELD_NUMBER: _builtins.int
     ASK_MICROCREDITS_PER_UNIT_FIELD_NUMBER: _builtins.int
+    NETWORK_ROUND_TRIP_MICROSECONDS_FIELD_NUMBER: _builtins.int
     sandbox_level: Global___SandboxLevel.ValueType
     memory_bytes_free: _builtins.int
     executor: _builtins.str
@@ -187,6 +192,8 @@ class Capability(_message.Message):
     network_up_bytes_per_s: _builtins.int
     ask_microcredits_per_unit: _builtins.int
     """Asked price, micro-credits for each unit; 0: donates."""
+    network_round_trip_microseconds: _builtins.int
+    """Shortest round trip to the coordinator that it has seen, in microseconds; 0: not known."""
     @_builtins.property
     def devices(self) -> _containers.RepeatedCompositeFieldContainer[Global___Device]: ...
     @_builtins.property
@@ -208,10 +215,11 @@ class Capability(_message.Message):
         network_up_bytes_per_s: _builtins.int = ...,
         task_kinds: _abc.Iterable[_builtins.str] | None = ...,
         ask_microcredits_per_unit: _builtins.int = ...,
+        network_round_trip_microseconds: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ask_microcredits_per_unit", b"ask_microcredits_per_unit", "devices", b"devices", "executor", b"executor", "memory_bytes_free", b"memory_bytes_free", "network_down_bytes_per_s", b"network_down_bytes_per_s", "network_up_bytes_per_s", b"network_up_bytes_per_s", "nodes", b"nodes", "on_battery", b"on_battery", "operating_system", b"operating_system", "region", b"region", "sandbox_level", b"sandbox_level", "task_kinds", b"task_kinds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ask_microcredits_per_unit", b"ask_microcredits_per_unit", "devices", b"devices", "executor", b"executor", "memory_bytes_free", b"memory_bytes_free", "network_down_bytes_per_s", b"network_down_bytes_per_s", "network_round_trip_microseconds", b"network_round_trip_microseconds", "network_up_bytes_per_s", b"network_up_bytes_per_s", "nodes", b"nodes", "on_battery", b"on_battery", "operating_system", b"operating_system", "region", b"region", "sandbox_level", b"sandbox_level", "task_kinds", b"task_kinds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -83,6 +83,28 @@ CAUSE_PLATFORM: Cause.ValueType  # 4
 CAUSE_OWNER_PREEMPT: Cause.ValueType  # 5
 Global___Cause: _TypeAlias = Cause  # noqa: Y015
 
+class _ChallengeKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ChallengeKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ChallengeKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    CHALLENGE_KIND_UNSPECIFIED: _ChallengeKind.ValueType  # 0
+    CHALLENGE_KIND_SPEED: _ChallengeKind.ValueType  # 1
+    """Products of seeded matrices in a declared precision."""
+    CHALLENGE_KIND_MEMORY: _ChallengeKind.ValueType  # 2
+    """Memory filled by a walk in which each block depends on earlier ones."""
+
+class ChallengeKind(_ChallengeKind, metaclass=_ChallengeKindEnumTypeWrapper):
+    """What a challenge measures."""
+
+CHALLENGE_KIND_UNSPECIFIED: ChallengeKind.ValueType  # 0
+CHALLENGE_KIND_SPEED: ChallengeKind.ValueType  # 1
+"""Products of seeded matrices in a declared precision."""
+CHALLENGE_KIND_MEMORY: ChallengeKind.ValueType  # 2
+"""Memory filled by a walk in which each block depends on earlier ones."""
+Global___ChallengeKind: _TypeAlias = ChallengeKind  # noqa: Y015
+
 @_typing.final
 class HeldLease(_message.Message):
     """A lease that a worker holds when it opens a session."""
@@ -122,10 +144,13 @@ class Hello(_message.Message):
     CAPABILITY_FIELD_NUMBER: _builtins.int
     WINDOW_FIELD_NUMBER: _builtins.int
     HELD_LEASES_FIELD_NUMBER: _builtins.int
+    TAKES_SEVERAL_FIELD_NUMBER: _builtins.int
     resume_token: _builtins.bytes
     """Empty on a first session; else the token of the last Welcome."""
     window: _builtins.int
     """Leases this worker is ready to hold at once."""
+    takes_several: _builtins.bool
+    """True when this worker understands `several`; else it gets every message by itself."""
     @_builtins.property
     def protocol(self) -> _identity_pb2.ProtocolVersion: ...
     @_builtins.property
@@ -140,10 +165,11 @@ class Hello(_message.Message):
         capability: _capability_pb2.Capability | None = ...,
         window: _builtins.int = ...,
         held_leases: _abc.Iterable[Global___HeldLease] | None = ...,
+        takes_several: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["capability", b"capability", "protocol", b"protocol"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capability", b"capability", "held_leases", b"held_leases", "protocol", b"protocol", "resume_token", b"resume_token", "window", b"window"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capability", b"capability", "held_leases", b"held_leases", "protocol", b"protocol", "resume_token", b"resume_token", "takes_several", b"takes_several", "window", b"window"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -494,6 +520,114 @@ class GrantsWanted(_message.Message):
 Global___GrantsWanted: _TypeAlias = GrantsWanted  # noqa: Y015
 
 @_typing.final
+class ChallengePlan(_message.Message):
+    """Seeded work by which a device shows its speed or its memory (docs/protocol.md)."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DEVICE_ID_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    PRECISION_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    INNER_FIELD_NUMBER: _builtins.int
+    COLUMNS_FIELD_NUMBER: _builtins.int
+    STEPS_FIELD_NUMBER: _builtins.int
+    FILL_BYTES_FIELD_NUMBER: _builtins.int
+    SAMPLES_FIELD_NUMBER: _builtins.int
+    device_id: _builtins.str
+    kind: Global___ChallengeKind.ValueType
+    seed: _builtins.bytes
+    """32 bytes from which everything follows."""
+    precision: _bundle_pb2.Precision.ValueType
+    rows: _builtins.int
+    """SPEED: `steps` products of a (rows, inner) by an (inner, columns) matrix."""
+    inner: _builtins.int
+    columns: _builtins.int
+    steps: _builtins.int
+    fill_bytes: _builtins.int
+    """MEMORY: how much to fill."""
+    samples: _builtins.int
+    """Rows, or blocks, to show."""
+    def __init__(
+        self,
+        *,
+        device_id: _builtins.str = ...,
+        kind: Global___ChallengeKind.ValueType = ...,
+        seed: _builtins.bytes = ...,
+        precision: _bundle_pb2.Precision.ValueType = ...,
+        rows: _builtins.int = ...,
+        inner: _builtins.int = ...,
+        columns: _builtins.int = ...,
+        steps: _builtins.int = ...,
+        fill_bytes: _builtins.int = ...,
+        samples: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["columns", b"columns", "device_id", b"device_id", "fill_bytes", b"fill_bytes", "inner", b"inner", "kind", b"kind", "precision", b"precision", "rows", b"rows", "samples", b"samples", "seed", b"seed", "steps", b"steps"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ChallengePlan: _TypeAlias = ChallengePlan  # noqa: Y015
+
+@_typing.final
+class LeaseSeen(_message.Message):
+    """The lease of a challenge has arrived: said at once, so that the round trip is known."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEASE_ID_FIELD_NUMBER: _builtins.int
+    FENCE_FIELD_NUMBER: _builtins.int
+    lease_id: _builtins.str
+    fence: _builtins.int
+    def __init__(
+        self,
+        *,
+        lease_id: _builtins.str = ...,
+        fence: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fence", b"fence", "lease_id", b"lease_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LeaseSeen: _TypeAlias = LeaseSeen  # noqa: Y015
+
+@_typing.final
+class Checked(_message.Message):
+    """An answer to a CHECK lease. Signed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEASE_ID_FIELD_NUMBER: _builtins.int
+    FENCE_FIELD_NUMBER: _builtins.int
+    HOLDS_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    lease_id: _builtins.str
+    fence: _builtins.int
+    holds: _builtins.bool
+    """True when the answer is what the device had to work out."""
+    reason: _builtins.str
+    """Why not, at most 256 bytes; empty when it holds."""
+    def __init__(
+        self,
+        *,
+        lease_id: _builtins.str = ...,
+        fence: _builtins.int = ...,
+        holds: _builtins.bool = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fence", b"fence", "holds", b"holds", "lease_id", b"lease_id", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Checked: _TypeAlias = Checked  # noqa: Y015
+
+@_typing.final
 class Draining(_message.Message):
     """The worker takes no further leases and will leave when it has finished."""
 
@@ -530,6 +664,8 @@ class WorkerMessage(_message.Message):
     LEASE_RETURNED_FIELD_NUMBER: _builtins.int
     GRANTS_WANTED_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
+    LEASE_SEEN_FIELD_NUMBER: _builtins.int
+    CHECKED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___Hello: ...
     @_builtins.property
@@ -550,6 +686,10 @@ class WorkerMessage(_message.Message):
     def grants_wanted(self) -> Global___GrantsWanted: ...
     @_builtins.property
     def draining(self) -> Global___Draining: ...
+    @_builtins.property
+    def lease_seen(self) -> Global___LeaseSeen: ...
+    @_builtins.property
+    def checked(self) -> Global___Checked: ...
     def __init__(
         self,
         *,
@@ -563,12 +703,14 @@ class WorkerMessage(_message.Message):
         lease_returned: Global___LeaseReturned | None = ...,
         grants_wanted: Global___GrantsWanted | None = ...,
         draining: Global___Draining | None = ...,
+        lease_seen: Global___LeaseSeen | None = ...,
+        checked: Global___Checked | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["capability_changed", b"capability_changed", "commitment", b"commitment", "delivery", b"delivery", "draining", b"draining", "grants_wanted", b"grants_wanted", "heartbeat", b"heartbeat", "hello", b"hello", "inspection", b"inspection", "kind", b"kind", "lease_returned", b"lease_returned", "task_failed", b"task_failed"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["capability_changed", b"capability_changed", "checked", b"checked", "commitment", b"commitment", "delivery", b"delivery", "draining", b"draining", "grants_wanted", b"grants_wanted", "heartbeat", b"heartbeat", "hello", b"hello", "inspection", b"inspection", "kind", b"kind", "lease_returned", b"lease_returned", "lease_seen", b"lease_seen", "task_failed", b"task_failed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capability_changed", b"capability_changed", "commitment", b"commitment", "delivery", b"delivery", "draining", b"draining", "grants_wanted", b"grants_wanted", "heartbeat", b"heartbeat", "hello", b"hello", "inspection", b"inspection", "kind", b"kind", "lease_returned", b"lease_returned", "task_failed", b"task_failed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capability_changed", b"capability_changed", "checked", b"checked", "commitment", b"commitment", "delivery", b"delivery", "draining", b"draining", "grants_wanted", b"grants_wanted", "heartbeat", b"heartbeat", "hello", b"hello", "inspection", b"inspection", "kind", b"kind", "lease_returned", b"lease_returned", "lease_seen", b"lease_seen", "task_failed", b"task_failed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["hello", "heartbeat", "capability_changed", "commitment", "delivery", "inspection", "task_failed", "lease_returned", "grants_wanted", "draining"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["hello", "heartbeat", "capability_changed", "commitment", "delivery", "inspection", "task_failed", "lease_returned", "grants_wanted", "draining", "lease_seen", "checked"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -684,6 +826,7 @@ class Lease(_message.Message):
     UNIT_MICROS_FIELD_NUMBER: _builtins.int
     POOL_ID_FIELD_NUMBER: _builtins.int
     LATENCY_MS_MAX_FIELD_NUMBER: _builtins.int
+    CHALLENGE_FIELD_NUMBER: _builtins.int
     lease_id: _builtins.str
     fence: _builtins.int
     """Only grows, for each task; a message with an older one changes nothing."""
@@ -720,6 +863,10 @@ class Lease(_message.Message):
     def slots(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Slot of each row in its batch; empty: in order."""
 
+    @_builtins.property
+    def challenge(self) -> Global___ChallengePlan:
+        """Of CHALLENGE and CHECK: what to work out, or what was to be worked out."""
+
     def __init__(
         self,
         *,
@@ -741,10 +888,11 @@ class Lease(_message.Message):
         unit_micros: _builtins.int = ...,
         pool_id: _builtins.str = ...,
         latency_ms_max: _builtins.int = ...,
+        challenge: Global___ChallengePlan | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["deadline", b"deadline", "input", b"input", "input_grant", b"input_grant", "offer", b"offer", "runtime_max", b"runtime_max"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["challenge", b"challenge", "deadline", b"deadline", "input", b"input", "input_grant", b"input_grant", "offer", b"offer", "runtime_max", b"runtime_max"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["buckets", b"buckets", "bundle_digest", b"bundle_digest", "deadline", b"deadline", "fence", b"fence", "inline_input", b"inline_input", "input", b"input", "input_grant", b"input_grant", "kind", b"kind", "latency_ms_max", b"latency_ms_max", "lease_id", b"lease_id", "offer", b"offer", "output_bytes_max", b"output_bytes_max", "pool_id", b"pool_id", "precision", b"precision", "rows", b"rows", "runtime_max", b"runtime_max", "slots", b"slots", "unit_micros", b"unit_micros"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["buckets", b"buckets", "bundle_digest", b"bundle_digest", "challenge", b"challenge", "deadline", b"deadline", "fence", b"fence", "inline_input", b"inline_input", "input", b"input", "input_grant", b"input_grant", "kind", b"kind", "latency_ms_max", b"latency_ms_max", "lease_id", b"lease_id", "offer", b"offer", "output_bytes_max", b"output_bytes_max", "pool_id", b"pool_id", "precision", b"precision", "rows", b"rows", "runtime_max", b"runtime_max", "slots", b"slots", "unit_micros", b"unit_micros"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -923,6 +1071,66 @@ class Goodbye(_message.Message):
 Global___Goodbye: _TypeAlias = Goodbye  # noqa: Y015
 
 @_typing.final
+class DeviceStanding(_message.Message):
+    """What challenges have shown of a device of the worker, or that it counts no more."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DEVICE_ID_FIELD_NUMBER: _builtins.int
+    UNITS_MILLI_PER_S_FIELD_NUMBER: _builtins.int
+    MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    EXPIRES_AT_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    device_id: _builtins.str
+    units_milli_per_s: _builtins.int
+    """In float32, in thousandths of a unit a second; 0: the device has no certificate."""
+    memory_bytes: _builtins.int
+    reason: _builtins.str
+    """Why it has none."""
+    @_builtins.property
+    def expires_at(self) -> _timestamp_pb2.Timestamp:
+        """Unset: the device has no certificate."""
+
+    def __init__(
+        self,
+        *,
+        device_id: _builtins.str = ...,
+        units_milli_per_s: _builtins.int = ...,
+        memory_bytes: _builtins.int = ...,
+        expires_at: _timestamp_pb2.Timestamp | None = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["expires_at", b"expires_at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_id", b"device_id", "expires_at", b"expires_at", "memory_bytes", b"memory_bytes", "reason", b"reason", "units_milli_per_s", b"units_milli_per_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeviceStanding: _TypeAlias = DeviceStanding  # noqa: Y015
+
+@_typing.final
+class SeveralMessages(_message.Message):
+    """What became true together, in order: one signature for all. None of them is a Welcome or `several` again."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MESSAGES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___CoordinatorMessage]: ...
+    def __init__(
+        self,
+        *,
+        messages: _abc.Iterable[Global___CoordinatorMessage] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["messages", b"messages"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SeveralMessages: _TypeAlias = SeveralMessages  # noqa: Y015
+
+@_typing.final
 class CoordinatorMessage(_message.Message):
     """What the coordinator says."""
 
@@ -936,6 +1144,8 @@ class CoordinatorMessage(_message.Message):
     REFUSED_FIELD_NUMBER: _builtins.int
     GRANTS_RENEWED_FIELD_NUMBER: _builtins.int
     GOODBYE_FIELD_NUMBER: _builtins.int
+    DEVICE_STANDING_FIELD_NUMBER: _builtins.int
+    SEVERAL_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___Welcome: ...
     @_builtins.property
@@ -952,6 +1162,10 @@ class CoordinatorMessage(_message.Message):
     def grants_renewed(self) -> Global___GrantsRenewed: ...
     @_builtins.property
     def goodbye(self) -> Global___Goodbye: ...
+    @_builtins.property
+    def device_standing(self) -> Global___DeviceStanding: ...
+    @_builtins.property
+    def several(self) -> Global___SeveralMessages: ...
     def __init__(
         self,
         *,
@@ -963,12 +1177,14 @@ class CoordinatorMessage(_message.Message):
         refused: Global___Refused | None = ...,
         grants_renewed: Global___GrantsRenewed | None = ...,
         goodbye: Global___Goodbye | None = ...,
+        device_standing: Global___DeviceStanding | None = ...,
+        several: Global___SeveralMessages | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["goodbye", b"goodbye", "grants_renewed", b"grants_renewed", "kind", b"kind", "lease", b"lease", "lease_revoked", b"lease_revoked", "refused", b"refused", "settled", b"settled", "upload_offer", b"upload_offer", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["device_standing", b"device_standing", "goodbye", b"goodbye", "grants_renewed", b"grants_renewed", "kind", b"kind", "lease", b"lease", "lease_revoked", b"lease_revoked", "refused", b"refused", "settled", b"settled", "several", b"several", "upload_offer", b"upload_offer", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["goodbye", b"goodbye", "grants_renewed", b"grants_renewed", "kind", b"kind", "lease", b"lease", "lease_revoked", b"lease_revoked", "refused", b"refused", "settled", b"settled", "upload_offer", b"upload_offer", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_standing", b"device_standing", "goodbye", b"goodbye", "grants_renewed", b"grants_renewed", "kind", b"kind", "lease", b"lease", "lease_revoked", b"lease_revoked", "refused", b"refused", "settled", b"settled", "several", b"several", "upload_offer", b"upload_offer", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["welcome", "lease", "upload_offer", "settled", "lease_revoked", "refused", "grants_renewed", "goodbye"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["welcome", "lease", "upload_offer", "settled", "lease_revoked", "refused", "grants_renewed", "goodbye", "device_standing", "several"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 

@@ -15,6 +15,7 @@ from fallow.bundle import (
     Stage,
     TopKHead,
 )
+from fallow.cost import CostCurve, CostKnot
 from fallow.errors import FallowError, Reason
 from fallow.limits import (
     BUNDLE_FILES_MAX,
@@ -104,6 +105,26 @@ def decode_manifest(data: bytes) -> BundleManifest:
         ) from None
 
 
+def curve_to_message(curve: CostCurve) -> bundle_pb2.CostCurve:
+    """The protobuf form of a cost curve."""
+    return bundle_pb2.CostCurve(
+        feature_number=curve.feature_number,
+        knots=[bundle_pb2.CostKnot(size=knot.size, unit_nanos=knot.unit_nanos) for knot in curve.knots],
+        spread_permille=curve.spread_permille,
+        note=curve.note,
+    )
+
+
+def curve_from_message(message: bundle_pb2.CostCurve) -> CostCurve:
+    """The cost curve that a message describes."""
+    return CostCurve(
+        feature_number=message.feature_number,
+        knots=tuple([CostKnot(knot.size, knot.unit_nanos) for knot in message.knots]),
+        spread_permille=message.spread_permille,
+        note=message.note,
+    )
+
+
 def report_to_message(report: InspectionReport) -> bundle_pb2.InspectionReport:
     """The protobuf form of a report."""
     return bundle_pb2.InspectionReport(
@@ -119,6 +140,8 @@ def report_to_message(report: InspectionReport) -> bundle_pb2.InspectionReport:
         memory_bytes_peak=report.memory_bytes_peak,
         execution_class=report.execution_class,
         inspected_seconds=report.inspected_seconds,
+        cost=curve_to_message(report.cost) if report.cost is not None else None,
+        flops_per_row=report.flops_per_row,
     )
 
 
@@ -144,6 +167,8 @@ def report_from_message(message: bundle_pb2.InspectionReport) -> InspectionRepor
         memory_bytes_peak=message.memory_bytes_peak,
         execution_class=message.execution_class,
         inspected_seconds=message.inspected_seconds,
+        cost=curve_from_message(message.cost) if message.HasField("cost") else None,
+        flops_per_row=message.flops_per_row,
     )
 
 

@@ -27,6 +27,7 @@ def capability_to_message(capability: Capability) -> capability_pb2.Capability:
         network_up_bytes_per_s=capability.network_up_bytes_per_s,
         task_kinds=sorted(kind.value for kind in capability.task_kinds),
         ask_microcredits_per_unit=capability.ask_microcredits_per_unit,
+        network_round_trip_microseconds=capability.network_round_trip_microseconds,
     )
 
 
@@ -60,6 +61,7 @@ def capability_from_message(message: capability_pb2.Capability) -> Capability:
         network_up_bytes_per_s=message.network_up_bytes_per_s,
         task_kinds=frozenset(known[name] for name in message.task_kinds if name in known),
         ask_microcredits_per_unit=message.ask_microcredits_per_unit,
+        network_round_trip_microseconds=message.network_round_trip_microseconds,
     )
 
 
@@ -78,6 +80,7 @@ def _device_to_message(device: Device) -> capability_pb2.Device:
         architecture=device.architecture,
         execution_class=device.execution_class,
         slots=device.slots,
+        claimed_milliunits_per_s=device.claimed_milliunits_per_s,
     )
 
 
@@ -96,4 +99,5 @@ def _device_from_message(message: capability_pb2.Device, field: str) -> Device:
         architecture=message.architecture,
         execution_class=message.execution_class,
         slots=message.slots,
+        claimed_milliunits_per_s=message.claimed_milliunits_per_s,
     )

@@ -6,6 +6,7 @@ from enum import StrEnum
 from typing import Any, Generic, TypeVar
 
 from fallow.bundle import Precision, ProgramFormat
+from fallow.challenge import ChallengeKind
 from fallow.errors import FallowError, Reason
 from fallow.job import JobState, Objective
 from fallow.roles import DataClass, Role, Tier
@@ -53,6 +54,7 @@ PRECISIONS = EnumTable(Precision, bundle_pb2.Precision, "PRECISION")
 PROGRAM_FORMATS = EnumTable(ProgramFormat, bundle_pb2.ProgramFormat, "PROGRAM_FORMAT")
 TASK_KINDS = EnumTable(TaskKind, session_pb2.TaskKind, "TASK_KIND")
 CAUSES = EnumTable(Cause, session_pb2.Cause, "CAUSE")
+CHALLENGE_KINDS = EnumTable(ChallengeKind, session_pb2.ChallengeKind, "CHALLENGE_KIND")
 DEVICE_KINDS = EnumTable(DeviceKind, capability_pb2.DeviceKind, "DEVICE_KIND")
 DEVICE_LEVELS = EnumTable(DeviceLevel, capability_pb2.DeviceLevel, "DEVICE_LEVEL")
 SANDBOX_LEVELS = EnumTable(SandboxLevel, capability_pb2.SandboxLevel, "SANDBOX_LEVEL")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from google.protobuf.message import DecodeError
 
@@ -12,6 +13,7 @@ from fallow.limits import (
     IDENTIFIER_BYTES_MAX,
     INLINE_PAYLOAD_BYTES_MAX,
     LEASES_PER_WORKER_MAX,
+    MESSAGES_TOGETHER_MAX,
     NAMED_FACT_BYTES_MAX,
     ROW_FAILURE_REASON_BYTES_MAX,
     ROW_FAILURES_LISTED_PER_TASK_MAX,
@@ -20,9 +22,11 @@ from fallow.session import (
     BundleOffer,
     CapabilityChanged,
     Cause,
+    Checked,
     Commitment,
     CoordinatorMessage,
     Delivery,
+    DeviceStanding,
     Draining,
     Goodbye,
     GrantsRenewed,
@@ -35,6 +39,7 @@ from fallow.session import (
     LeaseProgress,
     LeaseReturned,
     LeaseRevoked,
+    LeaseSeen,
     Refused,
     RowFailure,
     Settled,
@@ -56,6 +61,14 @@ from fallow.wire.blob import (
 )
 from fallow.wire.bundle import report_from_message, report_to_message
 from fallow.wire.capability import capability_from_message, capability_to_message
+from fallow.wire.challenge import (
+    checked_from_message,
+    checked_to_message,
+    plan_from_message,
+    plan_to_message,
+    standing_from_message,
+    standing_to_message,
+)
 from fallow.wire.enums import CAUSES, PRECISIONS, TASK_KINDS
 from fallow.wire.moments import duration_from_message, duration_to_message, moment_from_message, moment_to_message
 
@@ -86,6 +99,33 @@ def decode_coordinator_message(data: bytes) -> CoordinatorMessage:
     except DecodeError:
         raise _malformed("coordinator message") from None
     return _coordinator_value(message)
+
+
+def encode_coordinator_messages(messages: Sequence[CoordinatorMessage]) -> bytes:
+    """The exact bytes of messages that travel as one; of a single message, its own."""
+    if len(messages) == 1:
+        return encode_coordinator_message(messages[0])
+    assert 1 < len(messages) <= MESSAGES_TOGETHER_MAX, "messages that travel as one are counted"
+    together = session_pb2.SeveralMessages(messages=[_coordinator_message(message) for message in messages])
+    return session_pb2.CoordinatorMessage(several=together).SerializeToString(deterministic=True)
+
+
+def decode_coordinator_messages(data: bytes) -> tuple[CoordinatorMessage, ...]:
+    """The messages in these bytes, in order, at least one. Raises as `decode_coordinator_message`, LIMIT_EXCEEDED."""
+    try:
+        message = session_pb2.CoordinatorMessage.FromString(data)
+    except DecodeError:
+        raise _malformed("coordinator message") from None
+    if message.WhichOneof("kind") != "several":
+        return (_coordinator_value(message),)
+    if not 1 <= len(message.several.messages) <= MESSAGES_TOGETHER_MAX:
+        raise FallowError(
+            Reason.LIMIT_EXCEEDED,
+            f"{len(message.several.messages)} messages as one",
+            field="several.messages",
+            limit=f"1 to {MESSAGES_TOGETHER_MAX}",
+        )
+    return tuple([_coordinator_value(one) for one in message.several.messages])
 
 
 # ---------------------------------------------------------------------------------------------- parts
@@ -195,6 +235,10 @@ def _worker_message(message: WorkerMessage) -> session_pb2.WorkerMessage:
             return session_pb2.WorkerMessage(grants_wanted=session_pb2.GrantsWanted(lease_id=lease_id, fence=fence))
         case Draining(reason):
             return session_pb2.WorkerMessage(draining=session_pb2.Draining(reason=reason))
+        case LeaseSeen(lease_id, fence):
+            return session_pb2.WorkerMessage(lease_seen=session_pb2.LeaseSeen(lease_id=lease_id, fence=fence))
+        case Checked():
+            return session_pb2.WorkerMessage(checked=checked_to_message(message))
 
 
 def _worker_value(message: session_pb2.WorkerMessage) -> WorkerMessage:
@@ -230,6 +274,11 @@ def _worker_value(message: session_pb2.WorkerMessage) -> WorkerMessage:
             return GrantsWanted(_lease_id(message.grants_wanted.lease_id), message.grants_wanted.fence)
         case "draining":
             return Draining(_reason(message.draining.reason, "draining"))
+        case "lease_seen":
+            return LeaseSeen(_lease_id(message.lease_seen.lease_id), message.lease_seen.fence)
+        case "checked":
+            checked = message.checked
+            return checked_from_message(checked, _lease_id(checked.lease_id), _reason(checked.reason, "checked"))
         case _:
             raise FallowError(
                 Reason.FIELD_INVALID, "a worker message of no known kind", field="kind", hint="upgrade the coordinator"
@@ -248,6 +297,7 @@ def _hello_to_message(hello: Hello) -> session_pb2.Hello:
             session_pb2.HeldLease(lease_id=held.lease_id, fence=held.fence, committed=held.committed)
             for held in hello.held_leases
         ],
+        takes_several=hello.takes_several,
     )
 
 
@@ -261,6 +311,7 @@ def _hello_from_message(message: session_pb2.Hello) -> Hello:
         capability=capability_from_message(message.capability),
         window=message.window,
         held_leases=tuple(HeldLease(_lease_id(h.lease_id), h.fence, h.committed) for h in message.held_leases),
+        takes_several=message.takes_several,
     )
 
 
@@ -342,6 +393,8 @@ def _coordinator_message(message: CoordinatorMessage) -> session_pb2.Coordinator
                 reconnect_after=duration_to_message(reconnect_after_ms) if reconnect_after_ms else None,
             )
             return session_pb2.CoordinatorMessage(goodbye=goodbye)
+        case DeviceStanding():
+            return session_pb2.CoordinatorMessage(device_standing=standing_to_message(message))
 
 
 def _coordinator_value(message: session_pb2.CoordinatorMessage) -> CoordinatorMessage:
@@ -374,6 +427,8 @@ def _coordinator_value(message: session_pb2.CoordinatorMessage) -> CoordinatorMe
             goodbye = message.goodbye
             wait_ms = duration_from_message(goodbye.reconnect_after)
             return Goodbye(goodbye.error.reason, goodbye.error.message, wait_ms)
+        case "device_standing":
+            return standing_from_message(message.device_standing)
         case _:
             raise FallowError(
                 Reason.FIELD_INVALID, "a coordinator message of no known kind", field="kind", hint="upgrade the worker"
@@ -427,6 +482,7 @@ def _lease_to_message(lease: Lease) -> session_pb2.Lease:
         unit_micros=lease.unit_micros,
         pool_id=lease.pool_id,
         latency_ms_max=lease.latency_ms_max,
+        challenge=plan_to_message(lease.challenge) if lease.challenge else None,
     )
 
 
@@ -450,6 +506,7 @@ def _lease_from_message(message: session_pb2.Lease) -> Lease:
         unit_micros=message.unit_micros,
         pool_id=PoolId(message.pool_id),
         latency_ms_max=message.latency_ms_max,
+        challenge=plan_from_message(message.challenge, "lease.challenge") if message.HasField("challenge") else None,
     )
 
 

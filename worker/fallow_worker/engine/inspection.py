@@ -11,20 +11,21 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from statistics import median
 from typing import Any, Final, cast
 
 import numpy as np
 
 from fallow.bundle import InspectionReport, ProgramStage
+from fallow.cost import CostCurve
 from fallow.errors import FallowError, Reason
 from fallow.limits import KIB
 from fallow.row_block import RowBlock
 from fallow.row_values import ColumnValues
 from fallow.rows import RowCodec
-from fallow.schema import BytesColumn
+from fallow.schema import BytesColumn, SizeFeature
 from fallow_worker.engine import canary, onnx_graph
 from fallow_worker.engine.chain import Chain
+from fallow_worker.engine.cost_fit import REFERENCE_FLOPS, Measured, fitted, undisturbed
 from fallow_worker.engine.onnx_program import execution_class
 from fallow_worker.engine.protocol import Inspect, SpawnOptions, clipped_reason, lanes_of
 from fallow_worker.engine.synthetic import INTEGER_TOPS, content_bytes, sized_rows, synthetic_rows
@@ -34,16 +35,24 @@ BATCH_TOLERANCE: Final = 0.03
 """b is the smallest batch whose rows a second come within this of the best."""
 ROUNDS_MAX: Final = 9
 ROUNDS_MIN: Final = 3
-TIMED_SECONDS_MAX: Final = 25.0
+TIMED_SECONDS_MAX: Final = 12.0
 """How long batches are measured, all together."""
 TIMED_SECONDS_MIN: Final = 0.01
 """A measurement repeats a batch for about this long."""
-REFERENCE_FLOPS: Final = 50e9
-"""One unit is a second of a core that multiplies float32 matrices at this speed."""
 GEMM_SIZE: Final = 512
-GEMM_ROUNDS: Final = 7
-SIGNIFICANT_SLOPE: Final = 0.05
-"""Costs of the longest and the shortest rows that differ by less than this are the same."""
+GEMM_ROUNDS: Final = 3
+"""Matrix products before each measurement of cost, and after the last: they tell how large a unit is just then."""
+COST_ROUNDS: Final = (3, 100)
+"""Repeats of each size, at least and at most."""
+COST_ROUNDS_ENOUGH: Final = 9
+COST_SECONDS: Final = 1.5
+"""CPU time for measuring cost when there are `COST_ROUNDS_ENOUGH` repeats by then: enough to meet quiet moments."""
+COST_SECONDS_MAX: Final = 6.0
+"""How long cost is measured at most, by the clock, unless the least number of repeats takes longer."""
+COST_SHARES: Final = (0.0, 0.0625, 0.125, 0.25, 0.5, 0.75, 1.0)
+"""Sizes of measured rows, as shares of the largest."""
+COST_SHARES_FEW: Final = (0.0, 0.5, 1.0)
+"""The same where a row takes long."""
 TESTED_BATCH_ROWS: Final = 4
 """Neighbours are tested in batches of this many rows when b is 1."""
 SCALES: Final = (1.0, 50.0, 0.02)
@@ -63,6 +72,8 @@ class _RefusedError(Exception):
 class _Cost:
     unit_micros_per_row: int
     unit_micros_per_kib: int
+    curve: CostCurve | None = None
+    flops_per_row: int = 0
 
 
 def prepare() -> None:
@@ -73,7 +84,7 @@ def prepare() -> None:
     findings = onnx_graph.examine(canary.MODEL, "canary.onnx")
     assert not findings.refusals, findings.refusals
     onnx_graph.examine(b"no model", "canary.onnx")
-    _gemm_flops()
+    _Reference().flops()
 
 
 def inspect(
@@ -106,6 +117,7 @@ class _Inspection:
         self._machine_class = machine_class
         self._started = time.monotonic()
         self._operators: Counter[str] = Counter()
+        self._flops_per_row = 0
         self._rows: Callable[[int, int, float], Columns]
         self._sources: list[Callable[[int, int, float], Columns]] = []
         """Where tested rows come from: made from the schema, and the submitter's sample when there is one."""
@@ -134,6 +146,7 @@ class _Inspection:
             findings = onnx_graph.examine(content, file)
             refusals += findings.refusals
             self._operators += findings.operators
+            self._flops_per_row += findings.flops_per_row
         return refusals[: onnx_graph.REFUSALS_LISTED_MAX]
 
     def _measured(self, progress: Callable[[int], None]) -> InspectionReport:
@@ -259,9 +272,9 @@ class _Inspection:
                     break
             if turn + 1 >= ROUNDS_MIN and time.monotonic() > deadline:
                 break
-        medians = {size: median(times[size]) for size in sizes}
-        best = min(medians.values())
-        return next(size for size in sizes if medians[size] * (1 - BATCH_TOLERANCE) <= best)
+        quickest = {size: undisturbed(times[size], best=min) for size in sizes}
+        best = min(quickest.values())
+        return next(size for size in sizes if quickest[size] * (1 - BATCH_TOLERANCE) <= best)
 
     def _seconds(self, chain: Chain, batch: int, *, repeats: int) -> float:
         """Seconds of one core for a batch, on the calling thread alone: unmoved by what else the machine does."""
@@ -283,12 +296,13 @@ class _Inspection:
         zeros = chain.zero_rows(batch)
         for source, (trial, scale) in product(self._sources, enumerate(SCALES)):
             rows = source(batch, SEED + trial, 1.0)
-            others = self._rows(batch, SEED + 100 + trial, scale)
+            around = [self._rows(batch, SEED + 100 + trial, scale), *([zeros] if not trial else [])]
             together = self._outputs(chain, rows)
             for slot in range(min(batch, TESTED_BATCH_ROWS)):
-                for around in (others, zeros):
-                    if self._outputs(chain, _placed(around, rows, slot, slot))[slot] != together[slot]:
-                        return True
+                if any(
+                    self._outputs(chain, _placed(them, rows, slot, slot))[slot] != together[slot] for them in around
+                ):
+                    return True
         return False
 
     def _depends_on_slot(self, chain: Chain, batch: int) -> bool:
@@ -336,33 +350,69 @@ class _Inspection:
     # ------------------------------------------------------------------------------------------------------- cost
 
     def _cost(self, chain: Chain, batch: int) -> _Cost:
-        """Micro-units for an empty row and for each KiB, from CPU time over the declared range of sizes."""
-        flops = _gemm_flops()
+        """What rows cost over the declared range of their sizes: CPU time against matrix products beside it."""
         chain.batch_rows = batch
         manifest = self._message.manifest
         varying = [column.name for column in manifest.input_schema.columns if isinstance(column, BytesColumn)]
+        flops_per_row = self._flops_per_row
         if not varying:
-            seconds = self._batch_seconds(chain, self._rows(batch, SEED, 1.0)) / batch
-            return _Cost(max(1, round(seconds * flops / REFERENCE_FLOPS * 1e6)), 0)
+            samples = self._units(chain, {0: self._rows(batch, SEED, 1.0)})
+            curve = fitted(_measured(samples, batch), feature_number=0, flops_per_row=flops_per_row)
+            return _Cost(_micros(curve.knots[0].unit_nanos), 0, curve, flops_per_row)
         longest = max(content_bytes(manifest, name) for name in varying)
-        short = self._batch_seconds(chain, sized_rows(manifest, batch, content_length=0, seed=SEED)) / batch
-        long = self._batch_seconds(chain, sized_rows(manifest, batch, content_length=longest, seed=SEED)) / batch
-        if abs(long - short) <= SIGNIFICANT_SLOPE * max(long, short):
-            short, slope = (long + short) / 2, 0.0
-        else:
-            slope = max(0.0, (long - short) / (longest * len(varying) / KIB))
-        micros = flops / REFERENCE_FLOPS * 1e6
-        return _Cost(max(1, round(short * micros)), round(slope * micros))
+        lengths = self._lengths(chain, batch, longest)
+        samples = self._units(
+            chain,
+            {
+                length * len(varying): sized_rows(manifest, batch, content_length=length, seed=SEED)
+                for length in lengths
+            },
+        )
+        features = manifest.input_schema.size_features
+        curve = fitted(
+            _measured(samples, batch),
+            feature_number=features.index(SizeFeature.BYTES) + 1 if SizeFeature.BYTES in features else 0,
+            flops_per_row=flops_per_row,
+        )
+        least, most = curve.knots[0], curve.knots[-1]
+        slope = (most.unit_nanos - least.unit_nanos) * KIB // max(1, most.size - least.size)
+        return _Cost(_micros(least.unit_nanos), round(slope / 1_000), curve, flops_per_row)
 
-    def _batch_seconds(self, chain: Chain, rows: Columns) -> float:
+    def _lengths(self, chain: Chain, batch: int, longest: int) -> list[int]:
+        """Which lengths of contents are measured: fewer where the longest take long."""
+        rows = sized_rows(self._message.manifest, batch, content_length=longest, seed=SEED)
+        started = time.monotonic()
         chain.run_batch(rows, wide=False)
-        times: list[float] = []
-        deadline = time.monotonic() + 2.0
-        while len(times) < GEMM_ROUNDS and (len(times) < ROUNDS_MIN or time.monotonic() < deadline):
+        seconds = time.monotonic() - started
+        enough = COST_ROUNDS[0] * len(COST_SHARES) * seconds <= COST_SECONDS_MAX
+        return sorted({round(share * longest) for share in (COST_SHARES if enough else COST_SHARES_FEW)})
+
+    def _units(self, chain: Chain, rows_of: Mapping[int, Columns]) -> dict[int, list[float]]:
+        """Units that a batch of each size takes, several times over, sizes taking turns."""
+        reference = _Reference()
+        once: dict[int, float] = {}
+        for size, rows in rows_of.items():
+            chain.run_batch(rows, wide=False)
             started = time.thread_time()
             chain.run_batch(rows, wide=False)
-            times.append(time.thread_time() - started)
-        return median(times)
+            once[size] = max(time.thread_time() - started, 1e-6)
+        seconds: dict[int, list[float]] = {size: [] for size in rows_of}
+        flops = [reference.flops()]
+        began, began_cpu = time.monotonic(), time.thread_time()
+        for turn in range(COST_ROUNDS[1]):
+            if turn >= COST_ROUNDS[0] and time.monotonic() - began > COST_SECONDS_MAX:
+                break
+            if turn >= COST_ROUNDS_ENOUGH and time.thread_time() - began_cpu > COST_SECONDS:
+                break
+            for size, rows in rows_of.items():
+                repeats = max(1, round(TIMED_SECONDS_MIN / once[size]))
+                started = time.thread_time()
+                for _ in range(repeats):
+                    chain.run_batch(rows, wide=False)
+                seconds[size].append((time.thread_time() - started) / repeats)
+                flops.append(reference.flops())
+        speed = undisturbed(flops, best=max) / REFERENCE_FLOPS
+        return {size: [second * speed for second in repeats] for size, repeats in seconds.items()}
 
     # ----------------------------------------------------------------------------------------------------- report
 
@@ -402,6 +452,8 @@ class _Inspection:
             memory_bytes_peak=memory,
             execution_class=execution_class(self._machine_class, precision=precision, batch_rows=batch),
             inspected_seconds=round(time.monotonic() - self._started, 3),
+            cost=cost.curve,
+            flops_per_row=cost.flops_per_row,
         )
 
 
@@ -431,17 +483,30 @@ def _cycled(values: ColumnValues, count: int, seed: int) -> ColumnValues:
     return [cast("Sequence[bytes]", values)[place] for place in order]
 
 
-def _gemm_flops() -> float:
-    """Float32 operations a second of this core on a matrix product: how large a unit is here."""
-    generator = np.random.default_rng(SEED)
-    left, right = (generator.standard_normal((GEMM_SIZE, GEMM_SIZE), dtype=np.float32) for _ in range(2))
-    np.matmul(left, right)
-    times: list[float] = []
-    for _ in range(GEMM_ROUNDS):
+class _Reference:
+    """A matrix product whose speed on this core, just now, says how large a unit is here."""
+
+    def __init__(self) -> None:
+        generator = np.random.default_rng(SEED)
+        self._left, self._right, self._out = (
+            generator.standard_normal((GEMM_SIZE, GEMM_SIZE), dtype=np.float32) for _ in range(3)
+        )
+        np.matmul(self._left, self._right, out=self._out)
+
+    def flops(self) -> float:
+        """Float32 operations for each second of CPU time of this thread."""
         started = time.thread_time()
-        np.matmul(left, right)
-        times.append(time.thread_time() - started)
-    return 2 * GEMM_SIZE**3 / max(median(times), 1e-9)
+        for _ in range(GEMM_ROUNDS):
+            np.matmul(self._left, self._right, out=self._out)
+        return GEMM_ROUNDS * 2 * GEMM_SIZE**3 / max(time.thread_time() - started, 1e-9)
+
+
+def _measured(units_of: Mapping[int, Sequence[float]], batch: int) -> list[Measured]:
+    return [Measured(size, tuple(units / batch for units in units_of[size])) for size in sorted(units_of)]
+
+
+def _micros(unit_nanos: int) -> int:
+    return max(1, round(unit_nanos / 1_000))
 
 
 def _resident_bytes() -> int:

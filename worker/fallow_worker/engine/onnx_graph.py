@@ -45,6 +45,8 @@ class GraphFindings:
 
     refusals: list[str] = field(default_factory=list[str])
     operators: Counter[str] = field(default_factory=Counter[str])
+    flops_per_row: int = 0
+    """In matrix products and convolutions, as far as shapes are known; a lower bound."""
 
     def refuse(self, sentence: str) -> None:
         """Notes one reason; further ones than `REFUSALS_LISTED_MAX` add nothing."""
@@ -202,6 +204,7 @@ def _check_sizes(model: Any, findings: GraphFindings) -> None:
     except Exception as error:  # the library raises several kinds for graphs that contradict themselves
         findings.refuse(f"shapes cannot be inferred: {str(error).splitlines()[0][:200] if str(error) else 'unknown'}")
         return
+    findings.flops_per_row = _flops_per_row(inferred.graph)
     for value in _values(inferred.graph):
         kind = value.type.tensor_type
         dims = [dim.dim_value if dim.HasField("dim_value") else 1 for dim in kind.shape.dim]
@@ -210,6 +213,32 @@ def _check_sizes(model: Any, findings: GraphFindings) -> None:
             findings.refuse(
                 f"tensor {value.name!r} of shape {dims} asks for {size} bytes, more than {PROGRAM_TENSOR_BYTES_MAX}"
             )
+
+
+_PRODUCTS: Final = frozenset({"MatMul", "Gemm", "MatMulInteger", "QLinearMatMul", "FusedMatMul"})
+_CONVOLUTIONS: Final = frozenset({"Conv", "ConvInteger", "QLinearConv"})
+_FLOPS_MAX: Final = 1 << 62
+
+
+def _flops_per_row(graph: Any) -> int:
+    """Multiplications and additions of one row in the products and convolutions whose shapes are known."""
+    shapes = {value.name: _dims(value) for value in (*graph.value_info, *graph.output, *graph.input)}
+    shapes |= {tensor.name: [int(dim) for dim in tensor.dims] for tensor in graph.initializer}
+    total = 0
+    for node in graph.node:
+        given, made = [shapes.get(name, []) for name in node.input], shapes.get(node.output[0], [])
+        if node.op_type in _PRODUCTS and given and given[0] and made:
+            transposed = any(attribute.name == "transA" and attribute.i for attribute in node.attribute)
+            total += 2 * prod(made) * given[0][-2 if transposed and len(given[0]) > 1 else -1]
+        elif node.op_type in _CONVOLUTIONS and made:
+            kernels = [shape for shape in given[1:] if len(shape) == len(made)]
+            total += 2 * prod(made) * prod(kernels[0][1:]) if kernels else 0
+    rows = next((shape[0] for shape in (_dims(value) for value in graph.input) if shape), 1)
+    return min(_FLOPS_MAX, max(0, total) // max(1, rows))
+
+
+def _dims(value: Any) -> list[int]:
+    return [max(1, dim.dim_value) if dim.HasField("dim_value") else 1 for dim in value.type.tensor_type.shape.dim]
 
 
 def _values(graph: Any) -> Iterator[Any]:

@@ -140,6 +140,11 @@ class Event(_message.Message):
     BLOB_QUOTA_SET_FIELD_NUMBER: _builtins.int
     WORKER_STRUCK_FIELD_NUMBER: _builtins.int
     WORKER_WARMED_FIELD_NUMBER: _builtins.int
+    CHALLENGE_ISSUED_FIELD_NUMBER: _builtins.int
+    CHALLENGE_ANSWERED_FIELD_NUMBER: _builtins.int
+    DEVICE_MEASURED_FIELD_NUMBER: _builtins.int
+    DEVICE_CERTIFICATE_ENDED_FIELD_NUMBER: _builtins.int
+    CHALLENGE_ENDED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def task_created(self) -> Global___TaskCreated: ...
     @_builtins.property
@@ -214,6 +219,16 @@ class Event(_message.Message):
     def worker_struck(self) -> Global___WorkerStruck: ...
     @_builtins.property
     def worker_warmed(self) -> Global___WorkerWarmed: ...
+    @_builtins.property
+    def challenge_issued(self) -> Global___ChallengeIssued: ...
+    @_builtins.property
+    def challenge_answered(self) -> Global___ChallengeAnswered: ...
+    @_builtins.property
+    def device_measured(self) -> Global___DeviceMeasured: ...
+    @_builtins.property
+    def device_certificate_ended(self) -> Global___DeviceCertificateEnded: ...
+    @_builtins.property
+    def challenge_ended(self) -> Global___ChallengeEnded: ...
     def __init__(
         self,
         *,
@@ -254,12 +269,17 @@ class Event(_message.Message):
         blob_quota_set: Global___BlobQuotaSet | None = ...,
         worker_struck: Global___WorkerStruck | None = ...,
         worker_warmed: Global___WorkerWarmed | None = ...,
+        challenge_issued: Global___ChallengeIssued | None = ...,
+        challenge_answered: Global___ChallengeAnswered | None = ...,
+        device_measured: Global___DeviceMeasured | None = ...,
+        device_certificate_ended: Global___DeviceCertificateEnded | None = ...,
+        challenge_ended: Global___ChallengeEnded | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["account_created", b"account_created", "blob_quota_set", b"blob_quota_set", "blob_recorded", b"blob_recorded", "blobs_forgotten", b"blobs_forgotten", "bundle_crashed", b"bundle_crashed", "bundle_held", b"bundle_held", "bundle_inspected", b"bundle_inspected", "bundle_registered", b"bundle_registered", "capability_reported", b"capability_reported", "certificate_issued", b"certificate_issued", "commitment_recorded", b"commitment_recorded", "job_archived", b"job_archived", "job_deleted", b"job_deleted", "job_state_changed", b"job_state_changed", "job_submitted", b"job_submitted", "journal_started", b"journal_started", "kind", b"kind", "lease_ended", b"lease_ended", "lease_granted", b"lease_granted", "pack_requested", b"pack_requested", "packing_failed", b"packing_failed", "party_enrolled", b"party_enrolled", "party_revoked", b"party_revoked", "pool_created", b"pool_created", "restarted", b"restarted", "session_closed", b"session_closed", "session_opened", b"session_opened", "task_abandoned", b"task_abandoned", "task_created", b"task_created", "task_dropped", b"task_dropped", "task_input_packed", b"task_input_packed", "task_settled", b"task_settled", "token_issued", b"token_issued", "token_revoked", b"token_revoked", "worker_quarantined", b"worker_quarantined", "worker_released", b"worker_released", "worker_struck", b"worker_struck", "worker_warmed", b"worker_warmed"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["account_created", b"account_created", "blob_quota_set", b"blob_quota_set", "blob_recorded", b"blob_recorded", "blobs_forgotten", b"blobs_forgotten", "bundle_crashed", b"bundle_crashed", "bundle_held", b"bundle_held", "bundle_inspected", b"bundle_inspected", "bundle_registered", b"bundle_registered", "capability_reported", b"capability_reported", "certificate_issued", b"certificate_issued", "challenge_answered", b"challenge_answered", "challenge_ended", b"challenge_ended", "challenge_issued", b"challenge_issued", "commitment_recorded", b"commitment_recorded", "device_certificate_ended", b"device_certificate_ended", "device_measured", b"device_measured", "job_archived", b"job_archived", "job_deleted", b"job_deleted", "job_state_changed", b"job_state_changed", "job_submitted", b"job_submitted", "journal_started", b"journal_started", "kind", b"kind", "lease_ended", b"lease_ended", "lease_granted", b"lease_granted", "pack_requested", b"pack_requested", "packing_failed", b"packing_failed", "party_enrolled", b"party_enrolled", "party_revoked", b"party_revoked", "pool_created", b"pool_created", "restarted", b"restarted", "session_closed", b"session_closed", "session_opened", b"session_opened", "task_abandoned", b"task_abandoned", "task_created", b"task_created", "task_dropped", b"task_dropped", "task_input_packed", b"task_input_packed", "task_settled", b"task_settled", "token_issued", b"token_issued", "token_revoked", b"token_revoked", "worker_quarantined", b"worker_quarantined", "worker_released", b"worker_released", "worker_struck", b"worker_struck", "worker_warmed", b"worker_warmed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_created", b"account_created", "blob_quota_set", b"blob_quota_set", "blob_recorded", b"blob_recorded", "blobs_forgotten", b"blobs_forgotten", "bundle_crashed", b"bundle_crashed", "bundle_held", b"bundle_held", "bundle_inspected", b"bundle_inspected", "bundle_registered", b"bundle_registered", "capability_reported", b"capability_reported", "certificate_issued", b"certificate_issued", "commitment_recorded", b"commitment_recorded", "job_archived", b"job_archived", "job_deleted", b"job_deleted", "job_state_changed", b"job_state_changed", "job_submitted", b"job_submitted", "journal_started", b"journal_started", "kind", b"kind", "lease_ended", b"lease_ended", "lease_granted", b"lease_granted", "pack_requested", b"pack_requested", "packing_failed", b"packing_failed", "party_enrolled", b"party_enrolled", "party_revoked", b"party_revoked", "pool_created", b"pool_created", "restarted", b"restarted", "session_closed", b"session_closed", "session_opened", b"session_opened", "task_abandoned", b"task_abandoned", "task_created", b"task_created", "task_dropped", b"task_dropped", "task_input_packed", b"task_input_packed", "task_settled", b"task_settled", "token_issued", b"token_issued", "token_revoked", b"token_revoked", "worker_quarantined", b"worker_quarantined", "worker_released", b"worker_released", "worker_struck", b"worker_struck", "worker_warmed", b"worker_warmed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_created", b"account_created", "blob_quota_set", b"blob_quota_set", "blob_recorded", b"blob_recorded", "blobs_forgotten", b"blobs_forgotten", "bundle_crashed", b"bundle_crashed", "bundle_held", b"bundle_held", "bundle_inspected", b"bundle_inspected", "bundle_registered", b"bundle_registered", "capability_reported", b"capability_reported", "certificate_issued", b"certificate_issued", "challenge_answered", b"challenge_answered", "challenge_ended", b"challenge_ended", "challenge_issued", b"challenge_issued", "commitment_recorded", b"commitment_recorded", "device_certificate_ended", b"device_certificate_ended", "device_measured", b"device_measured", "job_archived", b"job_archived", "job_deleted", b"job_deleted", "job_state_changed", b"job_state_changed", "job_submitted", b"job_submitted", "journal_started", b"journal_started", "kind", b"kind", "lease_ended", b"lease_ended", "lease_granted", b"lease_granted", "pack_requested", b"pack_requested", "packing_failed", b"packing_failed", "party_enrolled", b"party_enrolled", "party_revoked", b"party_revoked", "pool_created", b"pool_created", "restarted", b"restarted", "session_closed", b"session_closed", "session_opened", b"session_opened", "task_abandoned", b"task_abandoned", "task_created", b"task_created", "task_dropped", b"task_dropped", "task_input_packed", b"task_input_packed", "task_settled", b"task_settled", "token_issued", b"token_issued", "token_revoked", b"token_revoked", "worker_quarantined", b"worker_quarantined", "worker_released", b"worker_released", "worker_struck", b"worker_struck", "worker_warmed", b"worker_warmed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["task_created", "pack_requested", "task_input_packed", "lease_granted", "lease_ended", "commitment_recorded", "task_settled", "task_abandoned", "task_dropped", "job_submitted", "job_state_changed", "job_archived", "blob_recorded", "packing_failed", "session_opened", "session_closed", "capability_reported", "journal_started", "restarted", "account_created", "pool_created", "token_issued", "token_revoked", "party_enrolled", "certificate_issued", "party_revoked", "worker_quarantined", "worker_released", "bundle_registered", "bundle_inspected", "bundle_held", "bundle_crashed", "job_deleted", "blobs_forgotten", "blob_quota_set", "worker_struck", "worker_warmed"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["task_created", "pack_requested", "task_input_packed", "lease_granted", "lease_ended", "commitment_recorded", "task_settled", "task_abandoned", "task_dropped", "job_submitted", "job_state_changed", "job_archived", "blob_recorded", "packing_failed", "session_opened", "session_closed", "capability_reported", "journal_started", "restarted", "account_created", "pool_created", "token_issued", "token_revoked", "party_enrolled", "certificate_issued", "party_revoked", "worker_quarantined", "worker_released", "bundle_registered", "bundle_inspected", "bundle_held", "bundle_crashed", "job_deleted", "blobs_forgotten", "blob_quota_set", "worker_struck", "worker_warmed", "challenge_issued", "challenge_answered", "device_measured", "device_certificate_ended", "challenge_ended"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -944,6 +964,28 @@ class JobBlock(_message.Message):
 Global___JobBlock: _TypeAlias = JobBlock  # noqa: Y015
 
 @_typing.final
+class SizeSums(_message.Message):
+    """Sums of the size features over some rows, in the order of the schema."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SUMS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def sums(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        sums: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["sums", b"sums"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SizeSums: _TypeAlias = SizeSums  # noqa: Y015
+
+@_typing.final
 class JobSubmitted(_message.Message):
     """A job was accepted."""
 
@@ -965,6 +1007,7 @@ class JobSubmitted(_message.Message):
     KEPT_FIELD_NUMBER: _builtins.int
     POLICY_FIELD_NUMBER: _builtins.int
     PRICE_MICROCREDITS_FIELD_NUMBER: _builtins.int
+    BLOCK_SIZE_SUMS_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     account_id: _builtins.str
     party_id: _builtins.str
@@ -987,6 +1030,10 @@ class JobSubmitted(_message.Message):
     def kept(self) -> _blob_pb2.BlobReference:
         """Unset: no columns are kept beside the result."""
 
+    @_builtins.property
+    def block_size_sums(self) -> _containers.RepeatedCompositeFieldContainer[Global___SizeSums]:
+        """Of each block, in order; empty: from before they were recorded, or there are no size features."""
+
     def __init__(
         self,
         *,
@@ -1006,10 +1053,11 @@ class JobSubmitted(_message.Message):
         kept: _blob_pb2.BlobReference | None = ...,
         policy: _builtins.str = ...,
         price_microcredits: _builtins.int = ...,
+        block_size_sums: _abc.Iterable[Global___SizeSums] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["kept", b"kept", "options", b"options"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_id", b"account_id", "blocks", b"blocks", "bundle_digest", b"bundle_digest", "data_class", b"data_class", "idempotency_key", b"idempotency_key", "job_id", b"job_id", "kept", b"kept", "options", b"options", "party_id", b"party_id", "policy", b"policy", "pool_id", b"pool_id", "price_microcredits", b"price_microcredits", "request_digest", b"request_digest", "rows", b"rows", "size_feature_sums", b"size_feature_sums", "title", b"title"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_id", b"account_id", "block_size_sums", b"block_size_sums", "blocks", b"blocks", "bundle_digest", b"bundle_digest", "data_class", b"data_class", "idempotency_key", b"idempotency_key", "job_id", b"job_id", "kept", b"kept", "options", b"options", "party_id", b"party_id", "policy", b"policy", "pool_id", b"pool_id", "price_microcredits", b"price_microcredits", "request_digest", b"request_digest", "rows", b"rows", "size_feature_sums", b"size_feature_sums", "title", b"title"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1083,6 +1131,7 @@ class TaskCreated(_message.Message):
     POOL_ID_FIELD_NUMBER: _builtins.int
     SPANS_FIELD_NUMBER: _builtins.int
     UNIT_MICROS_FIELD_NUMBER: _builtins.int
+    CHALLENGE_TASK_ID_FIELD_NUMBER: _builtins.int
     SHARE_KEY_FIELD_NUMBER: _builtins.int
     task_id: _builtins.str
     kind: _session_pb2.TaskKind.ValueType
@@ -1091,6 +1140,8 @@ class TaskCreated(_message.Message):
     bundle_digest: _builtins.bytes
     pool_id: _builtins.str
     unit_micros: _builtins.int
+    challenge_task_id: _builtins.str
+    """Of a check: the challenge's task. Unset: no check."""
     share_key: _builtins.int
     """The account's place in the fair order from here on, micro-bits: log2 of its decayed usage + time / half-life;
     0: unchanged.
@@ -1109,14 +1160,20 @@ class TaskCreated(_message.Message):
         pool_id: _builtins.str = ...,
         spans: _abc.Iterable[_builtins.int] | None = ...,
         unit_micros: _builtins.int = ...,
+        challenge_task_id: _builtins.str | None = ...,
         share_key: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_job_id", b"_job_id", "job_id", b"job_id"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_challenge_task_id", b"_challenge_task_id", "_job_id", b"_job_id", "challenge_task_id", b"challenge_task_id", "job_id", b"job_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_job_id", b"_job_id", "bundle_digest", b"bundle_digest", "job_id", b"job_id", "kind", b"kind", "pool_id", b"pool_id", "share_key", b"share_key", "spans", b"spans", "task_id", b"task_id", "unit_micros", b"unit_micros"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_challenge_task_id", b"_challenge_task_id", "_job_id", b"_job_id", "bundle_digest", b"bundle_digest", "challenge_task_id", b"challenge_task_id", "job_id", b"job_id", "kind", b"kind", "pool_id", b"pool_id", "share_key", b"share_key", "spans", b"spans", "task_id", b"task_id", "unit_micros", b"unit_micros"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__challenge_task_id: _TypeAlias = _typing.Literal["challenge_task_id"]  # noqa: Y015
+    _WhichOneofArgType__challenge_task_id: _TypeAlias = _typing.Literal["_challenge_task_id", b"_challenge_task_id"]  # noqa: Y015
     _WhichOneofReturnType__job_id: _TypeAlias = _typing.Literal["job_id"]  # noqa: Y015
     _WhichOneofArgType__job_id: _TypeAlias = _typing.Literal["_job_id", b"_job_id"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__challenge_task_id) -> _WhichOneofReturnType__challenge_task_id | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__job_id) -> _WhichOneofReturnType__job_id | None: ...
 
 Global___TaskCreated: _TypeAlias = TaskCreated  # noqa: Y015
@@ -1508,3 +1565,187 @@ class BlobQuotaSet(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___BlobQuotaSet: _TypeAlias = BlobQuotaSet  # noqa: Y015
+
+@_typing.final
+class ChallengeIssued(_message.Message):
+    """A device is asked to show what it can do."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TASK_ID_FIELD_NUMBER: _builtins.int
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    DEVICE_DIGEST_FIELD_NUMBER: _builtins.int
+    PLAN_FIELD_NUMBER: _builtins.int
+    task_id: _builtins.str
+    worker_id: _builtins.str
+    device_digest: _builtins.bytes
+    """SHA-256 over what makes it this device and no other."""
+    @_builtins.property
+    def plan(self) -> _session_pb2.ChallengePlan: ...
+    def __init__(
+        self,
+        *,
+        task_id: _builtins.str = ...,
+        worker_id: _builtins.str = ...,
+        device_digest: _builtins.bytes = ...,
+        plan: _session_pb2.ChallengePlan | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_digest", b"device_digest", "plan", b"plan", "task_id", b"task_id", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ChallengeIssued: _TypeAlias = ChallengeIssued  # noqa: Y015
+
+@_typing.final
+class ChallengeAnswered(_message.Message):
+    """The device committed to an answer in time."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TASK_ID_FIELD_NUMBER: _builtins.int
+    ELAPSED_MS_FIELD_NUMBER: _builtins.int
+    ROUND_TRIP_MS_FIELD_NUMBER: _builtins.int
+    UNITS_MILLI_PER_S_FIELD_NUMBER: _builtins.int
+    task_id: _builtins.str
+    elapsed_ms: _builtins.int
+    """By the coordinator's clock, the round trip taken off."""
+    round_trip_ms: _builtins.int
+    units_milli_per_s: _builtins.int
+    def __init__(
+        self,
+        *,
+        task_id: _builtins.str = ...,
+        elapsed_ms: _builtins.int = ...,
+        round_trip_ms: _builtins.int = ...,
+        units_milli_per_s: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["elapsed_ms", b"elapsed_ms", "round_trip_ms", b"round_trip_ms", "task_id", b"task_id", "units_milli_per_s", b"units_milli_per_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ChallengeAnswered: _TypeAlias = ChallengeAnswered  # noqa: Y015
+
+@_typing.final
+class DeviceMeasured(_message.Message):
+    """An operator worker found that the answer holds."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TASK_ID_FIELD_NUMBER: _builtins.int
+    CHECKED_BY_FIELD_NUMBER: _builtins.int
+    CHECK_LEASE_ID_FIELD_NUMBER: _builtins.int
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    DEVICE_ID_FIELD_NUMBER: _builtins.int
+    DEVICE_DIGEST_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    UNITS_MILLI_PER_S_FIELD_NUMBER: _builtins.int
+    MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    AGAIN_AT_MS_FIELD_NUMBER: _builtins.int
+    EXPIRES_AT_MS_FIELD_NUMBER: _builtins.int
+    ANSWER_FIELD_NUMBER: _builtins.int
+    task_id: _builtins.str
+    """Of the challenge."""
+    checked_by: _builtins.str
+    check_lease_id: _builtins.str
+    worker_id: _builtins.str
+    device_id: _builtins.str
+    device_digest: _builtins.bytes
+    kind: _session_pb2.ChallengeKind.ValueType
+    units_milli_per_s: _builtins.int
+    memory_bytes: _builtins.int
+    again_at_ms: _builtins.int
+    """When it may be measured again, drawn at random."""
+    expires_at_ms: _builtins.int
+    answer: _builtins.bytes
+    """Digest of the answer's block."""
+    def __init__(
+        self,
+        *,
+        task_id: _builtins.str = ...,
+        checked_by: _builtins.str = ...,
+        check_lease_id: _builtins.str = ...,
+        worker_id: _builtins.str = ...,
+        device_id: _builtins.str = ...,
+        device_digest: _builtins.bytes = ...,
+        kind: _session_pb2.ChallengeKind.ValueType = ...,
+        units_milli_per_s: _builtins.int = ...,
+        memory_bytes: _builtins.int = ...,
+        again_at_ms: _builtins.int = ...,
+        expires_at_ms: _builtins.int = ...,
+        answer: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["again_at_ms", b"again_at_ms", "answer", b"answer", "check_lease_id", b"check_lease_id", "checked_by", b"checked_by", "device_digest", b"device_digest", "device_id", b"device_id", "expires_at_ms", b"expires_at_ms", "kind", b"kind", "memory_bytes", b"memory_bytes", "task_id", b"task_id", "units_milli_per_s", b"units_milli_per_s", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeviceMeasured: _TypeAlias = DeviceMeasured  # noqa: Y015
+
+@_typing.final
+class DeviceCertificateEnded(_message.Message):
+    """What was measured of a device counts no more."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    DEVICE_ID_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    worker_id: _builtins.str
+    device_id: _builtins.str
+    reason: _builtins.str
+    def __init__(
+        self,
+        *,
+        worker_id: _builtins.str = ...,
+        device_id: _builtins.str = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_id", b"device_id", "reason", b"reason", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeviceCertificateEnded: _TypeAlias = DeviceCertificateEnded  # noqa: Y015
+
+@_typing.final
+class ChallengeEnded(_message.Message):
+    """A challenge came to nothing."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TASK_ID_FIELD_NUMBER: _builtins.int
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    DEVICE_ID_FIELD_NUMBER: _builtins.int
+    BLAMED_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    RETRY_AFTER_MS_FIELD_NUMBER: _builtins.int
+    task_id: _builtins.str
+    worker_id: _builtins.str
+    device_id: _builtins.str
+    blamed: _builtins.bool
+    """True when the device, or who speaks for it, is to blame."""
+    reason: _builtins.str
+    retry_after_ms: _builtins.int
+    def __init__(
+        self,
+        *,
+        task_id: _builtins.str = ...,
+        worker_id: _builtins.str = ...,
+        device_id: _builtins.str = ...,
+        blamed: _builtins.bool = ...,
+        reason: _builtins.str = ...,
+        retry_after_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blamed", b"blamed", "device_id", b"device_id", "reason", b"reason", "retry_after_ms", b"retry_after_ms", "task_id", b"task_id", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ChallengeEnded: _TypeAlias = ChallengeEnded  # noqa: Y015

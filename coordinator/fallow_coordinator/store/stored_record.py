@@ -1,0 +1,25 @@
+"""A record of the journal as it lies on disk, in the database or in a segment."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fallow_coordinator.store.encoding import leaf_of
+
+
+@dataclass(frozen=True, slots=True)
+class StoredRecord:
+    """A record as it lies on disk."""
+
+    sequence: int
+    at_ms: int
+    epoch: int
+    event: bytes
+    salt: bytes
+    leaf: bytes
+
+    def leaf_holds(self) -> bool:
+        """Whether the leaf is the hash of the rest."""
+        return self.leaf == leaf_of(
+            salt=self.salt, sequence=self.sequence, at_ms=self.at_ms, epoch=self.epoch, event=self.event
+        )
