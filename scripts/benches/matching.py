@@ -28,8 +28,9 @@ from fallow_coordinator.core import commands as c
 from fallow_coordinator.core import effects as f
 from fallow_coordinator.core import events as e
 from fallow_coordinator.core.answers import AccountMade, CertificateGranted, JobAccepted, TokenMade
+from fallow_coordinator.core.devices import identity_of
 from fallow_coordinator.core.evolve import evolve
-from fallow_coordinator.core.state import State
+from fallow_coordinator.core.state import DeviceCertificate, State
 from fallow_coordinator.core.turn import Turn, take_turn
 
 WORST_OVER_BEST = 2.0
@@ -193,6 +194,16 @@ class Fleet:
             region=dice.choice(REGIONS),
             ask_microcredits_per_unit=dice.randint(100, 1_600),
         )
+        # Paid work goes to measured devices alone; measuring ten thousand takes longer than this bench.
+        certificate = DeviceCertificate(
+            "cpu-0",
+            identity_of(devices[0]),
+            units_milli_per_s=1_000,
+            speed_expires_at_ms=1 << 60,
+            memory_bytes=8 << 30,
+            memory_expires_at_ms=1 << 60,
+        )
+        self.state.workers[made.party_id].certificates["cpu-0"] = certificate
         self._take(c.OpenSession(made.party_id, None, _digest("token", number), able, 2, ()))
 
     def _submit(self, number: int) -> JobId:
