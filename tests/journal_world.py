@@ -318,6 +318,7 @@ class World:
         key: bytes = b"",
         title: str = "",
         failed_rows_max: int = 1_000,
+        budget_microcredits: int = 0,
     ) -> JobId:
         """A job over one block of these rows."""
         block = block_of(INPUT_SCHEMA, rows)
@@ -341,7 +342,7 @@ class World:
                 data_class=DataClass.PUBLIC,
                 pool_id=None,
                 title=title,
-                options=JobOptions(failed_rows_max=failed_rows_max),
+                options=JobOptions(failed_rows_max=failed_rows_max, budget_microcredits=budget_microcredits),
                 kept=None,
             ),
             payloads,

@@ -25,8 +25,9 @@ from fallow.v1 import admin_service_pb2 as pb
 from fallow.v1 import admin_service_pb2_grpc, identity_pb2
 from fallow.wire.moments import duration_to_message, moment_from_message
 from fallow_coordinator.admin_client import CALL_TIME_MAX_S, admin_stub
+from fallow_coordinator.config import EXIT_LEDGER_UNSOUND
 from fallow_coordinator.latency import quantile_ms
-from fallow_coordinator.ports import StorageFailed
+from fallow_coordinator.ports import LedgerUnsound, StorageFailed
 
 EXIT_FAILED: Final = 1
 _UNITS_MS: Final = {"s": 1_000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
@@ -56,7 +57,7 @@ def main() -> None:
         commands(prog_name="fallow-coordinator")
     except (FallowError, StorageFailed) as error:
         click.echo(shown(f"fallow-coordinator: {error}"), err=True)
-        raise SystemExit(EXIT_FAILED) from None
+        raise SystemExit(EXIT_LEDGER_UNSOUND if isinstance(error, LedgerUnsound) else EXIT_FAILED) from None
     except OSError as error:
         click.echo(f"fallow-coordinator: {error.strerror or error}: {error.filename or ''}", err=True)
         raise SystemExit(EXIT_FAILED) from None

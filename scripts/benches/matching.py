@@ -119,6 +119,7 @@ class Fleet:
     def _account(self, number: int) -> AccountId:
         made = self._take(c.CreateAccount(f"account {number}")).answer
         assert isinstance(made, AccountMade)
+        self._take(c.GrantCredits(made.account_id, 10**12, "to spend", number.to_bytes(16, "big")))
         return made.account_id
 
     def _make_bundles(self) -> None:
@@ -216,6 +217,7 @@ class Fleet:
             priority=dice.randint(0, 9),
             deadline_ms=self.now_ms + dice.randint(1, 100) * 3_600_000 if dice.random() < 0.3 else 0,
             limit_microcredits_per_unit=dice.choice((1_000, 2_000, 4_000)),
+            budget_microcredits=10**9,
             objective=dice.choice((Objective.COST, Objective.COST, Objective.SPEED)),
             region=dice.choice((*REGIONS, "", "", "us")),
             device_kind=dice.choice(("", "", "", "cpu", "gpu")),

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from fallow.bundle import Precision
+from fallow.credits import PoolMode
 from fallow.ids import Digest, JobId
 from fallow.limits import FAILED_ROWS_MAX_DEFAULT
 from fallow.session import BlobReference, Cause
@@ -59,6 +60,7 @@ class JobOptions:
     priority: int = 0
     deadline_ms: int = 0
     limit_microcredits_per_unit: int = 0
+    """0: any price that the budget pays; without a budget, only work that costs nothing."""
     budget_microcredits: int = 0
     objective: Objective = Objective.COST
     region: str = ""
@@ -151,5 +153,14 @@ class JobStatus:
     results: int
     """0 once it is deleted."""
     progress: JobProgress = field(default_factory=JobProgress)
+    pool_mode: PoolMode = PoolMode.DONATION
+    """How it is paid; in a quota pool the amounts below are of the account's allotment."""
+    budget_microcredits: int = 0
+    """All that was set aside for it; 0: nothing, or in a quota pool no bound of its own."""
+    spent_microcredits: int = 0
+    reserved_microcredits: int = 0
+    """What its live leases may cost."""
+    warnings: tuple[str, ...] = ()
+    """What its owner should know, for people."""
     deleted_at_ms: int = 0
     """When its results, dataset and kept columns were let go; 0: they are there."""

@@ -80,6 +80,13 @@ def _live(state: State) -> Facts:
         "idempotency": {
             f"{account_id} {key.hex()}": record.job_id for (account_id, key), record in state.idempotency.items()
         },
+        "balances": {
+            " ".join(filter(None, book)): microcredits for book, microcredits in sorted(state.ledger.balances.items())
+        },
+        "allotments": {
+            f"{pool_id} {account_id}": [one.microcredits, one.period_ms, one.renews_at_ms]
+            for (pool_id, account_id), one in state.ledger.allotments.items()
+        },
         "jobs_live": {
             job.job_id: {"state": job.state.value, "next_row": job.next_row, "done": list(job.done.flat)}
             for job in state.jobs.values()

@@ -1,4 +1,4 @@
-"""Records a golden journal: `python record.py NAME` writes NAME.journal and NAME.json beside itself.
+"""Records a golden journal: `python record.py NAME [STORY]` writes NAME.journal and NAME.json beside itself.
 
 Run it for a NEW name when events were added that no golden journal has. A recorded journal is never recorded again: it
 stands for journals that people have on their disks.
@@ -9,11 +9,13 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
+from fallow.credits import PoolMode  # noqa: E402
 from fallow.errors import FallowError, Reason  # noqa: E402
 from fallow.roles import Role  # noqa: E402
 from fallow.session import Cause  # noqa: E402
@@ -147,6 +149,47 @@ async def bad_host(world: World) -> None:
     await world.commit(bad, world.leases_of(bad)[0])
 
 
+async def record_credits() -> list[StoredRecord]:
+    """A market: grants, a budget that runs out, a top-up, a release; then a quota pool and its periods."""
+    disk = MemoryDisk()
+    world = World(store=MemoryStore(disk))
+    await world.begin()
+    inspector = await world.operator_worker(window=1)
+    await world.inspected_bundle(inspector)
+    account_id, pool_id = world.operator_account_id, world.engine.state.default_pool_id
+    await world.tell(c.SetPoolMode(pool_id, PoolMode.MARKET))
+    await world.tell(c.GrantCredits(account_id, 50_000_000, "for the golden journal", world.entropy(16)))
+    await world.tell(c.DrainSession(inspector.session_id))
+    cheap, dear = await world.volunteer("cheap", window=1), await world.volunteer("dear", window=1)
+    for worker, ask in ((cheap, 300_000), (dear, 700_000)):
+        worker.capability = replace(worker.capability, ask_microcredits_per_unit=ask)
+        await world.tell(c.ChangeCapability(worker.session_id, worker.capability, 1))
+    job_id = await world.submit_job(ROWS, title="paid", budget_microcredits=12_000_000)
+    await world.commit(cheap, world.leases_of(cheap)[0], fail_rows=[0])
+    await fail_first_lease(world, dear, Cause.PLATFORM)
+    await world.work_until_idle(cheap, dear)
+    world.clock.now_ms += 60_000
+    await world.tell(c.Tick())
+    await world.work_until_idle(cheap, dear)
+    await world.tell(c.TopUpJob(account_id, job_id, 30_000_000, world.entropy(16)))
+    await world.work_until_idle(cheap, dear)
+    await world.tell(c.ReleaseCredits(cheap.account_id, 0, "looked right", world.entropy(16)))
+    await world.tell(c.ArchiveJobs(world.engine.state.sequence))
+
+    await world.tell(c.SetPoolMode(pool_id, PoolMode.QUOTA))
+    await world.tell(c.SetAllotment(pool_id, account_id, 10_000_000, DAY_MS))
+    await world.submit_job(ROWS, title="on allotment")
+    await world.work_until_idle(cheap, dear)
+    world.clock.now_ms += DAY_MS
+    await world.tell(c.Tick())
+    await world.work_until_idle(cheap, dear)
+    await world.engine.stop()
+    return disk.records
+
+
+STORIES = {"all": record, "credits": record_credits}
+
+
 async def another_bundle(world: World, inspector: WorldWorker) -> None:
     world.bundle_number += 1
     await world.inspected_bundle(inspector)
@@ -156,7 +199,7 @@ def main() -> None:
     name = sys.argv[1]
     target = HERE / f"{name}.journal"
     assert not target.exists(), f"{target} is recorded; choose a new name"
-    stored = asyncio.run(record())
+    stored = asyncio.run(STORIES[sys.argv[2] if len(sys.argv) > 2 else "all"]())
     target.write_bytes(encode_segment(stored))
     facts = facts_of(decode_records(stored, 0, target))
     (HERE / f"{name}.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n")

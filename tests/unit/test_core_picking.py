@@ -34,6 +34,7 @@ def market_world() -> World:
     pool = e.PoolCreated(pool_id=POOL, account_id=world.account_id, name="m", mode="market", policy="unverified")
     evolve(world.state, pool, world.now_ms)
     world.records.append((world.now_ms, pool))
+    world.take(c.GrantCredits(world.account_id, 10**12, "to spend", b"k" * 16))
     return world
 
 
@@ -103,10 +104,12 @@ def test_each_lease_goes_where_the_slow_model_would_send_it(
     made = world.ask(c.CreateAccount("other"))
     assert isinstance(made, AccountMade)
     world.register(made.account_id)
+    world.take(c.GrantCredits(made.account_id, 10**12, "to spend", b"o" * 16))
     for number, (limit, region, device_kind, priority, other) in enumerate(jobs):
         options = JobOptions(
             priority=priority,
             limit_microcredits_per_unit=limit,
+            budget_microcredits=10**9 if limit else 0,
             region=region,
             device_kind=device_kind,
             failed_rows_max=1_000,
@@ -193,7 +196,7 @@ def runner_up(monkeypatch: pytest.MonkeyPatch) -> list[int | None]:
 def test_the_cheapest_wins_and_the_next_ask_is_told(runner_up: list[int | None]) -> None:
     world = market_world()
     dear, cheap = join(world, "dear", asking(300), window=1), join(world, "cheap", asking(120), window=1)
-    world.submit(8, pool_id=POOL, options=JobOptions(limit_microcredits_per_unit=500))
+    world.submit(8, pool_id=POOL, options=JobOptions(budget_microcredits=10**9, limit_microcredits_per_unit=500))
     world.pack_all()
     order = [event.worker_id for _, event in world.records if isinstance(event, e.LeaseGranted)][-2:]
     assert order == [cheap, dear]
@@ -203,8 +206,15 @@ def test_the_cheapest_wins_and_the_next_ask_is_told(runner_up: list[int | None])
 def test_a_limit_below_every_ask_waits_and_shuts_nobody_else_out() -> None:
     world = market_world()
     worker = join(world, "w", asking(190), window=1)
-    low = world.submit(8, key="low", pool_id=POOL, options=JobOptions(limit_microcredits_per_unit=130))
-    high = world.submit(8, key="high", pool_id=POOL, options=JobOptions(limit_microcredits_per_unit=250, priority=0))
+    low = world.submit(
+        8, key="low", pool_id=POOL, options=JobOptions(budget_microcredits=10**9, limit_microcredits_per_unit=130)
+    )
+    high = world.submit(
+        8,
+        key="high",
+        pool_id=POOL,
+        options=JobOptions(budget_microcredits=10**9, limit_microcredits_per_unit=250, priority=0),
+    )
     world.pack_all()
     assert [world.state.tasks[lease.task_id].job_id for lease in world.leases_of(worker)] == [high]
     assert not world.state.jobs[low].rows_leased
@@ -213,7 +223,7 @@ def test_a_limit_below_every_ask_waits_and_shuts_nobody_else_out() -> None:
 def test_speed_goes_to_whoever_is_done_first() -> None:
     world = market_world()
     workers_ = [join(world, name, asking(100), window=1) for name in ("a", "b")]
-    options = JobOptions(limit_microcredits_per_unit=500, objective=Objective.SPEED)
+    options = JobOptions(budget_microcredits=10**9, limit_microcredits_per_unit=500, objective=Objective.SPEED)
     job_id = world.submit(40, pool_id=POOL, options=options)
     world.pack_all()
     slow, fast = (world.leases_of(worker_id)[0] for worker_id in workers_)

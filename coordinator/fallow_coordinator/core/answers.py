@@ -61,7 +61,15 @@ class JobAccepted:
     """True when the idempotency key named a job that was there already."""
 
 
-Answer = Done | AccountMade | PoolMade | TokenMade | CertificateGranted | SessionGranted | JobAccepted
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """So many micro-credits, now or when the same transfer was asked for before."""
+
+    microcredits: int
+    repeated: bool
+
+
+Answer = Done | AccountMade | PoolMade | TokenMade | CertificateGranted | SessionGranted | JobAccepted | Moved
 
 
 @dataclass(frozen=True, slots=True)

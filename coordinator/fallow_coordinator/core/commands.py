@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from fallow.bundle import InspectionReport
 from fallow.challenge import ChallengeVerdict
+from fallow.credits import PoolMode
 from fallow.ids import AccountId, Digest, JobId, KeyFingerprint, LeaseId, PartyId, PoolId, SessionId, TaskId, TokenId
 from fallow.job import DatasetBlock, JobOptions
 from fallow.roles import DataClass, Role, Tier
@@ -69,6 +70,12 @@ class CreateAccount:
 class CreatePool:
     name: str
     account_id: AccountId
+
+
+@dataclass(frozen=True, slots=True)
+class SetPoolMode:
+    pool_id: PoolId
+    mode: PoolMode
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +144,49 @@ class QuarantineWorker:
 @dataclass(frozen=True, slots=True)
 class ReleaseWorker:
     worker_id: PartyId
+
+
+# ------------------------------------------------------------------------------------------------- credits
+
+
+@dataclass(frozen=True, slots=True)
+class GrantCredits:
+    """The operator makes credits. The same `transfer_id` with the same facts changes nothing more."""
+
+    account_id: AccountId
+    microcredits: int
+    note: str
+    transfer_id: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ReleaseCredits:
+    """The operator lets an account spend what its workers earned; 0: all that is pending."""
+
+    account_id: AccountId
+    microcredits: int
+    note: str
+    transfer_id: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class SetAllotment:
+    """What an account gets in a quota pool in each period; 0: nothing any more."""
+
+    pool_id: PoolId
+    account_id: AccountId
+    microcredits: int
+    period_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class TopUpJob:
+    """The owner adds to a job's budget."""
+
+    account_id: AccountId
+    job_id: JobId
+    microcredits: int
+    transfer_id: bytes
 
 
 # ------------------------------------------------------------------------------------------------- sessions
@@ -404,6 +454,11 @@ Command = (
     | Advance
     | CreateAccount
     | CreatePool
+    | SetPoolMode
+    | GrantCredits
+    | ReleaseCredits
+    | SetAllotment
+    | TopUpJob
     | IssueToken
     | RevokeToken
     | Enroll

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import assert_never
 
-from fallow_coordinator.core import blobs, bundles, identity, jobs, leases, matching, sessions, time_passing
+from fallow_coordinator.core import blobs, bundles, identity, jobs, leases, matching, sessions, time_passing, treasury
 from fallow_coordinator.core import commands as c
 from fallow_coordinator.core.answers import Decision
 from fallow_coordinator.core.names import Names
 from fallow_coordinator.core.state import State
 
 
-def decide(state: State, command: c.Command, now_ms: int, entropy: bytes) -> Decision:  # noqa: PLR0911 one arm each
+def decide(state: State, command: c.Command, now_ms: int, entropy: bytes) -> Decision:  # noqa: C901, PLR0911 one arm each
     """Events and answer of one command, a function of its arguments alone.
 
     `now_ms` is the journal's clock and never goes back; `entropy` is 32 fresh bytes, from which names are made.
@@ -47,6 +47,8 @@ def decide(state: State, command: c.Command, now_ms: int, entropy: bytes) -> Dec
             | c.RegisterBundle()
         ):
             return _decide_job(state, command, now_ms, entropy)
+        case c.SetPoolMode() | c.GrantCredits() | c.ReleaseCredits() | c.SetAllotment() | c.TopUpJob():
+            return _decide_credits(state, command, now_ms)
         case c.RecordBlobs() | c.ClaimBlobs() | c.ForgetBlobs() | c.SetBlobQuota():
             return _decide_blobs(state, command, now_ms)
         case c.OpenSession() | c.CloseSession() | c.ChangeCapability() | c.DrainSession():
@@ -105,6 +107,25 @@ def _decide_blobs(state: State, command: BlobCommand, now_ms: int) -> Decision:
             return blobs.forget_blobs(state, command, now_ms)
         case c.SetBlobQuota():
             return blobs.set_blob_quota(state, command)
+        case _:
+            assert_never(command)
+
+
+CreditsCommand = c.SetPoolMode | c.GrantCredits | c.ReleaseCredits | c.SetAllotment | c.TopUpJob
+
+
+def _decide_credits(state: State, command: CreditsCommand, now_ms: int) -> Decision:
+    match command:
+        case c.SetPoolMode():
+            return treasury.set_pool_mode(state, command)
+        case c.GrantCredits():
+            return treasury.grant_credits(state, command)
+        case c.ReleaseCredits():
+            return treasury.release_credits(state, command)
+        case c.SetAllotment():
+            return treasury.set_allotment(state, command, now_ms)
+        case c.TopUpJob():
+            return treasury.top_up_job(state, command)
         case _:
             assert_never(command)
 

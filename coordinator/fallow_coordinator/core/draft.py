@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fallow.credits import PoolMode
 from fallow.errors import Reason
 from fallow.ids import Digest, JobId, LeaseId, PartyId, TaskId
 from fallow.job import JOB_STATES_FINAL, JobState
@@ -21,6 +22,7 @@ from fallow_coordinator.core.events import (
     TaskSettled,
 )
 from fallow_coordinator.core.evolve_tasks import MEASURING_KINDS, counts_as_attempt
+from fallow_coordinator.core.funding import is_short, resumed, settlement, short_of_allotment
 from fallow_coordinator.core.health import is_strike, struck
 from fallow_coordinator.core.limits import TASK_LOSSES_MAX
 from fallow_coordinator.core.state import Job, Lease, State, Task
@@ -46,6 +48,7 @@ class Draft:
         self._leases_ended: set[LeaseId] = set()
         self._tasks_gone: set[TaskId] = set()
         self._struck: set[PartyId] = set()
+        self._resumed: set[JobId] = set()
 
     def end_lease(self, lease: Lease, outcome: LeaseOutcome, cause: Cause, reason: str) -> None:
         """Ends a lease without result; its task is tried again, or given up when it has been tried often enough."""
@@ -58,6 +61,7 @@ class Draft:
         if lease.worker_id not in self._struck and is_strike(self._state, lease, outcome, cause):
             self._struck.add(lease.worker_id)
             self.events.append(struck(self._state.workers[lease.worker_id]))
+        self._given_back(task, lease.reserved_microcredits)
         if task.kind in MEASURING_KINDS:
             self._drop_measurement(task, outcome, cause, reason)
             return
@@ -107,6 +111,7 @@ class Draft:
             tally.rows_done += task.rows
             tally.rows_failed += rows_failed
             cursor = tally.results
+        got = settlement(self._state, task, lease, rows_failed=rows_failed)
         self.events.append(
             TaskSettled(
                 task_id=task.task_id,
@@ -114,12 +119,28 @@ class Draft:
                 cursor=cursor,
                 rows=task.rows,
                 rows_failed=rows_failed,
-                microcredits=0,
                 speed_milliunits_per_s=speed_milliunits_per_s,
+                microcredits=got.microcredits,
+                released=got.released,
+                contribution_microcredits=got.contribution_microcredits,
             )
         )
+        self._given_back(task, lease.reserved_microcredits - got.microcredits)
         if task.job_id is not None and tally is not None:
             self._judge(self._state.jobs[task.job_id], tally)
+
+    def _given_back(self, task: Task, microcredits: int) -> None:
+        """A lease ended and left something of what it could have cost: jobs that lacked it try again."""
+        if not microcredits or task.job_id is None:
+            return
+        job = self._state.jobs[task.job_id]
+        waiting = [job] if is_short(job) else []
+        if job.mode is PoolMode.QUOTA:
+            waiting += [other for other in short_of_allotment(self._state, job.pool_id, job.account_id) if other != job]
+        for one in waiting:
+            if one.job_id not in self._resumed and not self._tally(one.job_id).ended:
+                self._resumed.add(one.job_id)
+                self.events.append(resumed(one))
 
     def finish(self, job: Job, state: JobState, reason: str, code: Reason | None) -> None:
         """Ends a job: its leases are revoked, its tasks dropped."""

@@ -29,7 +29,7 @@ def effects_of(state: State, event: e.Event) -> tuple[f.Effect, ...]:  # noqa: P
             return _ended(state, event)
         case e.TaskAbandoned():
             return _NOTHING
-        case e.JobSubmitted() | e.JobStateChanged() | e.JobDeleted():
+        case e.JobSubmitted() | e.JobStateChanged() | e.JobDeleted() | e.JobFunded():
             return (f.WakeWatchers(job_id=event.job_id),)
         case e.BundleInspected() | e.BundleHeld() | e.BundleRegistered():
             return (f.WakeBundleWatchers(bundle_digest=event.bundle_digest),)

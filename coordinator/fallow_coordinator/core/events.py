@@ -45,6 +45,66 @@ class PoolCreated:
 
 
 @dataclass(frozen=True, slots=True)
+class PoolModeChanged:
+    pool_id: PoolId
+    mode: str
+
+
+@dataclass(frozen=True, slots=True)
+class CreditsGranted:
+    """The operator makes credits for an account; `transfer_id` makes repeating harmless."""
+
+    account_id: AccountId
+    microcredits: int
+    note: str
+    transfer_id: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class CreditsReleased:
+    """What an account's workers earned may be spent from here on."""
+
+    account_id: AccountId
+    microcredits: int
+    note: str
+    transfer_id: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class AllotmentSet:
+    """What an account gets in a quota pool in each period; a fresh period begins. 0: nothing any more."""
+
+    pool_id: PoolId
+    account_id: AccountId
+    microcredits: int
+    period_ms: int
+    renews_at_ms: int
+    granted_microcredits: int
+    lapsed_microcredits: int
+    """What was left of the period before."""
+
+
+@dataclass(frozen=True, slots=True)
+class AllotmentRenewed:
+    """A period is over and the next begins."""
+
+    pool_id: PoolId
+    account_id: AccountId
+    renews_at_ms: int
+    granted_microcredits: int
+    lapsed_microcredits: int
+
+
+@dataclass(frozen=True, slots=True)
+class JobFunded:
+    """Its owner adds to its budget."""
+
+    job_id: JobId
+    microcredits: int
+    transfer_id: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class TokenIssued:
     token_id: TokenId
     secret_digest: Digest
@@ -230,6 +290,8 @@ class JobSubmitted:
     kept: BlobReference | None
     policy: str
     price_microcredits: int
+    held_microcredits: int = 0
+    """Its budget, which its account can spend on nothing else until it ends."""
     block_size_sums: tuple[tuple[int, ...], ...] = ()
     """Sums of the size features of each block, in order; empty in events from before they were recorded."""
 
@@ -310,6 +372,9 @@ class LeaseGranted:
     fence: int
     deadline_ms: int
     runtime_max_ms: int
+    price_microcredits_per_unit: int = 0
+    reserved_microcredits: int = 0
+    """Most that it can cost: its job can spend it on no other lease while this one lives."""
 
 
 class LeaseOutcome(StrEnum):
@@ -360,8 +425,13 @@ class TaskSettled:
     rows: int
     rows_failed: int
     microcredits: int
+    """What the job pays for the rows done."""
     speed_milliunits_per_s: int = 0
     """The worker's speed with the bundle from here on (`speeds`); 0: unchanged."""
+    released: bool = False
+    """True: the worker's account may spend it at once; false: it is pending."""
+    contribution_microcredits: int = 0
+    """Recorded for the worker's account where nobody pays."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -450,6 +520,12 @@ Event = (
     | Restarted
     | AccountCreated
     | PoolCreated
+    | PoolModeChanged
+    | CreditsGranted
+    | CreditsReleased
+    | AllotmentSet
+    | AllotmentRenewed
+    | JobFunded
     | TokenIssued
     | TokenRevoked
     | PartyEnrolled

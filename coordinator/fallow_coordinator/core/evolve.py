@@ -8,7 +8,16 @@ from __future__ import annotations
 from typing import assert_never
 
 from fallow_coordinator.core import events as e
-from fallow_coordinator.core import evolve_devices, evolve_identity, evolve_jobs, evolve_sessions, evolve_tasks, health
+from fallow_coordinator.core import (
+    evolve_devices,
+    evolve_identity,
+    evolve_jobs,
+    evolve_ledger,
+    evolve_sessions,
+    evolve_tasks,
+    health,
+)
+from fallow_coordinator.core.postings import postings_of
 from fallow_coordinator.core.state import State
 
 
@@ -20,6 +29,9 @@ def evolve(state: State, event: e.Event, at_ms: int) -> None:
     assert at_ms >= state.clock_ms, "the journal's clock never goes back"
     state.sequence += 1
     state.clock_ms = at_ms
+    postings = postings_of(state, event)
+    if postings:
+        state.ledger.post(postings)
     match event:
         case (
             e.TaskCreated()
@@ -65,6 +77,15 @@ def evolve(state: State, event: e.Event, at_ms: int) -> None:
             | e.WorkerReleased()
         ):
             evolve_identity.evolve_identity(state, event, at_ms)
+        case (
+            e.PoolModeChanged()
+            | e.CreditsGranted()
+            | e.CreditsReleased()
+            | e.AllotmentSet()
+            | e.AllotmentRenewed()
+            | e.JobFunded()
+        ):
+            evolve_ledger.evolve_ledger(state, event)
         case (
             e.ChallengeIssued()
             | e.ChallengeAnswered()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import accumulate, repeat
 from typing import assert_never
 
+from fallow.credits import PoolMode
 from fallow.job import JOB_MOVES, JOB_STATES_FINAL, JobState
 from fallow.ranges import RangeSet
 from fallow.roles import DataClass
@@ -121,6 +122,8 @@ def _submit(state: State, event: e.JobSubmitted, at_ms: int) -> None:
         policy=event.policy,
         price_microcredits=event.price_microcredits,
         submitted_at_ms=at_ms,
+        mode=state.pools[event.pool_id].mode,
+        budget_microcredits=_budget(state.pools[event.pool_id].mode, event),
         done=RangeSet(),
         number=state.sequence,
         lane=needs_of_job(
@@ -141,6 +144,10 @@ def _submit(state: State, event: e.JobSubmitted, at_ms: int) -> None:
     state.idempotency[key] = IdempotencyRecord(event.request_digest, event.job_id, at_ms)
     state.idempotency_order.append(key)
     account.idempotency_keys += 1
+
+
+def _budget(mode: PoolMode, event: e.JobSubmitted) -> int:
+    return event.options.budget_microcredits if mode is PoolMode.QUOTA else event.held_microcredits
 
 
 def _forget_old_keys(state: State, at_ms: int) -> None:

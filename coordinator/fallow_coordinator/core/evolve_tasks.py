@@ -190,12 +190,16 @@ def _grant(state: State, event: e.LeaseGranted, at_ms: int) -> None:
         granted_at_ms=at_ms,
         deadline_ms=event.deadline_ms,
         runtime_max_ms=event.runtime_max_ms,
+        price_microcredits_per_unit=event.price_microcredits_per_unit,
+        reserved_microcredits=event.reserved_microcredits,
     )
     insort(state.deadlines, (event.deadline_ms, event.lease_id))
     hold(state, worker, lease_id=event.lease_id, unit_micros=task.unit_micros, holds=True)
     worker.free_since_ms = 0
     if task.job_id is not None:
-        state.jobs[task.job_id].rows_leased += task.rows
+        job = state.jobs[task.job_id]
+        job.rows_leased += task.rows
+        job.reserved_microcredits += event.reserved_microcredits
     if task.kind is TaskKind.MAP:
         takes_bundle(state, worker, task.bundle_digest)
     if task.kind is TaskKind.INSPECT:
@@ -249,7 +253,9 @@ def _release(state: State, lease_id: LeaseId, outcome: e.LeaseOutcome | None) ->
         worker.free_since_ms = state.clock_ms
     end_grace_if_empty(state, worker)
     if task.job_id is not None:
-        state.jobs[task.job_id].rows_leased -= task.rows
+        job = state.jobs[task.job_id]
+        job.rows_leased -= task.rows
+        job.reserved_microcredits -= lease.reserved_microcredits
     state.ended_leases[lease_id] = EndedLease(
         lease.task_id,
         task.job_id,

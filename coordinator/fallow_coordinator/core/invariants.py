@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 
+from fallow.credits import PoolMode
+from fallow.ids import JobId
 from fallow.job import JOB_STATES_FINAL, JobState
 from fallow.limits import JOB_TASKS_MAX, LEASES_PER_WORKER_MAX, TASK_ATTEMPTS_MAX
 from fallow.ranges import RangeSet
@@ -12,6 +14,8 @@ from fallow.session import TaskKind
 from fallow_coordinator.core.devices import identity_of, measurable
 from fallow_coordinator.core.groups import ability_of_worker, duration_of_next_unit
 from fallow_coordinator.core.lanes import CUTTABLE
+from fallow_coordinator.core.ledger import BookKind
+from fallow_coordinator.core.ledger import held as held_by
 from fallow_coordinator.core.limits import (
     BUNDLES_PER_WORKER_MAX,
     IDEMPOTENCY_KEYS_PER_ACCOUNT_MAX,
@@ -21,6 +25,7 @@ from fallow_coordinator.core.limits import (
     TASK_LOSSES_MAX,
 )
 from fallow_coordinator.core.needs import Ability, misfit
+from fallow_coordinator.core.postings import purse_of
 from fallow_coordinator.core.state import NO_GROUP, Job, LaneKey, State, TaskPhase, Worker
 
 
@@ -42,6 +47,7 @@ def check(state: State) -> None:
     _check_lanes(state)
     _check_own(state)
     _check_counts(state)
+    check_ledger(state)
 
 
 def _must(holds: bool, what: str) -> None:
@@ -294,3 +300,33 @@ def _check_counts(state: State) -> None:
     _must(len(state.ended_leases) <= LEASES_REMEMBERED_MAX, "what is remembered has a limit")
     _must(list(state.idempotency) == list(state.idempotency_order), "keys are remembered in order")
     _must(list(state.finished.values()) == sorted(state.finished.values()), "finished jobs stand in order")
+
+
+def check_ledger(state: State) -> None:
+    """Raises InvariantError or LedgerError when the books don't add up, or don't hold what leases may cost."""
+    ledger = state.ledger
+    ledger.check()
+    reserved: Counter[JobId] = Counter()
+    for lease in state.leases.values():
+        job_id = state.tasks[lease.task_id].job_id
+        _must(job_id is not None or not lease.reserved_microcredits, "only jobs pay")
+        if job_id is not None:
+            reserved[job_id] += lease.reserved_microcredits
+    for job_id, job in state.jobs.items():
+        _must(job.reserved_microcredits == reserved[job_id], "reservations are those of live leases")
+        promised = ledger.balance(held_by(job_id, purse_of(job)))
+        _must(promised >= reserved[job_id], "what leases may cost is held")
+        exactly = job.mode is not PoolMode.QUOTA or promised == reserved[job_id]
+        _must(exactly, "a quota job holds what its leases may cost")
+        if job.mode is PoolMode.MARKET and job.state not in JOB_STATES_FINAL:
+            _must(promised + job.microcredits == job.budget_microcredits, "a budget is held or paid")
+        bounded = job.mode is PoolMode.MARKET or bool(job.budget_microcredits)
+        _must(not bounded or job.microcredits <= job.budget_microcredits, "a budget is never overrun")
+        _must(job.mode is not PoolMode.DONATION or not (promised or job.microcredits), "a donation costs nothing")
+    for book in ledger.balances:
+        if book.kind is BookKind.HELD:
+            holder = state.jobs.get(JobId(book.owner))
+            _must(holder is not None and holder.state not in JOB_STATES_FINAL, "only unfinished jobs hold anything")
+    renewals = sorted((one.renews_at_ms, *key) for key, one in ledger.allotments.items())
+    _must(renewals == ledger.renewals, "every allotment stands in the index")
+    _must(list(ledger.transfers) == list(ledger.transfers_order), "transfers are remembered in order")

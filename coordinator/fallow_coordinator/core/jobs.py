@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from fallow.credits import ASK_MICROCREDITS_PER_UNIT_MAX, MICROCREDITS_MAX, PoolMode
 from fallow.errors import FallowError, Reason
 from fallow.ids import Digest, JobId, PoolId, TaskId
 from fallow.job import JOB_STATES_FINAL, JobOptions, JobState
@@ -24,7 +25,6 @@ from fallow_coordinator.core.draft import Draft, shortened
 from fallow_coordinator.core.limits import (
     ARCHIVED_PER_COMMAND_MAX,
     BLOCKS_UNFINISHED_PER_ACCOUNT_MAX,
-    BUDGET_MICROCREDITS_MAX,
     DAY_MS,
     DEADLINE_MS_MAX,
     EXPIRED_PER_COMMAND_MAX,
@@ -36,7 +36,6 @@ from fallow_coordinator.core.limits import (
     LATENCY_MS_MAX_MAX,
     MEMORY_BYTES_MIN_MAX,
     PACK_ATTEMPTS_MAX,
-    PRICE_MICROCREDITS_MAX,
     PRIORITY_MAX,
     REGION_BYTES_MAX,
     RETENTION_MS_DEFAULT,
@@ -50,6 +49,7 @@ from fallow_coordinator.core.names import Names
 from fallow_coordinator.core.needs import needs_of_job
 from fallow_coordinator.core.queueing import queued
 from fallow_coordinator.core.state import Account, Bundle, State, Task, TaskPhase
+from fallow_coordinator.core.treasury import check_funds
 
 DELETED_BY_OWNER = "deleted by its owner"
 DELETED_BY_TIME = "its retention is over"
@@ -59,8 +59,8 @@ def submit_map_job(state: State, command: c.SubmitMapJob, now_ms: int, names: Na
     """A map job; the same idempotency key with the same request gives the same job for 24 hours.
 
     Raises ACCOUNT_UNKNOWN, POOL_UNKNOWN, BUNDLE_UNKNOWN, PROGRAM_REFUSED, PROGRAM_HELD, BUNDLE_INVALID, DATASET_EMPTY,
-    LIMIT_EXCEEDED, BLOCK_TOO_LARGE, BLOB_UNKNOWN, SCHEMA_MISMATCH, ROW_BLOCK_MALFORMED, FIELD_INVALID,
-    IDEMPOTENCY_CONFLICT, OVERLOADED.
+    LIMIT_EXCEEDED, FIELD_MISSING, INSUFFICIENT_CREDITS, BLOCK_TOO_LARGE, BLOB_UNKNOWN, SCHEMA_MISMATCH,
+    ROW_BLOCK_MALFORMED, FIELD_INVALID, IDEMPOTENCY_CONFLICT, OVERLOADED.
     """
     account = account_of(state, command.account_id)
     repeated = _repeated(state, command, now_ms)
@@ -91,6 +91,8 @@ def submit_map_job(state: State, command: c.SubmitMapJob, now_ms: int, names: Na
         )
     pool_id = _pool_of(state, command)
     _check_options(command, now_ms)
+    held_microcredits = _budget(state, command, pool_id)
+    options = _written_out(state.pools[pool_id].mode, command.options)
     bundle = usable_bundle(state, account, command.bundle_digest)
     block_sums = _check_blocks(account, bundle, command)
     job_id = JobId(names.new("job"))
@@ -110,16 +112,15 @@ def submit_map_job(state: State, command: c.SubmitMapJob, now_ms: int, names: Na
             rows=sum(block.rows for block in command.blocks),
             data_class=command.data_class,
             title=command.title,
-            # Written out: a later default is not for jobs of today.
-            options=replace(command.options, retention_ms=command.options.retention_ms or RETENTION_MS_DEFAULT),
+            options=options,
             kept=command.kept,
             policy=state.pools[pool_id].policy,
             price_microcredits=0,
+            held_microcredits=held_microcredits,
             block_size_sums=block_sums if bundle.size_feature_count else (),
         )
     ]
     if bundle.report is not None:
-        options = command.options
         needs = needs_of_job(options, pool_id=pool_id, data_class=command.data_class, mode=state.pools[pool_id].mode)
         blocks, report = command.blocks, bundle.report
         events.append(queued(state, job_id, needs=needs, options=options, blocks=blocks, report=report, now_ms=now_ms))
@@ -254,6 +255,33 @@ def _pool_of(state: State, command: c.SubmitMapJob) -> PoolId:
     return command.pool_id
 
 
+def _written_out(mode: PoolMode, options: JobOptions) -> JobOptions:
+    """With defaults as numbers: a later default is not for jobs of today. A budget without a limit allows any price."""
+    limit = options.limit_microcredits_per_unit
+    if mode is PoolMode.MARKET and options.budget_microcredits and not limit:
+        limit = ASK_MICROCREDITS_PER_UNIT_MAX
+    return replace(
+        options, retention_ms=options.retention_ms or RETENTION_MS_DEFAULT, limit_microcredits_per_unit=limit
+    )
+
+
+def _budget(state: State, command: c.SubmitMapJob, pool_id: PoolId) -> int:
+    """What the job holds of its account's credits: its budget where somebody is paid."""
+    options = command.options
+    if state.pools[pool_id].mode is not PoolMode.MARKET:
+        return 0
+    if options.limit_microcredits_per_unit and not options.budget_microcredits:
+        raise FallowError(
+            Reason.FIELD_MISSING,
+            "the job has a limit and no budget to pay from",
+            field="options.budget_microcredits",
+            limit="more than 0 micro-credits",
+            hint="state a budget as well; without both only workers that ask nothing, and your own, do the work",
+        )
+    check_funds(state, command.account_id, options.budget_microcredits, "options.budget_microcredits")
+    return options.budget_microcredits
+
+
 def _check_options(command: c.SubmitMapJob, now_ms: int) -> None:
     options = command.options
     size = len(command.title.encode("utf-8", errors="replace"))
@@ -290,8 +318,13 @@ def _check_needs(options: JobOptions, now_ms: int) -> None:
         ("priority", options.priority, PRIORITY_MAX, ""),
         ("memory_bytes_min", options.memory_bytes_min, MEMORY_BYTES_MIN_MAX, " bytes"),
         ("latency_ms_max", options.latency_ms_max, LATENCY_MS_MAX_MAX, " ms"),
-        ("limit_microcredits_per_unit", options.limit_microcredits_per_unit, PRICE_MICROCREDITS_MAX, " micro-credits"),
-        ("budget_microcredits", options.budget_microcredits, BUDGET_MICROCREDITS_MAX, " micro-credits"),
+        (
+            "limit_microcredits_per_unit",
+            options.limit_microcredits_per_unit,
+            ASK_MICROCREDITS_PER_UNIT_MAX,
+            " micro-credits",
+        ),
+        ("budget_microcredits", options.budget_microcredits, MICROCREDITS_MAX, " micro-credits"),
     )
     for name, value, most, unit in ranges:
         if not 0 <= value <= most:

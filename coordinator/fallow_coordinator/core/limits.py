@@ -93,6 +93,13 @@ BLOB_BYTES_PER_ACCOUNT_DEFAULT = 100 * 1024 * 1024 * 1024
 """Bytes of uploads that an account may have recorded, unless an operator says otherwise: 100 GiB."""
 BLOB_BYTES_PER_ACCOUNT_MAX = 1 << 50
 
+TRANSFERS_REMEMBERED_MAX = 20_000
+"""Transfers of credits that people asked for and that may be asked for again without harm; older ones are unknown."""
+TREASURY_MICROCREDITS_MAX = 9 * 10**18
+"""Most that is ever made in one purse: what a signed number of 64 bits can count."""
+ALLOTMENTS_MAX = 100_000
+ALLOTMENT_PERIOD_MS_MIN = MINUTE_MS
+ALLOTMENT_PERIOD_MS_MAX = 366 * DAY_MS
 CHALLENGES_LIVE_MAX = 64
 """Devices that are being measured at a time."""
 CHALLENGE_STEPS_TARGET = 128
@@ -140,9 +147,6 @@ OWN_WORKERS_LOOKED_AT_MAX = 16
 REGION_BYTES_MAX = 32
 MEMORY_BYTES_MIN_MAX = 1 << 50
 """Most memory that a job may ask for on one device: 1 PiB."""
-PRICE_MICROCREDITS_MAX = 10**12
-"""Highest limit, and highest ask, for a unit: a million credits."""
-BUDGET_MICROCREDITS_MAX = 10**18
 DEADLINE_MS_MAX = 366 * DAY_MS
 """How far ahead a deadline may lie."""
 LATENCY_MS_MAX_MAX = HOUR_MS

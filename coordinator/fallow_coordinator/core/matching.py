@@ -18,6 +18,7 @@ from fallow.session import TaskKind
 from fallow_coordinator.core import events as e
 from fallow_coordinator.core.cutting import Layout, cost_of, cut_size, unit_micros
 from fallow_coordinator.core.evolve_tasks import submitter_of
+from fallow_coordinator.core.funding import Shortage, lease_terms, paused
 from fallow_coordinator.core.groups import numbers_in
 from fallow_coordinator.core.limits import (
     INSPECTION_RUNTIME_MS,
@@ -31,7 +32,7 @@ from fallow_coordinator.core.limits import (
     UNIT_MICROS,
 )
 from fallow_coordinator.core.names import Names
-from fallow_coordinator.core.needs import INSPECTION, Needs
+from fallow_coordinator.core.needs import INSPECTION, Needs, fits_own
 from fallow_coordinator.core.shares import share_key_after
 from fallow_coordinator.core.state import NO_GROUP, Account, Job, Lane, State, Task, Worker, WorkerGroup
 
@@ -68,10 +69,9 @@ def _own_pair(state: State) -> _Pair | None:
         account = state.accounts[account_id]
         for _, _, task_id in account.ready[:READY_LOOK_AHEAD]:
             task = state.tasks[task_id]
-            fitting = state.lanes[task.lane].groups
             for worker_id in islice(account.own_free, OWN_WORKERS_LOOKED_AT_MAX):
                 worker = state.workers[worker_id]
-                if fitting >> worker.group & 1 and worker_id not in task.avoid:
+                if fits_own(task.lane, state.groups[worker.group].ability) and worker_id not in task.avoid:
                     return _Pair(task, worker)
     return None
 
@@ -194,7 +194,7 @@ def _prepare(state: State, now_ms: int, names: Names) -> tuple[e.Event, ...]:
     for account_id in state.own_wanting:
         account = state.accounts[account_id]
         for key in account.lanes:
-            if _serves_own(state, account, state.lanes[key]):
+            if _serves_own(state, account, key):
                 return _cut(state, state.jobs[state.lanes[key].accounts[account_id][0][2]], now_ms, names)
     best: tuple[tuple[int, AccountId], JobId] | None = None
     starving = state.wanting_groups | state.hungry_groups
@@ -228,10 +228,10 @@ def _next_job(state: State, key: Needs, lane: Lane, wanting: int) -> tuple[tuple
     return None
 
 
-def _serves_own(state: State, account: Account, lane: Lane) -> bool:
+def _serves_own(state: State, account: Account, key: Needs) -> bool:
     """Whether one of the account's own workers fits the lane."""
     return any(
-        lane.groups >> state.workers[worker_id].group & 1
+        fits_own(key, state.groups[state.workers[worker_id].group].ability)
         for worker_id in islice(account.own_workers, OWN_WORKERS_LOOKED_AT_MAX)
     )
 
@@ -239,8 +239,12 @@ def _serves_own(state: State, account: Account, lane: Lane) -> bool:
 def _grant(
     state: State, task: Task, worker: Worker, now_ms: int, names: Names, *, runner_up_ask: int | None
 ) -> tuple[e.Event, ...]:
-    """The one place where a lease is made."""
+    """The one place where a lease is made; a job that cannot pay for it pauses instead."""
     assert worker.session_id is not None, "free workers are connected"
+    terms = lease_terms(state, task, worker, runner_up_ask)
+    if isinstance(terms, Shortage):
+        assert task.job_id is not None, "only jobs pay"
+        return (paused(task.job_id, terms),)
     runtime_max_ms = runtime_limit_ms(task)
     granted = e.LeaseGranted(
         lease_id=LeaseId(names.new("lease")),
@@ -250,6 +254,8 @@ def _grant(
         fence=task.fence + 1,
         deadline_ms=now_ms + runtime_max_ms + _queue_ms(worker) + _transfer_ms(task),
         runtime_max_ms=runtime_max_ms,
+        price_microcredits_per_unit=terms.price_microcredits_per_unit,
+        reserved_microcredits=terms.reserved_microcredits,
     )
     if task.job_id is not None and state.jobs[task.job_id].state is JobState.QUEUED:
         running = e.JobStateChanged(job_id=task.job_id, state=JobState.RUNNING, reason="", reason_code="")

@@ -8,6 +8,7 @@ many jobs and machines there are; an ask is compared exactly once more when a ta
 from __future__ import annotations
 
 from enum import StrEnum
+from functools import lru_cache
 from typing import NamedTuple
 
 from fallow.bundle import Precision
@@ -139,6 +140,12 @@ def misfit(needs: Needs, ability: Ability) -> Misfit | None:
     if ability.ask_class > needs.limit_class:
         return Misfit.ASK
     return None
+
+
+@lru_cache(maxsize=4_096)
+def fits_own(needs: Needs, ability: Ability) -> bool:
+    """Whether a worker of this ability can do such work of its own owner, which is free and outside the market."""
+    return misfit(needs._replace(paid=False, limit_class=ability.ask_class), ability) is None
 
 
 def _device_misfit(needs: Needs, ability: Ability) -> Misfit | None:

@@ -8,15 +8,16 @@ from dataclasses import dataclass
 
 from fallow.bundle import InspectionReport, Precision
 from fallow.challenge import OUTPUT_SCHEMA_DIGEST, ChallengePlan
+from fallow.credits import BUDGET_WARNING_PERCENT, PoolMode, credits_text, price_per_hour
 from fallow.errors import Reason
 from fallow.ids import AccountId, Digest, JobId, LeaseId, PartyId, PoolId, SessionId, TaskId
-from fallow.job import JobProgress, JobState, JobStatus, TaskResult
+from fallow.job import JOB_STATES_FINAL, JobProgress, JobState, JobStatus, TaskResult
 from fallow.limits import BLOCK_BYTES_MAX
 from fallow.roles import TIERS_ALLOWED, Tier
 from fallow.session import BlobReference, Capability, DeviceStanding, TaskKind
 from fallow_coordinator.core.devices import certificate_of, challenge_of
 from fallow_coordinator.core.evolve_tasks import MEASURING_KINDS
-from fallow_coordinator.core.needs import INSPECTION, misfit
+from fallow_coordinator.core.needs import INSPECTION, Misfit, misfit
 from fallow_coordinator.core.state import (
     ChallengeRecord,
     DeviceCertificate,
@@ -68,6 +69,24 @@ def job_status(state: State, job_id: JobId) -> JobStatus | None:
             workers=_workers_of(state, job),
         ),
         deleted_at_ms=job.deleted_at_ms,
+        pool_mode=job.mode,
+        budget_microcredits=job.budget_microcredits,
+        spent_microcredits=job.microcredits,
+        reserved_microcredits=job.reserved_microcredits,
+        warnings=budget_warnings(job),
+    )
+
+
+def budget_warnings(job: Job) -> tuple[str, ...]:
+    """What its owner should know of its budget before it is used up."""
+    if job.state in JOB_STATES_FINAL or not job.budget_microcredits:
+        return ()
+    if job.microcredits * 100 < job.budget_microcredits * BUDGET_WARNING_PERCENT:
+        return ()
+    percent = job.microcredits * 100 // job.budget_microcredits
+    return (
+        f"{percent} % of its budget of {credits_text(job.budget_microcredits)} credits is spent, "
+        f"{len(job.done) * 100 // job.rows} % of its rows are done",
     )
 
 
@@ -92,6 +111,7 @@ INSPECTING = "INSPECTING"
 NO_WORKER = "NO_WORKER"
 BUSY = "BUSY"
 PACKING = "PACKING"
+LIMIT_BELOW_ASKS = "LIMIT_BELOW_ASKS"
 
 
 def waiting_reason(state: State, job_id: JobId) -> tuple[str, str]:
@@ -109,6 +129,9 @@ def waiting_reason(state: State, job_id: JobId) -> tuple[str, str]:
 
 def _why_waiting(state: State, job: Job) -> tuple[str, str]:
     lane = state.lanes[job.lane]
+    asks = _asks_above_limit(state, job)
+    if asks is not None:
+        return asks, LIMIT_BELOW_ASKS
     if not lane.window_total:
         allowed = ", ".join(tier.value for tier in Tier if tier in TIERS_ALLOWED[job.data_class])
         pool = state.pools[job.pool_id].name
@@ -120,6 +143,26 @@ def _why_waiting(state: State, job: Job) -> tuple[str, str]:
     if TaskPhase.READY in phases or not lane.groups & state.free_groups:
         return "all workers are busy with other work", BUSY
     return "its rows are being packed", PACKING
+
+
+def _asks_above_limit(state: State, job: Job) -> str | None:
+    """Why nobody takes it for what its owner would pay; None when that is not why."""
+    if job.mode is not PoolMode.MARKET:
+        return None
+    limit = job.options.limit_microcredits_per_unit
+    fitting = [
+        group.asks
+        for group in state.groups.values()
+        if group.asks and misfit(job.lane, group.ability) in (None, Misfit.ASK)
+    ]
+    lowest = min((asks[0] for asks in fitting), default=0)
+    if lowest <= limit:
+        return None
+    return (
+        f"each of the {sum(map(len, fitting))} workers that fit asks more than the job's limit: the lowest ask is "
+        f"{credits_text(price_per_hour(lowest))} credits for an hour of a reference core, the limit is "
+        f"{credits_text(price_per_hour(limit))}"
+    )
 
 
 def _why_pending(state: State, job: Job) -> tuple[str, str]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from fallow.credits import ASK_MICROCREDITS_PER_UNIT_MAX, check_amount
 from fallow.errors import FallowError, Reason
 from fallow.ids import PartyId, SessionId
 from fallow.limits import LEASES_PER_WORKER_MAX
 from fallow.roles import Role
-from fallow.session import Cause
+from fallow.session import Capability, Cause
 from fallow_coordinator.core import commands as c
 from fallow_coordinator.core import events as e
 from fallow_coordinator.core.answers import Decision, SessionGranted
@@ -27,6 +28,7 @@ def open_session(state: State, command: c.OpenSession, now_ms: int, names: Names
     """
     worker = _admitted(state, command.worker_id, now_ms)
     _check_window(command.window)
+    _check_ask(command.capability)
     if len(command.held_leases) > LEASES_PER_WORKER_MAX:
         raise FallowError(
             Reason.LIMIT_EXCEEDED,
@@ -78,6 +80,8 @@ def change_capability(state: State, command: c.ChangeCapability) -> Decision:
     """The worker can do or hold something else now. Raises SESSION_REPLACED, LIMIT_EXCEEDED."""
     worker = worker_of_session(state, command.session_id)
     _check_window(command.window)
+    if command.capability is not None:
+        _check_ask(command.capability)
     if command.window == worker.window and command.capability in (None, worker.capability):
         return Decision()
     event = e.CapabilityReported(session_id=command.session_id, capability=command.capability, window=command.window)
@@ -123,6 +127,14 @@ def _check_window(window: int) -> None:
             field="window",
             limit=f"0 to {LEASES_PER_WORKER_MAX} leases",
         )
+
+
+def _check_ask(capability: Capability) -> None:
+    check_amount(
+        capability.ask_microcredits_per_unit,
+        "capability.ask_microcredits_per_unit",
+        most=ASK_MICROCREDITS_PER_UNIT_MAX,
+    )
 
 
 def _check_token(worker: Worker, command: c.OpenSession) -> None:

@@ -8,6 +8,7 @@ from enum import StrEnum
 
 from fallow.bundle import InspectionReport
 from fallow.challenge import ChallengePlan
+from fallow.credits import PoolMode
 from fallow.ids import AccountId, Digest, JobId, KeyFingerprint, LeaseId, PartyId, PoolId, SessionId, TaskId, TokenId
 from fallow.job import DatasetBlock, JobOptions, JobState, TaskResult
 from fallow.ranges import RangeSet
@@ -15,6 +16,7 @@ from fallow.roles import DataClass, Role, Tier
 from fallow.session import BlobReference, Capability, Cause, RowFailure, TaskKind
 from fallow_coordinator.core.commands import StoredBlob
 from fallow_coordinator.core.events import LeaseOutcome
+from fallow_coordinator.core.ledger import Ledger
 from fallow_coordinator.core.needs import INSPECTION, Ability, Needs
 
 LaneKey = Needs
@@ -68,7 +70,7 @@ class Pool:
     pool_id: PoolId
     account_id: AccountId
     name: str
-    mode: str
+    mode: PoolMode
     policy: str
 
 
@@ -322,6 +324,12 @@ class Job:
     policy: str
     price_microcredits: int
     submitted_at_ms: int
+    mode: PoolMode = PoolMode.DONATION
+    """Its pool's when it was submitted: how it is paid until it ends."""
+    budget_microcredits: int = 0
+    """All that was ever set aside for it; 0 in a quota pool: no bound of its own."""
+    reserved_microcredits: int = 0
+    """Sum of the reservations of its live leases."""
     state: JobState = JobState.PENDING
     reason: str = ""
     reason_code: str = ""
@@ -338,6 +346,7 @@ class Job:
     rows_leased: int = 0
     tasks_settled: int = 0
     microcredits: int = 0
+    """What it has paid."""
     results: list[TaskResult] = field(default_factory=list[TaskResult])
     """Result n has cursor n + 1; none are left once the job is deleted."""
     deleted_at_ms: int = 0
@@ -431,6 +440,8 @@ class Lease:
     deadline_ms: int
     runtime_max_ms: int
     commitment: CommitmentFacts | None = None
+    price_microcredits_per_unit: int = 0
+    reserved_microcredits: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -536,6 +547,7 @@ class State:
     wanting_groups: int = 0
     """Groups for which less is packed or being packed than their windows and slots could take."""
     lanes: dict[LaneKey, Lane] = field(default_factory=dict[LaneKey, Lane])
+    ledger: Ledger = field(default_factory=Ledger)
     challenges: dict[TaskId, Challenge] = field(default_factory=dict[TaskId, Challenge])
     """Challenges without a verdict, first issued first."""
     open_lanes: dict[LaneKey, None] = field(default_factory=dict[LaneKey, None])

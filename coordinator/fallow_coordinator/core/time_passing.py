@@ -11,6 +11,7 @@ from fallow_coordinator.core.draft import Draft
 from fallow_coordinator.core.limits import DUE_PER_TICK_MAX, PACK_PATIENCE_MS
 from fallow_coordinator.core.names import Names
 from fallow_coordinator.core.state import State
+from fallow_coordinator.core.treasury import renewals_due
 
 
 def restart(state: State, command: c.Restart) -> Decision:
@@ -42,6 +43,7 @@ def tick(state: State, command: c.Tick, now_ms: int, names: Names) -> Decision:
                 break
             if task_id not in gone:
                 draft.events.append(e.PackRequested(task_id=task_id, pack_number=task.pack_number + 1))
+    draft.events.extend(renewals_due(state, now_ms))
     if draft.events or command.measuring is None:
         # What ends now may free whom it would challenge: devices have time until the next tick.
         return Decision(tuple(draft.events))

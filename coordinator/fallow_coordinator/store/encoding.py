@@ -11,7 +11,7 @@ from google.protobuf.message import DecodeError
 from fallow.ids import Digest
 from fallow.journal.v1 import journal_pb2 as pb
 from fallow_coordinator.core.events import Event
-from fallow_coordinator.store import device_events, health_events, identity_events, work_events
+from fallow_coordinator.store import credit_events, device_events, health_events, identity_events, work_events
 from fallow_coordinator.store.event_kind import AnyKind
 
 SALT_BYTES = 16
@@ -22,6 +22,7 @@ KINDS: tuple[AnyKind, ...] = (
     *identity_events.KINDS,
     *work_events.KINDS,
     *device_events.KINDS,
+    *credit_events.KINDS,
     *health_events.KINDS,
 )
 """Every kind of event; complete, or importing this module fails."""

@@ -10,6 +10,7 @@ from fallow.wire.job import result_to_message, status_to_message
 from fallow_coordinator.core import events as ev
 from fallow_coordinator.core.evolve import evolve
 from fallow_coordinator.core.limits import RETENTION_MS_DEFAULT
+from fallow_coordinator.core.questions import budget_warnings
 from fallow_coordinator.core.state import Bundle, Job, State
 from fallow_coordinator.ports import Record
 from fallow_coordinator.store.work_events import encode_submission
@@ -329,6 +330,11 @@ def status_of(job: Job) -> JobStatus:
             workers=len({result.worker_id for result in job.results if result.worker_id}) if finished else 0,
         ),
         deleted_at_ms=job.deleted_at_ms,
+        pool_mode=job.mode,
+        budget_microcredits=job.budget_microcredits,
+        spent_microcredits=job.microcredits,
+        reserved_microcredits=job.reserved_microcredits,
+        warnings=budget_warnings(job),
     )
 
 

@@ -10,7 +10,7 @@ from fallow_coordinator.store.failures import storage_failures
 from fallow_coordinator.store.projection import Changes
 
 VIEWS_FILE = "views.db"
-VIEWS_VERSION = 4
+VIEWS_VERSION = 5
 """Another version in the file: the views are built anew from the journal."""
 LOCK_WAIT_S = 5.0
 
@@ -47,6 +47,7 @@ _GONE_WITH_THEIR_JOB = ("results", "job_blobs", "job_submissions", "job_payloads
 _EXTRAS = (
     "CREATE INDEX outputs_of_jobs ON results (output_digest)",
     "CREATE INDEX blobs_of_jobs ON job_blobs (blob_digest)",
+    "CREATE INDEX payloads_of_jobs ON job_payloads (digest)",
     "CREATE INDEX ends_of_retention ON retained_jobs (keep_until_ms)",
     "CREATE INDEX jobs_of_account ON jobs (account_id, submitted_at_ms, job_id)",
     """CREATE VIEW rows_by_worker AS
@@ -155,9 +156,8 @@ def blob_references(path: Path) -> dict[Digest, int | None]:
     with storage_failures(path):
         connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None)
         try:
-            found: dict[Digest, int | None] = {
-                Digest(row[0]): None for row in connection.execute("SELECT DISTINCT blob_digest FROM job_blobs")
-            }
+            inputs = "SELECT blob_digest FROM job_blobs UNION SELECT digest FROM job_payloads"
+            found: dict[Digest, int | None] = {Digest(row[0]): None for row in connection.execute(inputs)}
             outputs = "SELECT DISTINCT output_digest, output_length_bytes FROM results WHERE output_digest IS NOT NULL"
             found.update((Digest(digest), int(length)) for digest, length in connection.execute(outputs))
             return found

@@ -81,6 +81,7 @@ def _job_submitted_to(event: ev.JobSubmitted) -> pb.JobSubmitted:
         kept=None if event.kept is None else values.blob_to_message(event.kept),
         policy=event.policy,
         price_microcredits=event.price_microcredits,
+        held_microcredits=event.held_microcredits,
         block_size_sums=[pb.SizeSums(sums=sums) for sums in event.block_size_sums],
     )
 
@@ -105,6 +106,7 @@ def _job_submitted_from(message: pb.JobSubmitted) -> ev.JobSubmitted:
         kept=values.blob_from_message(message.kept) if message.HasField("kept") else None,
         policy=message.policy,
         price_microcredits=message.price_microcredits,
+        held_microcredits=message.held_microcredits,
         block_size_sums=tuple([tuple(sizes.sums) for sizes in message.block_size_sums]),
     )
 
@@ -157,6 +159,8 @@ def _lease_granted_to(event: ev.LeaseGranted) -> pb.LeaseGranted:
         fence=event.fence,
         deadline_ms=event.deadline_ms,
         runtime_max_ms=event.runtime_max_ms,
+        price_microcredits_per_unit=event.price_microcredits_per_unit,
+        reserved_microcredits=event.reserved_microcredits,
     )
 
 
@@ -169,6 +173,8 @@ def _lease_granted_from(message: pb.LeaseGranted) -> ev.LeaseGranted:
         fence=message.fence,
         deadline_ms=message.deadline_ms,
         runtime_max_ms=message.runtime_max_ms,
+        price_microcredits_per_unit=message.price_microcredits_per_unit,
+        reserved_microcredits=message.reserved_microcredits,
     )
 
 
@@ -350,6 +356,8 @@ KINDS: tuple[AnyKind, ...] = (
             rows_failed=event.rows_failed,
             microcredits=event.microcredits,
             speed_milliunits_per_s=event.speed_milliunits_per_s,
+            released=event.released,
+            contribution_microcredits=event.contribution_microcredits,
         ),
         lambda message: ev.TaskSettled(
             task_id=TaskId(message.task_id),
@@ -359,6 +367,8 @@ KINDS: tuple[AnyKind, ...] = (
             rows_failed=message.rows_failed,
             microcredits=message.microcredits,
             speed_milliunits_per_s=message.speed_milliunits_per_s,
+            released=message.released,
+            contribution_microcredits=message.contribution_microcredits,
         ),
     ),
     Kind(

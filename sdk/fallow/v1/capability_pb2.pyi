@@ -191,7 +191,7 @@ class Capability(_message.Message):
     network_down_bytes_per_s: _builtins.int
     network_up_bytes_per_s: _builtins.int
     ask_microcredits_per_unit: _builtins.int
-    """Asked price, micro-credits for each unit; 0: donates."""
+    """Asked price, micro-credits for each unit, at most 10⁹; 0: donates."""
     network_round_trip_microseconds: _builtins.int
     """Shortest round trip to the coordinator that it has seen, in microseconds; 0: not known."""
     @_builtins.property

@@ -157,8 +157,13 @@ class JobOptions(_message.Message):
     """Longest wait for a partial result; 0: none."""
     priority: _builtins.int
     limit_microcredits_per_unit: _builtins.int
-    """Most that a unit may cost, micro-credits; 0: free work only."""
+    """Most that a unit may cost in a market pool, micro-credits, at most 10⁹. 0: any price that the budget pays, or, without
+    a budget, only work that costs nothing.
+    """
     budget_microcredits: _builtins.int
+    """Most that the whole job may cost, micro-credits, at most 10¹⁵. A market pool sets it aside at submission; in a quota
+    pool 0 means no bound but the account's allotment.
+    """
     objective: Global___Objective.ValueType
     region: _builtins.str
     device_kind: _builtins.str
@@ -376,6 +381,11 @@ class JobStatus(_message.Message):
     KEPT_FIELD_NUMBER: _builtins.int
     RESULTS_FIELD_NUMBER: _builtins.int
     DELETED_AT_FIELD_NUMBER: _builtins.int
+    POOL_MODE_FIELD_NUMBER: _builtins.int
+    BUDGET_MICROCREDITS_FIELD_NUMBER: _builtins.int
+    SPENT_MICROCREDITS_FIELD_NUMBER: _builtins.int
+    RESERVED_MICROCREDITS_FIELD_NUMBER: _builtins.int
+    WARNINGS_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     account_id: _builtins.str
     pool_id: _builtins.str
@@ -393,6 +403,13 @@ class JobStatus(_message.Message):
     output_schema: _builtins.bytes
     """Schema of the output rows, exact bytes; unset until the bundle is known."""
     results: _builtins.int
+    pool_mode: _builtins.str
+    """`quota` or `market`: how it is paid; unset: `donation`. In a quota pool the amounts are of the account's allotment."""
+    budget_microcredits: _builtins.int
+    """All that was set aside for it; 0: nothing, or in a quota pool no bound of its own."""
+    spent_microcredits: _builtins.int
+    reserved_microcredits: _builtins.int
+    """What its live leases may cost."""
     @_builtins.property
     def progress(self) -> Global___JobProgress: ...
     @_builtins.property
@@ -408,6 +425,10 @@ class JobStatus(_message.Message):
     @_builtins.property
     def deleted_at(self) -> _timestamp_pb2.Timestamp:
         """When its results, dataset and kept columns were let go; unset: they are there."""
+
+    @_builtins.property
+    def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What its owner should know, for people; at most 8."""
 
     def __init__(
         self,
@@ -430,10 +451,15 @@ class JobStatus(_message.Message):
         kept: _blob_pb2.BlobReference | None = ...,
         results: _builtins.int = ...,
         deleted_at: _timestamp_pb2.Timestamp | None = ...,
+        pool_mode: _builtins.str = ...,
+        budget_microcredits: _builtins.int = ...,
+        spent_microcredits: _builtins.int = ...,
+        reserved_microcredits: _builtins.int = ...,
+        warnings: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["deleted_at", b"deleted_at", "finished_at", b"finished_at", "kept", b"kept", "progress", b"progress", "submitted_at", b"submitted_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_id", b"account_id", "bundle_digest", b"bundle_digest", "data_class", b"data_class", "deleted_at", b"deleted_at", "finished_at", b"finished_at", "job_id", b"job_id", "kept", b"kept", "output_schema", b"output_schema", "policy", b"policy", "pool_id", b"pool_id", "price_microcredits", b"price_microcredits", "progress", b"progress", "reason", b"reason", "reason_code", b"reason_code", "results", b"results", "state", b"state", "submitted_at", b"submitted_at", "title", b"title"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_id", b"account_id", "budget_microcredits", b"budget_microcredits", "bundle_digest", b"bundle_digest", "data_class", b"data_class", "deleted_at", b"deleted_at", "finished_at", b"finished_at", "job_id", b"job_id", "kept", b"kept", "output_schema", b"output_schema", "policy", b"policy", "pool_id", b"pool_id", "pool_mode", b"pool_mode", "price_microcredits", b"price_microcredits", "progress", b"progress", "reason", b"reason", "reason_code", b"reason_code", "reserved_microcredits", b"reserved_microcredits", "results", b"results", "spent_microcredits", b"spent_microcredits", "state", b"state", "submitted_at", b"submitted_at", "title", b"title", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fallow.credits import PoolMode
+from fallow.errors import FallowError, Reason
 from fallow.ids import Digest, JobId
 from fallow.job import (
     DatasetBlock,
@@ -59,6 +61,17 @@ def options_from_message(message: job_pb2.JobOptions) -> JobOptions:
         retention_ms=duration_from_message(message.retention),
         all_rows_may_fail=message.all_rows_may_fail,
     )
+
+
+def pool_mode_from(word: str, field: str) -> PoolMode:
+    """The mode of a word. Raises FIELD_INVALID."""
+    try:
+        return PoolMode(word)
+    except ValueError:
+        allowed = ", ".join(mode.value for mode in PoolMode)
+        raise FallowError(
+            Reason.FIELD_INVALID, f"{word[:40]!r} is no mode of a pool", field=field, limit=allowed
+        ) from None
 
 
 def block_to_message(block: DatasetBlock, inline_block: bytes) -> job_pb2.DatasetBlock:
@@ -139,6 +152,11 @@ def status_to_message(status: JobStatus) -> job_pb2.JobStatus:
         kept=reference_to_message(status.kept) if status.kept else None,
         results=status.results,
         deleted_at=moment_to_message(status.deleted_at_ms) if status.deleted_at_ms else None,
+        pool_mode=status.pool_mode.value if status.pool_mode is not PoolMode.DONATION else "",
+        budget_microcredits=status.budget_microcredits,
+        spent_microcredits=status.spent_microcredits,
+        reserved_microcredits=status.reserved_microcredits,
+        warnings=status.warnings,
     )
 
 
@@ -163,6 +181,11 @@ def status_from_message(message: job_pb2.JobStatus) -> JobStatus:
         kept=reference_from_message(message.kept, "job.kept") if message.HasField("kept") else None,
         results=message.results,
         deleted_at_ms=moment_from_message(message.deleted_at),
+        pool_mode=pool_mode_from(message.pool_mode, "job.pool_mode") if message.pool_mode else PoolMode.DONATION,
+        budget_microcredits=message.budget_microcredits,
+        spent_microcredits=message.spent_microcredits,
+        reserved_microcredits=message.reserved_microcredits,
+        warnings=tuple(message.warnings),
         progress=JobProgress(
             rows_total=progress.rows_total,
             rows_done=progress.rows_done,

@@ -140,6 +140,12 @@ class Event(_message.Message):
     BLOB_QUOTA_SET_FIELD_NUMBER: _builtins.int
     WORKER_STRUCK_FIELD_NUMBER: _builtins.int
     WORKER_WARMED_FIELD_NUMBER: _builtins.int
+    POOL_MODE_CHANGED_FIELD_NUMBER: _builtins.int
+    CREDITS_GRANTED_FIELD_NUMBER: _builtins.int
+    CREDITS_RELEASED_FIELD_NUMBER: _builtins.int
+    ALLOTMENT_SET_FIELD_NUMBER: _builtins.int
+    ALLOTMENT_RENEWED_FIELD_NUMBER: _builtins.int
+    JOB_FUNDED_FIELD_NUMBER: _builtins.int
     CHALLENGE_ISSUED_FIELD_NUMBER: _builtins.int
     CHALLENGE_ANSWERED_FIELD_NUMBER: _builtins.int
     DEVICE_MEASURED_FIELD_NUMBER: _builtins.int
@@ -220,6 +226,18 @@ class Event(_message.Message):
     @_builtins.property
     def worker_warmed(self) -> Global___WorkerWarmed: ...
     @_builtins.property
+    def pool_mode_changed(self) -> Global___PoolModeChanged: ...
+    @_builtins.property
+    def credits_granted(self) -> Global___CreditsGranted: ...
+    @_builtins.property
+    def credits_released(self) -> Global___CreditsReleased: ...
+    @_builtins.property
+    def allotment_set(self) -> Global___AllotmentSet: ...
+    @_builtins.property
+    def allotment_renewed(self) -> Global___AllotmentRenewed: ...
+    @_builtins.property
+    def job_funded(self) -> Global___JobFunded: ...
+    @_builtins.property
     def challenge_issued(self) -> Global___ChallengeIssued: ...
     @_builtins.property
     def challenge_answered(self) -> Global___ChallengeAnswered: ...
@@ -269,17 +287,23 @@ class Event(_message.Message):
         blob_quota_set: Global___BlobQuotaSet | None = ...,
         worker_struck: Global___WorkerStruck | None = ...,
         worker_warmed: Global___WorkerWarmed | None = ...,
+        pool_mode_changed: Global___PoolModeChanged | None = ...,
+        credits_granted: Global___CreditsGranted | None = ...,
+        credits_released: Global___CreditsReleased | None = ...,
+        allotment_set: Global___AllotmentSet | None = ...,
+        allotment_renewed: Global___AllotmentRenewed | None = ...,
+        job_funded: Global___JobFunded | None = ...,
         challenge_issued: Global___ChallengeIssued | None = ...,
         challenge_answered: Global___ChallengeAnswered | None = ...,
         device_measured: Global___DeviceMeasured | None = ...,
         device_certificate_ended: Global___DeviceCertificateEnded | None = ...,
         challenge_ended: Global___ChallengeEnded | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["account_created", b"account_created", "blob_quota_set", b"blob_quota_set", "blob_recorded", b"blob_recorded", "blobs_forgotten", b"blobs_forgotten", "bundle_crashed", b"bundle_crashed", "bundle_held", b"bundle_held", "bundle_inspected", b"bundle_inspected", "bundle_registered", b"bundle_registered", "capability_reported", b"capability_reported", "certificate_issued", b"certificate_issued", "challenge_answered", b"challenge_answered", "challenge_ended", b"challenge_ended", "challenge_issued", b"challenge_issued", "commitment_recorded", b"commitment_recorded", "device_certificate_ended", b"device_certificate_ended", "device_measured", b"device_measured", "job_archived", b"job_archived", "job_deleted", b"job_deleted", "job_state_changed", b"job_state_changed", "job_submitted", b"job_submitted", "journal_started", b"journal_started", "kind", b"kind", "lease_ended", b"lease_ended", "lease_granted", b"lease_granted", "pack_requested", b"pack_requested", "packing_failed", b"packing_failed", "party_enrolled", b"party_enrolled", "party_revoked", b"party_revoked", "pool_created", b"pool_created", "restarted", b"restarted", "session_closed", b"session_closed", "session_opened", b"session_opened", "task_abandoned", b"task_abandoned", "task_created", b"task_created", "task_dropped", b"task_dropped", "task_input_packed", b"task_input_packed", "task_settled", b"task_settled", "token_issued", b"token_issued", "token_revoked", b"token_revoked", "worker_quarantined", b"worker_quarantined", "worker_released", b"worker_released", "worker_struck", b"worker_struck", "worker_warmed", b"worker_warmed"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["account_created", b"account_created", "allotment_renewed", b"allotment_renewed", "allotment_set", b"allotment_set", "blob_quota_set", b"blob_quota_set", "blob_recorded", b"blob_recorded", "blobs_forgotten", b"blobs_forgotten", "bundle_crashed", b"bundle_crashed", "bundle_held", b"bundle_held", "bundle_inspected", b"bundle_inspected", "bundle_registered", b"bundle_registered", "capability_reported", b"capability_reported", "certificate_issued", b"certificate_issued", "challenge_answered", b"challenge_answered", "challenge_ended", b"challenge_ended", "challenge_issued", b"challenge_issued", "commitment_recorded", b"commitment_recorded", "credits_granted", b"credits_granted", "credits_released", b"credits_released", "device_certificate_ended", b"device_certificate_ended", "device_measured", b"device_measured", "job_archived", b"job_archived", "job_deleted", b"job_deleted", "job_funded", b"job_funded", "job_state_changed", b"job_state_changed", "job_submitted", b"job_submitted", "journal_started", b"journal_started", "kind", b"kind", "lease_ended", b"lease_ended", "lease_granted", b"lease_granted", "pack_requested", b"pack_requested", "packing_failed", b"packing_failed", "party_enrolled", b"party_enrolled", "party_revoked", b"party_revoked", "pool_created", b"pool_created", "pool_mode_changed", b"pool_mode_changed", "restarted", b"restarted", "session_closed", b"session_closed", "session_opened", b"session_opened", "task_abandoned", b"task_abandoned", "task_created", b"task_created", "task_dropped", b"task_dropped", "task_input_packed", b"task_input_packed", "task_settled", b"task_settled", "token_issued", b"token_issued", "token_revoked", b"token_revoked", "worker_quarantined", b"worker_quarantined", "worker_released", b"worker_released", "worker_struck", b"worker_struck", "worker_warmed", b"worker_warmed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_created", b"account_created", "blob_quota_set", b"blob_quota_set", "blob_recorded", b"blob_recorded", "blobs_forgotten", b"blobs_forgotten", "bundle_crashed", b"bundle_crashed", "bundle_held", b"bundle_held", "bundle_inspected", b"bundle_inspected", "bundle_registered", b"bundle_registered", "capability_reported", b"capability_reported", "certificate_issued", b"certificate_issued", "challenge_answered", b"challenge_answered", "challenge_ended", b"challenge_ended", "challenge_issued", b"challenge_issued", "commitment_recorded", b"commitment_recorded", "device_certificate_ended", b"device_certificate_ended", "device_measured", b"device_measured", "job_archived", b"job_archived", "job_deleted", b"job_deleted", "job_state_changed", b"job_state_changed", "job_submitted", b"job_submitted", "journal_started", b"journal_started", "kind", b"kind", "lease_ended", b"lease_ended", "lease_granted", b"lease_granted", "pack_requested", b"pack_requested", "packing_failed", b"packing_failed", "party_enrolled", b"party_enrolled", "party_revoked", b"party_revoked", "pool_created", b"pool_created", "restarted", b"restarted", "session_closed", b"session_closed", "session_opened", b"session_opened", "task_abandoned", b"task_abandoned", "task_created", b"task_created", "task_dropped", b"task_dropped", "task_input_packed", b"task_input_packed", "task_settled", b"task_settled", "token_issued", b"token_issued", "token_revoked", b"token_revoked", "worker_quarantined", b"worker_quarantined", "worker_released", b"worker_released", "worker_struck", b"worker_struck", "worker_warmed", b"worker_warmed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_created", b"account_created", "allotment_renewed", b"allotment_renewed", "allotment_set", b"allotment_set", "blob_quota_set", b"blob_quota_set", "blob_recorded", b"blob_recorded", "blobs_forgotten", b"blobs_forgotten", "bundle_crashed", b"bundle_crashed", "bundle_held", b"bundle_held", "bundle_inspected", b"bundle_inspected", "bundle_registered", b"bundle_registered", "capability_reported", b"capability_reported", "certificate_issued", b"certificate_issued", "challenge_answered", b"challenge_answered", "challenge_ended", b"challenge_ended", "challenge_issued", b"challenge_issued", "commitment_recorded", b"commitment_recorded", "credits_granted", b"credits_granted", "credits_released", b"credits_released", "device_certificate_ended", b"device_certificate_ended", "device_measured", b"device_measured", "job_archived", b"job_archived", "job_deleted", b"job_deleted", "job_funded", b"job_funded", "job_state_changed", b"job_state_changed", "job_submitted", b"job_submitted", "journal_started", b"journal_started", "kind", b"kind", "lease_ended", b"lease_ended", "lease_granted", b"lease_granted", "pack_requested", b"pack_requested", "packing_failed", b"packing_failed", "party_enrolled", b"party_enrolled", "party_revoked", b"party_revoked", "pool_created", b"pool_created", "pool_mode_changed", b"pool_mode_changed", "restarted", b"restarted", "session_closed", b"session_closed", "session_opened", b"session_opened", "task_abandoned", b"task_abandoned", "task_created", b"task_created", "task_dropped", b"task_dropped", "task_input_packed", b"task_input_packed", "task_settled", b"task_settled", "token_issued", b"token_issued", "token_revoked", b"token_revoked", "worker_quarantined", b"worker_quarantined", "worker_released", b"worker_released", "worker_struck", b"worker_struck", "worker_warmed", b"worker_warmed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["task_created", "pack_requested", "task_input_packed", "lease_granted", "lease_ended", "commitment_recorded", "task_settled", "task_abandoned", "task_dropped", "job_submitted", "job_state_changed", "job_archived", "blob_recorded", "packing_failed", "session_opened", "session_closed", "capability_reported", "journal_started", "restarted", "account_created", "pool_created", "token_issued", "token_revoked", "party_enrolled", "certificate_issued", "party_revoked", "worker_quarantined", "worker_released", "bundle_registered", "bundle_inspected", "bundle_held", "bundle_crashed", "job_deleted", "blobs_forgotten", "blob_quota_set", "worker_struck", "worker_warmed", "challenge_issued", "challenge_answered", "device_measured", "device_certificate_ended", "challenge_ended"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["task_created", "pack_requested", "task_input_packed", "lease_granted", "lease_ended", "commitment_recorded", "task_settled", "task_abandoned", "task_dropped", "job_submitted", "job_state_changed", "job_archived", "blob_recorded", "packing_failed", "session_opened", "session_closed", "capability_reported", "journal_started", "restarted", "account_created", "pool_created", "token_issued", "token_revoked", "party_enrolled", "certificate_issued", "party_revoked", "worker_quarantined", "worker_released", "bundle_registered", "bundle_inspected", "bundle_held", "bundle_crashed", "job_deleted", "blobs_forgotten", "blob_quota_set", "worker_struck", "worker_warmed", "pool_mode_changed", "credits_granted", "credits_released", "allotment_set", "allotment_renewed", "job_funded", "challenge_issued", "challenge_answered", "device_measured", "device_certificate_ended", "challenge_ended"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -1007,6 +1031,7 @@ class JobSubmitted(_message.Message):
     KEPT_FIELD_NUMBER: _builtins.int
     POLICY_FIELD_NUMBER: _builtins.int
     PRICE_MICROCREDITS_FIELD_NUMBER: _builtins.int
+    HELD_MICROCREDITS_FIELD_NUMBER: _builtins.int
     BLOCK_SIZE_SUMS_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     account_id: _builtins.str
@@ -1020,6 +1045,8 @@ class JobSubmitted(_message.Message):
     title: _builtins.str
     policy: _builtins.str
     price_microcredits: _builtins.int
+    held_microcredits: _builtins.int
+    """Its budget in a market pool: available to held."""
     @_builtins.property
     def blocks(self) -> _containers.RepeatedCompositeFieldContainer[Global___JobBlock]: ...
     @_builtins.property
@@ -1053,11 +1080,12 @@ class JobSubmitted(_message.Message):
         kept: _blob_pb2.BlobReference | None = ...,
         policy: _builtins.str = ...,
         price_microcredits: _builtins.int = ...,
+        held_microcredits: _builtins.int = ...,
         block_size_sums: _abc.Iterable[Global___SizeSums] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["kept", b"kept", "options", b"options"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_id", b"account_id", "block_size_sums", b"block_size_sums", "blocks", b"blocks", "bundle_digest", b"bundle_digest", "data_class", b"data_class", "idempotency_key", b"idempotency_key", "job_id", b"job_id", "kept", b"kept", "options", b"options", "party_id", b"party_id", "policy", b"policy", "pool_id", b"pool_id", "price_microcredits", b"price_microcredits", "request_digest", b"request_digest", "rows", b"rows", "size_feature_sums", b"size_feature_sums", "title", b"title"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_id", b"account_id", "block_size_sums", b"block_size_sums", "blocks", b"blocks", "bundle_digest", b"bundle_digest", "data_class", b"data_class", "held_microcredits", b"held_microcredits", "idempotency_key", b"idempotency_key", "job_id", b"job_id", "kept", b"kept", "options", b"options", "party_id", b"party_id", "policy", b"policy", "pool_id", b"pool_id", "price_microcredits", b"price_microcredits", "request_digest", b"request_digest", "rows", b"rows", "size_feature_sums", b"size_feature_sums", "title", b"title"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1277,6 +1305,8 @@ class LeaseGranted(_message.Message):
     FENCE_FIELD_NUMBER: _builtins.int
     DEADLINE_MS_FIELD_NUMBER: _builtins.int
     RUNTIME_MAX_MS_FIELD_NUMBER: _builtins.int
+    PRICE_MICROCREDITS_PER_UNIT_FIELD_NUMBER: _builtins.int
+    RESERVED_MICROCREDITS_FIELD_NUMBER: _builtins.int
     lease_id: _builtins.str
     task_id: _builtins.str
     worker_id: _builtins.str
@@ -1285,6 +1315,9 @@ class LeaseGranted(_message.Message):
     """Only grows, for each task."""
     deadline_ms: _builtins.int
     runtime_max_ms: _builtins.int
+    price_microcredits_per_unit: _builtins.int
+    reserved_microcredits: _builtins.int
+    """Most that it can cost: its job spends it on no other lease while this one lives."""
     def __init__(
         self,
         *,
@@ -1295,10 +1328,12 @@ class LeaseGranted(_message.Message):
         fence: _builtins.int = ...,
         deadline_ms: _builtins.int = ...,
         runtime_max_ms: _builtins.int = ...,
+        price_microcredits_per_unit: _builtins.int = ...,
+        reserved_microcredits: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["deadline_ms", b"deadline_ms", "fence", b"fence", "lease_id", b"lease_id", "runtime_max_ms", b"runtime_max_ms", "session_id", b"session_id", "task_id", b"task_id", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deadline_ms", b"deadline_ms", "fence", b"fence", "lease_id", b"lease_id", "price_microcredits_per_unit", b"price_microcredits_per_unit", "reserved_microcredits", b"reserved_microcredits", "runtime_max_ms", b"runtime_max_ms", "session_id", b"session_id", "task_id", b"task_id", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1408,6 +1443,8 @@ class TaskSettled(_message.Message):
     ROWS_FAILED_FIELD_NUMBER: _builtins.int
     MICROCREDITS_FIELD_NUMBER: _builtins.int
     SPEED_MILLIUNITS_PER_S_FIELD_NUMBER: _builtins.int
+    RELEASED_FIELD_NUMBER: _builtins.int
+    CONTRIBUTION_MICROCREDITS_FIELD_NUMBER: _builtins.int
     task_id: _builtins.str
     lease_id: _builtins.str
     cursor: _builtins.int
@@ -1415,8 +1452,13 @@ class TaskSettled(_message.Message):
     rows: _builtins.int
     rows_failed: _builtins.int
     microcredits: _builtins.int
+    """What the job pays for the rows done."""
     speed_milliunits_per_s: _builtins.int
     """The worker's speed with the bundle from here on, thousandths of a unit a second; 0: unchanged."""
+    released: _builtins.bool
+    """True: the worker's account may spend it at once; false: it is pending."""
+    contribution_microcredits: _builtins.int
+    """Recorded for the worker's account where nobody pays."""
     def __init__(
         self,
         *,
@@ -1427,10 +1469,12 @@ class TaskSettled(_message.Message):
         rows_failed: _builtins.int = ...,
         microcredits: _builtins.int = ...,
         speed_milliunits_per_s: _builtins.int = ...,
+        released: _builtins.bool = ...,
+        contribution_microcredits: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cursor", b"cursor", "lease_id", b"lease_id", "microcredits", b"microcredits", "rows", b"rows", "rows_failed", b"rows_failed", "speed_milliunits_per_s", b"speed_milliunits_per_s", "task_id", b"task_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["contribution_microcredits", b"contribution_microcredits", "cursor", b"cursor", "lease_id", b"lease_id", "microcredits", b"microcredits", "released", b"released", "rows", b"rows", "rows_failed", b"rows_failed", "speed_milliunits_per_s", b"speed_milliunits_per_s", "task_id", b"task_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1565,6 +1609,194 @@ class BlobQuotaSet(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___BlobQuotaSet: _TypeAlias = BlobQuotaSet  # noqa: Y015
+
+@_typing.final
+class PoolModeChanged(_message.Message):
+    """How work is paid in a pool from here on."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POOL_ID_FIELD_NUMBER: _builtins.int
+    MODE_FIELD_NUMBER: _builtins.int
+    pool_id: _builtins.str
+    mode: _builtins.str
+    """`donation`, `quota` or `market`."""
+    def __init__(
+        self,
+        *,
+        pool_id: _builtins.str = ...,
+        mode: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["mode", b"mode", "pool_id", b"pool_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PoolModeChanged: _TypeAlias = PoolModeChanged  # noqa: Y015
+
+@_typing.final
+class CreditsGranted(_message.Message):
+    """The operator made credits for an account: treasury to available."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ACCOUNT_ID_FIELD_NUMBER: _builtins.int
+    MICROCREDITS_FIELD_NUMBER: _builtins.int
+    NOTE_FIELD_NUMBER: _builtins.int
+    TRANSFER_ID_FIELD_NUMBER: _builtins.int
+    account_id: _builtins.str
+    microcredits: _builtins.int
+    note: _builtins.str
+    transfer_id: _builtins.bytes
+    """16 random bytes of whoever asked: the same again is harmless."""
+    def __init__(
+        self,
+        *,
+        account_id: _builtins.str = ...,
+        microcredits: _builtins.int = ...,
+        note: _builtins.str = ...,
+        transfer_id: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_id", b"account_id", "microcredits", b"microcredits", "note", b"note", "transfer_id", b"transfer_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CreditsGranted: _TypeAlias = CreditsGranted  # noqa: Y015
+
+@_typing.final
+class CreditsReleased(_message.Message):
+    """What an account's workers earned may be spent: pending to available."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ACCOUNT_ID_FIELD_NUMBER: _builtins.int
+    MICROCREDITS_FIELD_NUMBER: _builtins.int
+    NOTE_FIELD_NUMBER: _builtins.int
+    TRANSFER_ID_FIELD_NUMBER: _builtins.int
+    account_id: _builtins.str
+    microcredits: _builtins.int
+    note: _builtins.str
+    transfer_id: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        account_id: _builtins.str = ...,
+        microcredits: _builtins.int = ...,
+        note: _builtins.str = ...,
+        transfer_id: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_id", b"account_id", "microcredits", b"microcredits", "note", b"note", "transfer_id", b"transfer_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CreditsReleased: _TypeAlias = CreditsReleased  # noqa: Y015
+
+@_typing.final
+class AllotmentSet(_message.Message):
+    """What an account gets in a quota pool in each period; a fresh period begins."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POOL_ID_FIELD_NUMBER: _builtins.int
+    ACCOUNT_ID_FIELD_NUMBER: _builtins.int
+    MICROCREDITS_FIELD_NUMBER: _builtins.int
+    PERIOD_MS_FIELD_NUMBER: _builtins.int
+    RENEWS_AT_MS_FIELD_NUMBER: _builtins.int
+    GRANTED_MICROCREDITS_FIELD_NUMBER: _builtins.int
+    LAPSED_MICROCREDITS_FIELD_NUMBER: _builtins.int
+    pool_id: _builtins.str
+    account_id: _builtins.str
+    microcredits: _builtins.int
+    """For each period; 0: nothing any more."""
+    period_ms: _builtins.int
+    renews_at_ms: _builtins.int
+    granted_microcredits: _builtins.int
+    """Treasury to allotment."""
+    lapsed_microcredits: _builtins.int
+    """What was left, allotment to sink."""
+    def __init__(
+        self,
+        *,
+        pool_id: _builtins.str = ...,
+        account_id: _builtins.str = ...,
+        microcredits: _builtins.int = ...,
+        period_ms: _builtins.int = ...,
+        renews_at_ms: _builtins.int = ...,
+        granted_microcredits: _builtins.int = ...,
+        lapsed_microcredits: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_id", b"account_id", "granted_microcredits", b"granted_microcredits", "lapsed_microcredits", b"lapsed_microcredits", "microcredits", b"microcredits", "period_ms", b"period_ms", "pool_id", b"pool_id", "renews_at_ms", b"renews_at_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AllotmentSet: _TypeAlias = AllotmentSet  # noqa: Y015
+
+@_typing.final
+class AllotmentRenewed(_message.Message):
+    """A period of an allotment is over and the next begins."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POOL_ID_FIELD_NUMBER: _builtins.int
+    ACCOUNT_ID_FIELD_NUMBER: _builtins.int
+    RENEWS_AT_MS_FIELD_NUMBER: _builtins.int
+    GRANTED_MICROCREDITS_FIELD_NUMBER: _builtins.int
+    LAPSED_MICROCREDITS_FIELD_NUMBER: _builtins.int
+    pool_id: _builtins.str
+    account_id: _builtins.str
+    renews_at_ms: _builtins.int
+    granted_microcredits: _builtins.int
+    lapsed_microcredits: _builtins.int
+    def __init__(
+        self,
+        *,
+        pool_id: _builtins.str = ...,
+        account_id: _builtins.str = ...,
+        renews_at_ms: _builtins.int = ...,
+        granted_microcredits: _builtins.int = ...,
+        lapsed_microcredits: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_id", b"account_id", "granted_microcredits", b"granted_microcredits", "lapsed_microcredits", b"lapsed_microcredits", "pool_id", b"pool_id", "renews_at_ms", b"renews_at_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AllotmentRenewed: _TypeAlias = AllotmentRenewed  # noqa: Y015
+
+@_typing.final
+class JobFunded(_message.Message):
+    """A job's owner added to its budget: in a market pool, available to held."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    MICROCREDITS_FIELD_NUMBER: _builtins.int
+    TRANSFER_ID_FIELD_NUMBER: _builtins.int
+    job_id: _builtins.str
+    microcredits: _builtins.int
+    transfer_id: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        job_id: _builtins.str = ...,
+        microcredits: _builtins.int = ...,
+        transfer_id: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id", "microcredits", b"microcredits", "transfer_id", b"transfer_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___JobFunded: _TypeAlias = JobFunded  # noqa: Y015
 
 @_typing.final
 class ChallengeIssued(_message.Message):
