@@ -11,6 +11,7 @@ from fallow.limits import JOB_TASKS_MAX, LEASES_PER_WORKER_MAX, TASK_ATTEMPTS_MA
 from fallow.ranges import RangeSet
 from fallow.roles import Tier
 from fallow.session import TaskKind
+from fallow_coordinator.core.availability import HOURS_OF_WEEK
 from fallow_coordinator.core.devices import identity_of, measurable
 from fallow_coordinator.core.groups import ability_of_worker, duration_of_next_unit
 from fallow_coordinator.core.lanes import CUTTABLE
@@ -44,6 +45,7 @@ def check(state: State) -> None:
     _check_devices(state)
     _check_groups(state)
     _check_health(state)
+    _check_stays(state)
     _check_lanes(state)
     _check_own(state)
     _check_counts(state)
@@ -220,6 +222,15 @@ def _check_health(state: State) -> None:
         _must(0 <= worker.strikes <= STRIKES_MAX, "strikes have a limit")
         _must(not worker.cooling_until_ms or worker.window_max == 1, "who rests begins anew with one lease")
         _must(len(worker.speeds) <= BUNDLES_PER_WORKER_MAX, "speeds remembered have a limit")
+
+
+def _check_stays(state: State) -> None:
+    for worker in state.workers.values():
+        stays = worker.stays
+        _must(all(0 <= hour < HOURS_OF_WEEK for hour in stays.minutes), "a week has its hours")
+        _must(min(stays.minutes.values(), default=0) >= 0, "time is not negative")
+        risks = zip(stays.ends, stays.at_risk, strict=True)
+        _must(all(0 <= ended <= risked for ended, risked in risks), "who left was there")
 
 
 def _check_lanes(state: State) -> None:

@@ -7,6 +7,7 @@ tasks as with ten thousand of each.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -16,17 +17,20 @@ from fallow.job import JobState, Objective
 from fallow.roles import Tier
 from fallow.session import TaskKind
 from fallow_coordinator.core import events as e
+from fallow_coordinator.core.availability import stays_permille
 from fallow_coordinator.core.cutting import Layout, cost_of, cut_size, unit_micros
 from fallow_coordinator.core.evolve_tasks import submitter_of
 from fallow_coordinator.core.funding import Shortage, lease_terms, paused
 from fallow_coordinator.core.groups import numbers_in
 from fallow_coordinator.core.limits import (
     INSPECTION_RUNTIME_MS,
+    LONG_TASK_UNITS,
     OWN_WORKERS_LOOKED_AT_MAX,
     READY_LOOK_AHEAD,
     RUNTIME_FACTOR,
     RUNTIME_MS_MAX,
     RUNTIME_MS_MIN,
+    STAYERS_LOOKED_AT_MAX,
     TASK_UNIT_MICROS_MAX,
     TRANSFER_BYTES_PER_MS_MIN,
     UNIT_MICROS,
@@ -34,6 +38,7 @@ from fallow_coordinator.core.limits import (
 from fallow_coordinator.core.names import Names
 from fallow_coordinator.core.needs import INSPECTION, Needs, fits_own
 from fallow_coordinator.core.shares import share_key_after
+from fallow_coordinator.core.speeds import expected_ms
 from fallow_coordinator.core.state import NO_GROUP, Account, Job, Lane, State, Task, Worker, WorkerGroup
 
 _TIER_RANK = {Tier.VOLUNTEER: 0, Tier.MANAGED: 1, Tier.OPERATOR: 2}
@@ -134,8 +139,12 @@ def _pair_of(state: State, key: Needs, lane: Lane, task: Task) -> _Pair | None:
                 best = rank if best is None or rank < best else best
                 break
     if best is not None:
-        holder_id = _holder(state, lane, task, best) if key.objective is not Objective.SPEED else None
-        worker = state.workers[holder_id or best[3]]
+        chosen_id: PartyId | None = None
+        if task.unit_micros > LONG_TASK_UNITS * UNIT_MICROS:
+            chosen_id = _stayer(state, lane, task, best[3])
+        elif key.objective is not Objective.SPEED:
+            chosen_id = _holder(state, lane, task, best)
+        worker = state.workers[chosen_id or best[3]]
         return _Pair(task, worker, _runner_up_ask(state, lane, worker) if key.paid else None)
     if not task.avoid or _somebody_else_takes_work(state, lane, task):
         return None
@@ -175,6 +184,28 @@ def _holder(state: State, lane: Lane, task: Task, best: tuple[int, int, int, Par
             rank = (not worker.bundles[task.bundle_digest], worker.load, worker_id)
             found = rank if found is None or rank < found else found
     return found[2] if found is not None else None
+
+
+def _stayer(state: State, lane: Lane, task: Task, best_id: PartyId) -> PartyId:
+    """Who, among workers as cheap as the best one and trusted no more, most likely stays for a long task."""
+    best = state.workers[best_id]
+    entries = [(best_id, best.load)]
+    for group in _free_groups(state, lane):
+        if _TIER_RANK[group.ability.tier] <= _TIER_RANK[best.tier]:
+            first = bisect_left(group.cheapest, (best.ask_microcredits_per_unit, 0, ""))
+            entries += [
+                (worker_id, load)
+                for ask, load, worker_id in group.cheapest[first : first + STAYERS_LOOKED_AT_MAX]
+                if ask == best.ask_microcredits_per_unit and worker_id not in task.avoid
+            ]
+
+    def rank(entry: tuple[PartyId, int]) -> tuple[int, int, PartyId]:
+        worker = state.workers[entry[0]]
+        needed_ms = expected_ms(state, worker, task.bundle_digest, task.unit_micros)
+        # By tenths: the next one who is as good as certain is no better for being a little more so.
+        return -(stays_permille(worker, state.clock_ms, needed_ms) // 100), entry[1], entry[0]
+
+    return min(entries, key=rank)[0]
 
 
 def _runner_up_ask(state: State, lane: Lane, winner: Worker) -> int | None:

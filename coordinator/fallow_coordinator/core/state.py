@@ -17,6 +17,7 @@ from fallow.session import BlobReference, Capability, Cause, RowFailure, TaskKin
 from fallow_coordinator.core.commands import StoredBlob
 from fallow_coordinator.core.events import LeaseOutcome
 from fallow_coordinator.core.ledger import Ledger
+from fallow_coordinator.core.limits import STAYS_BUCKETS
 from fallow_coordinator.core.needs import INSPECTION, Ability, Needs
 
 LaneKey = Needs
@@ -179,6 +180,26 @@ class Challenge:
 
 
 @dataclass(slots=True)
+class Stays:
+    """When a worker was there, counted by `availability`."""
+
+    first_at_ms: int = 0
+    """Since when it is known; 0: it never came."""
+    since_ms: int = 0
+    """When its present or latest stay began."""
+    opened_at_ms: int = 0
+    left_at_ms: int = 0
+    cut_off: bool = False
+    """Its latest session was closed by a restart of ours."""
+    minutes: dict[int, int] = field(default_factory=dict[int, int])
+    """Minutes in which it was connected, by hour of the week (UTC, from Thursday, as 1970 began)."""
+    ends: list[int] = field(default_factory=lambda: [0] * STAYS_BUCKETS)
+    """Stays that ended, by doublings of a minute."""
+    at_risk: list[int] = field(default_factory=lambda: [0] * STAYS_BUCKETS)
+    """Stays that lasted into each."""
+
+
+@dataclass(slots=True)
 class Worker:
     """A party of role worker: its session, what it can do, what it holds."""
 
@@ -219,6 +240,7 @@ class Worker:
     """The same for each bundle, the latest last."""
     settled_at_ms: int = 0
     """When its latest task was accepted."""
+    stays: Stays = field(default_factory=Stays)
     strikes: int = 0
     """Failures of its own that no success has made good (`health`)."""
     cooling_until_ms: int = 0
