@@ -13,7 +13,7 @@ from typing import NoReturn, TypeVar
 
 from fallow.bundle import InspectionReport
 from fallow.ids import AccountId, Digest, JobId, KeyFingerprint, LeaseId, PartyId, SessionId, digest_of
-from fallow.job import DatasetBlock, JobOptions
+from fallow.job import DatasetBlock, JobOptions, Objective
 from fallow.merkle import leaf_digests, root_of
 from fallow.roles import DataClass, Role, Tier
 from fallow.row_block import RowBlock, pack
@@ -281,6 +281,11 @@ class World:
             ),
             {self.bundle_digest: manifest},
         )
+        await self.inspect_again(inspector, unit_micros_per_row=unit_micros_per_row)
+        return self.bundle_digest
+
+    async def inspect_again(self, inspector: WorldWorker, *, unit_micros_per_row: int = 10_000) -> None:
+        """The inspection that an operator's worker holds ends well."""
         lease = self.leases_of(inspector)[0]
         await self.tell(
             c.ReportInspection(
@@ -308,7 +313,6 @@ class World:
                 sequence=1,
             )
         )
-        return self.bundle_digest
 
     async def submit_job(
         self,
@@ -319,6 +323,7 @@ class World:
         title: str = "",
         failed_rows_max: int = 1_000,
         budget_microcredits: int = 0,
+        objective: Objective = Objective.COST,
     ) -> JobId:
         """A job over one block of these rows."""
         block = block_of(INPUT_SCHEMA, rows)
@@ -342,7 +347,9 @@ class World:
                 data_class=DataClass.PUBLIC,
                 pool_id=None,
                 title=title,
-                options=JobOptions(failed_rows_max=failed_rows_max, budget_microcredits=budget_microcredits),
+                options=JobOptions(
+                    failed_rows_max=failed_rows_max, budget_microcredits=budget_microcredits, objective=objective
+                ),
                 kept=None,
             ),
             payloads,

@@ -22,7 +22,6 @@ from fallow_coordinator.core import (
     evolve_tasks,
     groups,
     health,
-    invariants,
     jobs,
     lanes,
     leases,
@@ -347,8 +346,7 @@ def region_ignored(patch: pytest.MonkeyPatch) -> EngineBugs:
     def wrong(wanted: needs.Needs, ability: needs.Ability) -> needs.Misfit | None:
         return right(wanted._replace(region=""), ability)
 
-    for module in (groups, lanes, invariants):
-        patch.setattr(module, "misfit", wrong)
+    patch.setattr(groups, "misfit", wrong)
     return EngineBugs()
 
 

@@ -158,6 +158,10 @@ def test_numbers_of_kinds_are_for_ever() -> None:
         "blob_quota_set": 36,
         "worker_struck": 40,
         "worker_warmed": 41,
+        "account_admitted": 75,
+        "account_expelled": 76,
+        "bundle_cleared": 85,
+        "bundle_released": 86,
         "pool_mode_changed": 50,
         "credits_granted": 51,
         "credits_released": 52,
@@ -169,6 +173,10 @@ def test_numbers_of_kinds_are_for_ever() -> None:
         "device_measured": 62,
         "device_certificate_ended": 63,
         "challenge_ended": 64,
+        "forecasts_recorded": 65,
+        "carbon_planned": 66,
+        "job_deferred": 67,
+        "job_resumed": 68,
     }
 
 

@@ -11,6 +11,7 @@ from fallow.ids import AccountId, Digest, JobId, KeyFingerprint, LeaseId, PartyI
 from fallow.job import DatasetBlock, JobOptions
 from fallow.roles import DataClass, Role, Tier
 from fallow.session import BlobReference, Capability, Cause, HeldLease, RowFailure, Usage
+from fallow_coordinator.core.events import RegionForecast
 from fallow_coordinator.core.limits import UPLOAD_GRACE_MS
 
 
@@ -69,6 +70,20 @@ class CreateAccount:
 @dataclass(frozen=True, slots=True)
 class CreatePool:
     name: str
+    account_id: AccountId
+    closed: bool = False
+    """True: only admitted accounts may submit there."""
+
+
+@dataclass(frozen=True, slots=True)
+class AdmitAccount:
+    pool_id: PoolId
+    account_id: AccountId
+
+
+@dataclass(frozen=True, slots=True)
+class ExpelAccount:
+    pool_id: PoolId
     account_id: AccountId
 
 
@@ -291,6 +306,13 @@ class RegisterBundle:
     """Bytes a row of its output takes, as far as the schema fixes them: tasks are cut so that outputs fit a block."""
 
 
+@dataclass(frozen=True, slots=True)
+class ReleaseBundle:
+    """An operator lets jobs use a held bundle again."""
+
+    bundle_digest: Digest
+
+
 # ------------------------------------------------------------------------------------------------- jobs
 
 
@@ -441,6 +463,15 @@ class ReturnLease:
 
 
 @dataclass(frozen=True, slots=True)
+class RecordForecasts:
+    """Grams of CO₂ per kWh of the coming hours where workers are, from `from_ms` on, which begins an hour."""
+
+    from_ms: int
+    forecasts: tuple[RegionForecast, ...]
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
 class ArchiveJobs:
     """The follower's views stand at this sequence: finished jobs up to it need no place in memory."""
 
@@ -454,6 +485,8 @@ Command = (
     | Advance
     | CreateAccount
     | CreatePool
+    | AdmitAccount
+    | ExpelAccount
     | SetPoolMode
     | GrantCredits
     | ReleaseCredits
@@ -476,6 +509,7 @@ Command = (
     | ForgetBlobs
     | SetBlobQuota
     | RegisterBundle
+    | ReleaseBundle
     | SubmitMapJob
     | CancelJob
     | DeleteJob
@@ -489,4 +523,5 @@ Command = (
     | FailTask
     | ReturnLease
     | ArchiveJobs
+    | RecordForecasts
 )

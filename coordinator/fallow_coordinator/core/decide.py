@@ -4,14 +4,27 @@ from __future__ import annotations
 
 from typing import assert_never
 
-from fallow_coordinator.core import blobs, bundles, identity, jobs, leases, matching, sessions, time_passing, treasury
+from fallow_coordinator.core import (
+    admission,
+    blobs,
+    bundles,
+    deferral,
+    holding,
+    identity,
+    jobs,
+    leases,
+    matching,
+    sessions,
+    time_passing,
+    treasury,
+)
 from fallow_coordinator.core import commands as c
 from fallow_coordinator.core.answers import Decision
 from fallow_coordinator.core.names import Names
 from fallow_coordinator.core.state import State
 
 
-def decide(state: State, command: c.Command, now_ms: int, entropy: bytes) -> Decision:  # noqa: C901, PLR0911 one arm each
+def decide(state: State, command: c.Command, now_ms: int, entropy: bytes) -> Decision:  # noqa: C901, PLR0911, PLR0912 one arm each
     """Events and answer of one command, a function of its arguments alone.
 
     `now_ms` is the journal's clock and never goes back; `entropy` is 32 fresh bytes, from which names are made.
@@ -26,7 +39,7 @@ def decide(state: State, command: c.Command, now_ms: int, entropy: bytes) -> Dec
         case c.Deliver():
             return leases.deliver(state, command, now_ms)
         case c.FailTask():
-            return leases.fail_task(state, command, now_ms)
+            return leases.fail_task(state, command, now_ms, Names(entropy))
         case c.ReturnLease():
             return leases.return_lease(state, command)
         case c.ReportInspection():
@@ -45,6 +58,7 @@ def decide(state: State, command: c.Command, now_ms: int, entropy: bytes) -> Dec
             | c.PackFailed()
             | c.ArchiveJobs()
             | c.RegisterBundle()
+            | c.RecordForecasts()
         ):
             return _decide_job(state, command, now_ms, entropy)
         case c.SetPoolMode() | c.GrantCredits() | c.ReleaseCredits() | c.SetAllotment() | c.TopUpJob():
@@ -67,11 +81,37 @@ def decide(state: State, command: c.Command, now_ms: int, entropy: bytes) -> Dec
             | c.ReleaseWorker()
         ):
             return _decide_identity(state, command, now_ms, entropy)
+        case c.AdmitAccount() | c.ExpelAccount() | c.ReleaseBundle():
+            return _decide_door(state, command)
         case _:
             assert_never(command)
 
 
-JobCommand = c.SubmitMapJob | c.CancelJob | c.DeleteJob | c.ExpireJobs | c.PackFailed | c.ArchiveJobs | c.RegisterBundle
+DoorCommand = c.AdmitAccount | c.ExpelAccount | c.ReleaseBundle
+
+
+def _decide_door(state: State, command: DoorCommand) -> Decision:
+    match command:
+        case c.AdmitAccount():
+            return admission.admit_account(state, command)
+        case c.ExpelAccount():
+            return admission.expel_account(state, command)
+        case c.ReleaseBundle():
+            return holding.release_bundle(state, command)
+        case _:
+            assert_never(command)
+
+
+JobCommand = (
+    c.SubmitMapJob
+    | c.CancelJob
+    | c.DeleteJob
+    | c.ExpireJobs
+    | c.PackFailed
+    | c.ArchiveJobs
+    | c.RegisterBundle
+    | c.RecordForecasts
+)
 
 
 def _decide_job(state: State, command: JobCommand, now_ms: int, entropy: bytes) -> Decision:
@@ -90,6 +130,8 @@ def _decide_job(state: State, command: JobCommand, now_ms: int, entropy: bytes) 
             return jobs.archive_jobs(state, command)
         case c.RegisterBundle():
             return bundles.register_bundle(state, command, Names(entropy))
+        case c.RecordForecasts():
+            return deferral.record_forecasts(state, command)
         case _:
             assert_never(command)
 

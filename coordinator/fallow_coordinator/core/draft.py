@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fallow.credits import PoolMode
 from fallow.errors import Reason
 from fallow.ids import Digest, JobId, LeaseId, PartyId, TaskId
-from fallow.job import JOB_STATES_FINAL, JobState
+from fallow.job import JOB_STATES_FINAL, Footprint, JobState
 from fallow.limits import ROW_FAILURE_REASON_BYTES_MAX, TASK_ATTEMPTS_MAX
 from fallow.session import Cause, TaskKind
 from fallow_coordinator.core.devices import challenge_of, ended
@@ -88,7 +88,8 @@ class Draft:
         reason = shortened(reason)
         if task.job_id is None:
             self.events.append(TaskAbandoned(task_id=task.task_id, cursor=0, rows=0, cause=cause, reason=reason))
-            self._fail_jobs(task.bundle_digest, f"the bundle could not be inspected: {reason}", Reason.JOB_FAILED)
+            if self._state.bundles[task.bundle_digest].report is None:
+                self._fail_jobs(task.bundle_digest, f"the bundle could not be inspected: {reason}", Reason.JOB_FAILED)
             return
         tally = self._tally(task.job_id)
         tally.results += 1
@@ -99,7 +100,15 @@ class Draft:
         )
         self._judge(self._state.jobs[task.job_id], tally)
 
-    def settle(self, task: Task, lease: Lease, *, rows_failed: int, speed_milliunits_per_s: int = 0) -> None:
+    def settle(
+        self,
+        task: Task,
+        lease: Lease,
+        *,
+        rows_failed: int,
+        footprint: Footprint = Footprint(),  # noqa: B008 - frozen
+        speed_milliunits_per_s: int = 0,
+    ) -> None:
         """The lease's commitment becomes the task's result; the speed is the worker's from here on, 0: unchanged."""
         self._tasks_gone.add(task.task_id)
         self._leases_ended.add(lease.lease_id)
@@ -123,6 +132,7 @@ class Draft:
                 microcredits=got.microcredits,
                 released=got.released,
                 contribution_microcredits=got.contribution_microcredits,
+                footprint=footprint,
             )
         )
         self._given_back(task, lease.reserved_microcredits - got.microcredits)

@@ -11,7 +11,7 @@ from enum import StrEnum
 from fallow.bundle import InspectionReport
 from fallow.challenge import ChallengeKind, ChallengePlan
 from fallow.ids import AccountId, Digest, JobId, KeyFingerprint, LeaseId, PartyId, PoolId, SessionId, TaskId, TokenId
-from fallow.job import DatasetBlock, JobOptions, JobState
+from fallow.job import DatasetBlock, Footprint, JobOptions, JobState
 from fallow.roles import DataClass, Role, Tier
 from fallow.session import BlobReference, Capability, Cause, RowFailure, TaskKind, Usage
 
@@ -42,6 +42,24 @@ class PoolCreated:
     name: str
     mode: str
     policy: str
+    closed: bool = False
+    """True: only admitted accounts submit there."""
+
+
+@dataclass(frozen=True, slots=True)
+class AccountAdmitted:
+    """The account may submit to the closed pool."""
+
+    pool_id: PoolId
+    account_id: AccountId
+
+
+@dataclass(frozen=True, slots=True)
+class AccountExpelled:
+    """The account may not submit there any more; its jobs go on."""
+
+    pool_id: PoolId
+    account_id: AccountId
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,7 +275,7 @@ class BundleInspected:
 
 @dataclass(frozen=True, slots=True)
 class BundleHeld:
-    """It crashed workers of two accounts; nobody's record is hurt."""
+    """It crashed workers of two accounts, and an operator's worker found the same; nobody's record is hurt."""
 
     bundle_digest: Digest
     reason: str
@@ -265,11 +283,27 @@ class BundleHeld:
 
 @dataclass(frozen=True, slots=True)
 class BundleCrashed:
-    """It crashed a worker of this account: one more, and it is held."""
+    """A worker of this account says that it crashed."""
 
     bundle_digest: Digest
     account_id: AccountId
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class BundleCleared:
+    """Inspected once more because of such claims, and found well: they count no more."""
+
+    bundle_digest: Digest
+    task_id: TaskId
+    worker_id: PartyId
+
+
+@dataclass(frozen=True, slots=True)
+class BundleReleased:
+    """An operator lets jobs use it, whatever was claimed."""
+
+    bundle_digest: Digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -412,6 +446,9 @@ class CommitmentRecorded:
     message_digest: Digest
     signature: bytes
     sequence: int
+    millijoules: int = 0
+    """What is believed of `usage`'s energy."""
+    energy_measured: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -432,6 +469,7 @@ class TaskSettled:
     """True: the worker's account may spend it at once; false: it is pending."""
     contribution_microcredits: int = 0
     """Recorded for the worker's account where nobody pays."""
+    footprint: Footprint = Footprint()  # noqa: RUF009 - frozen
 
 
 @dataclass(frozen=True, slots=True)
@@ -515,11 +553,57 @@ class ChallengeEnded:
     retry_after_ms: int
 
 
+# ------------------------------------------------------------------------------------------------- carbon
+
+
+@dataclass(frozen=True, slots=True)
+class RegionForecast:
+    """Grams of CO₂ per kWh in a region, hour by hour."""
+
+    region: str
+    """Lower case; empty: every region that is not listed."""
+    grams_per_kwh: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ForecastsRecorded:
+    """What electricity will emit where workers are; replaces what was known. `from_ms` begins an hour."""
+
+    from_ms: int
+    forecasts: tuple[RegionForecast, ...]
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class CarbonPlanned:
+    """Work like this job's, of the same lane, goes to no worker of these regions until the next plan."""
+
+    job_id: JobId
+    regions_closed: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class JobDeferred:
+    """The job waits for cleaner electricity: nothing of it is cut or leased. A later one replaces it."""
+
+    job_id: JobId
+    until_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class JobResumed:
+    """The job waits no more."""
+
+    job_id: JobId
+
+
 Event = (
     JournalStarted
     | Restarted
     | AccountCreated
     | PoolCreated
+    | AccountAdmitted
+    | AccountExpelled
     | PoolModeChanged
     | CreditsGranted
     | CreditsReleased
@@ -545,6 +629,8 @@ Event = (
     | BundleInspected
     | BundleHeld
     | BundleCrashed
+    | BundleCleared
+    | BundleReleased
     | JobSubmitted
     | JobStateChanged
     | JobArchived
@@ -564,4 +650,8 @@ Event = (
     | DeviceMeasured
     | DeviceCertificateEnded
     | ChallengeEnded
+    | ForecastsRecorded
+    | CarbonPlanned
+    | JobDeferred
+    | JobResumed
 )

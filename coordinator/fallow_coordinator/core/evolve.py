@@ -9,7 +9,9 @@ from typing import assert_never
 
 from fallow_coordinator.core import events as e
 from fallow_coordinator.core import (
+    evolve_carbon,
     evolve_devices,
+    evolve_door,
     evolve_identity,
     evolve_jobs,
     evolve_ledger,
@@ -64,6 +66,8 @@ def evolve(state: State, event: e.Event, at_ms: int) -> None:
             | e.BlobQuotaSet()
         ):
             evolve_jobs.evolve_job(state, event, at_ms)
+        case e.ForecastsRecorded() | e.CarbonPlanned() | e.JobDeferred() | e.JobResumed():
+            evolve_carbon.evolve_carbon(state, event, at_ms)
         case (
             e.JournalStarted()
             | e.AccountCreated()
@@ -77,6 +81,8 @@ def evolve(state: State, event: e.Event, at_ms: int) -> None:
             | e.WorkerReleased()
         ):
             evolve_identity.evolve_identity(state, event, at_ms)
+        case e.AccountAdmitted() | e.AccountExpelled() | e.BundleCleared() | e.BundleReleased():
+            evolve_door.evolve_door(state, event)
         case (
             e.PoolModeChanged()
             | e.CreditsGranted()

@@ -223,6 +223,8 @@ def _commit(state: State, event: e.CommitmentRecorded, at_ms: int) -> None:
         rows_failed=event.rows_failed,
         node=event.usage.node,
         wall_us=event.usage.wall_microseconds,
+        millijoules=event.millijoules,
+        energy_measured=event.energy_measured,
     )
     if event.inline:
         return
@@ -334,6 +336,7 @@ def _settle(state: State, event: e.TaskSettled, at_ms: int) -> None:
     worker.settled_at_ms = at_ms
     recovers(state, worker)
     worker.rows_settled += event.rows - event.rows_failed
+    worker.footprint = worker.footprint.plus(event.footprint)
     if task.job_id is None:
         return
     assert commitment is not None, "what settles was committed"
@@ -355,9 +358,13 @@ def _settle(state: State, event: e.TaskSettled, at_ms: int) -> None:
             node=commitment.node,
             output_root=commitment.output_root,
             status=job.policy,
+            footprint=event.footprint,
         ),
     )
     job.tasks_settled += 1
+    job.footprint = job.footprint.plus(event.footprint)
+    account = state.accounts[job.account_id]
+    account.footprint = account.footprint.plus(event.footprint)
     job.microcredits += event.microcredits
 
 

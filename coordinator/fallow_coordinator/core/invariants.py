@@ -6,15 +6,16 @@ from collections import Counter
 
 from fallow.credits import PoolMode
 from fallow.ids import JobId
-from fallow.job import JOB_STATES_FINAL, JobState
+from fallow.job import JOB_STATES_FINAL, Footprint, JobState, Objective
 from fallow.limits import JOB_TASKS_MAX, LEASES_PER_WORKER_MAX, TASK_ATTEMPTS_MAX
 from fallow.ranges import RangeSet
 from fallow.roles import Tier
 from fallow.session import TaskKind
 from fallow_coordinator.core.availability import HOURS_OF_WEEK
 from fallow_coordinator.core.devices import identity_of, measurable
-from fallow_coordinator.core.groups import ability_of_worker, duration_of_next_unit
-from fallow_coordinator.core.lanes import CUTTABLE
+from fallow_coordinator.core.groups import ability_of_worker, duration_of_next_unit, fits
+from fallow_coordinator.core.holding import CLEARANCES_MAX
+from fallow_coordinator.core.lanes import CUTTABLE, wants_cutting
 from fallow_coordinator.core.ledger import BookKind
 from fallow_coordinator.core.ledger import held as held_by
 from fallow_coordinator.core.limits import (
@@ -25,7 +26,7 @@ from fallow_coordinator.core.limits import (
     STRIKES_MAX,
     TASK_LOSSES_MAX,
 )
-from fallow_coordinator.core.needs import Ability, misfit
+from fallow_coordinator.core.needs import Ability
 from fallow_coordinator.core.postings import purse_of
 from fallow_coordinator.core.state import NO_GROUP, Job, LaneKey, State, TaskPhase, Worker
 
@@ -37,6 +38,7 @@ class InvariantError(AssertionError):
 def check(state: State) -> None:
     """Raises InvariantError with the first contradiction found. Costs as much as the state is large."""
     _check_identity(state)
+    _check_door(state)
     _check_sessions(state)
     _check_leases(state)
     for job in state.jobs.values():
@@ -48,6 +50,7 @@ def check(state: State) -> None:
     _check_stays(state)
     _check_lanes(state)
     _check_own(state)
+    _check_carbon(state)
     _check_counts(state)
     check_ledger(state)
 
@@ -64,6 +67,15 @@ def _check_identity(state: State) -> None:
     uses = Counter(party.token_id for party in state.parties.values() if party.token_id is not None)
     for token_id, token in state.tokens.items():
         _must(token.uses == uses[token_id] <= token.uses_max, "a token lets in as many as it says")
+
+
+def _check_door(state: State) -> None:
+    for pool in state.pools.values():
+        _must(pool.admitted.keys() <= state.accounts.keys(), "who is admitted is known")
+        _must(pool.closed or not pool.admitted, "an open pool lists nobody")
+    for bundle in state.bundles.values():
+        _must(not bundle.held_reason or not bundle.jobs, "no unfinished job uses a held bundle")
+        _must(bundle.clearances <= CLEARANCES_MAX, "claims bring about so many inspections and no more")
 
 
 def _check_sessions(state: State) -> None:
@@ -239,7 +251,7 @@ def _check_lanes(state: State) -> None:
     _must(dict(jobs) == {key: lane.jobs for key, lane in state.lanes.items()}, "a lane counts its work")
     _must({key for key, lane in state.lanes.items() if lane.ready} == set(state.open_lanes), "open lanes are known")
     for key, lane in state.lanes.items():
-        fitting = [group for group in state.groups.values() if misfit(key, group.ability) is None]
+        fitting = [group for group in state.groups.values() if fits(key, lane, group)]
         _must(lane.groups == sum(1 << group.number for group in fitting), "a lane knows who fits")
         _must(lane.window_total == sum(group.window_total for group in fitting), "a lane knows how many fit")
         tasks = [task for task in state.tasks.values() if task.lane == key]
@@ -252,7 +264,7 @@ def _check_lanes(state: State) -> None:
         _must(sorted(ready) == lane.ready, "ready tasks stand in their lane")
         cuttable: dict[str, list[tuple[int, int, str]]] = {}
         for job in state.jobs.values():
-            if job.lane == key and job.state in CUTTABLE and job.next_row < job.rows:
+            if job.lane == key and wants_cutting(job):
                 cuttable.setdefault(job.account_id, []).append((job.due_ms, job.number, job.job_id))
         queues = {account_id: sorted(entries) for account_id, entries in cuttable.items()}
         _must(queues == lane.accounts, "jobs with rows to cut stand in their lane")
@@ -286,6 +298,26 @@ def _check_own(state: State) -> None:
         _must((account_id in state.own_ready) == bool(account.ready and account.own_free), "own pairs are known")
         wanting = bool(account.lanes) and account.stock < account.own_ahead
         _must((account_id in state.own_wanting) == wanting, "own wants are known")
+
+
+def _check_carbon(state: State) -> None:
+    for job in state.jobs.values():
+        _must(not job.deferred_until_ms or (job.parked and job.state in CUTTABLE), "who waits could run and is parked")
+        _must(not job.parked or bool(job.deferred_until_ms) or job.state is JobState.PAUSED, "who is parked waits")
+        unfinished = job.state not in JOB_STATES_FINAL
+        wanted = unfinished and job.options.objective is Objective.CARBON
+        _must((job.job_id in state.carbon_jobs) == wanted, "jobs that want little carbon are known")
+        total = Footprint()
+        for result in job.results:
+            total = total.plus(result.footprint)
+        _must(bool(job.deleted_at_ms) or total == job.footprint, "a job's energy is that of its results")
+    deferred = sorted((job.deferred_until_ms, job.job_id) for job in state.jobs.values() if job.deferred_until_ms)
+    _must(deferred == state.deferred, "jobs that wait stand in the index")
+    footprints = [job.footprint for job in state.jobs.values()]
+    footprints += [worker.footprint for worker in state.workers.values()]
+    for footprint in footprints:
+        parts = (footprint.millijoules_measured, footprint.micrograms, footprint.millijoules_unplaced)
+        _must(min(parts) >= 0 and max(parts[0], parts[2]) <= footprint.millijoules, "energy is a quantity")
 
 
 def _check_counts(state: State) -> None:

@@ -45,6 +45,7 @@ class _Touched:
     job_blobs: dict[tuple[JobId, Digest], None] = field(default_factory=dict[tuple[JobId, Digest], None])
     job_payloads: dict[tuple[JobId, Digest], None] = field(default_factory=dict[tuple[JobId, Digest], None])
     job_submissions: list[Row] = field(default_factory=list[Row])
+    pool_members: dict[tuple[PoolId, AccountId], Row] = field(default_factory=dict[tuple[PoolId, AccountId], Row])
     retained_jobs: dict[JobId, Row] = field(default_factory=dict[JobId, Row])
     deleted_jobs: dict[JobId, Row] = field(default_factory=dict[JobId, Row])
 
@@ -93,6 +94,7 @@ class Projection:
             "job_blobs": list(touched.job_blobs),
             "job_payloads": list(touched.job_payloads),
             "job_submissions": touched.job_submissions,
+            "pool_members": list(touched.pool_members.values()),
             "retained_jobs": list(touched.retained_jobs.values()),
             "deleted_jobs": list(touched.deleted_jobs.values()),
         }
@@ -132,6 +134,9 @@ class Projection:
                 touched.accounts[event.account_id] = None
             case ev.PoolCreated():
                 touched.pools[event.pool_id] = None
+            case ev.AccountAdmitted() | ev.AccountExpelled():
+                member = (event.pool_id, event.account_id)
+                touched.pool_members[member] = (*member, isinstance(event, ev.AccountAdmitted))
             case ev.TokenIssued() | ev.TokenRevoked():
                 touched.tokens[event.token_id] = None
             case ev.PartyEnrolled():
@@ -146,7 +151,7 @@ class Projection:
                 touched.workers[event.worker_id] = None
             case ev.CapabilityReported():
                 self._touch_session(event.session_id)
-            case ev.BundleRegistered() | ev.BundleInspected() | ev.BundleHeld():
+            case ev.BundleRegistered() | ev.BundleInspected() | ev.BundleHeld() | ev.BundleReleased():
                 touched.bundles[event.bundle_digest] = None
             case _:
                 pass
@@ -335,6 +340,7 @@ def status_of(job: Job) -> JobStatus:
         spent_microcredits=job.microcredits,
         reserved_microcredits=job.reserved_microcredits,
         warnings=budget_warnings(job),
+        footprint=job.footprint,
     )
 
 

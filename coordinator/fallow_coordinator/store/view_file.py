@@ -17,6 +17,7 @@ LOCK_WAIT_S = 5.0
 _TABLES: dict[str, str] = {
     "accounts": "account_id TEXT PRIMARY KEY, name TEXT",
     "pools": "pool_id TEXT PRIMARY KEY, account_id TEXT, name TEXT, mode TEXT, policy TEXT",
+    "pool_members": "pool_id TEXT, account_id TEXT, admitted INTEGER, PRIMARY KEY (pool_id, account_id)",
     "tokens": """token_id TEXT PRIMARY KEY, account_id TEXT, pool_id TEXT, role TEXT, tier TEXT, uses_max INTEGER,
         uses INTEGER, expires_at_ms INTEGER, revoked INTEGER, tags TEXT""",
     "parties": """party_id TEXT PRIMARY KEY, account_id TEXT, pool_id TEXT, role TEXT, tier TEXT, name TEXT,
