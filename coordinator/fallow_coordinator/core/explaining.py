@@ -16,6 +16,7 @@ from fallow_coordinator.core.questions import BUSY, NO_WORKER, PACKING, waiting_
 from fallow_coordinator.core.shares import usage_units
 from fallow_coordinator.core.state import Job, State, TaskPhase, Worker
 
+_CHECKED = tuple(Misfit)
 _BUSY_OR_FREE = frozenset({None, Misfit.BUSY})
 _ADVICE = {
     "NO_OPERATOR_WORKER": "the operator starts one: `fallow-coordinator start` launches it beside itself",
@@ -161,7 +162,8 @@ def _nobody_fits(found: Counter[Misfit | None]) -> Obstacle:
     # Who only has to come, wake or recover is nearer than who can never do it.
     nearest = (Misfit.COOLING_DOWN, Misfit.WINDOW_CLOSED, Misfit.AWAY)
     near = next((reason for reason in nearest if found[reason]), None)
-    reason = near or max((r for r in found if r is not None), key=lambda r: found[r])
+    # Among as many, who passed more of the checks is nearer.
+    reason = near or max((r for r in found if r is not None), key=lambda r: (found[r], _CHECKED.index(r)))
     words, advice = MISFIT_WORDS[reason]
     return Obstacle(NO_WORKER, 0, f"no worker can take it now; of {found[reason]}: {words}", advice)
 
