@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 from fallow.errors import FallowError, Reason
@@ -44,6 +44,7 @@ class Client:
     blocks: int
     inline: bool
     cancels: bool
+    options: JobOptions
     job_id: JobId | None = None
     acknowledged: bool = False
     seen: list[TaskResult] = field(default_factory=list[TaskResult])
@@ -78,7 +79,13 @@ class Simulation:
         self.clients = [self._client(number) for number in range(dice.randint(1, 3))]
         self.coordinator = self._new_life()
         self.workers = [
-            SimulatedWorker(self, f"worker-{n}", capability(slots=dice.randint(1, 2)), dice.randint(1, 4))
+            SimulatedWorker(
+                self,
+                f"worker-{n}",
+                # Two of them, so that each region has one and whatever is asked for is there.
+                replace(capability(slots=dice.randint(1, 2)), region=("de", "us-east", "", "de")[n]),
+                dice.randint(1, 4),
+            )
             for n in range(dice.randint(2, 4))
         ]
         self.inspector = SimulatedWorker(self, "inspector", capability(TaskKind.INSPECT), 1)
@@ -91,7 +98,14 @@ class Simulation:
         dice = self.schedule.dice
         count = dice.randint(1, 60)
         rows = tuple(dice.randrange(1_000_000) for _ in range(count))
-        return Client(number, rows, min(count, dice.randint(1, 4)), dice.random() < 0.5, dice.random() < 0.1)
+        wishes = JobOptions(
+            failed_rows_max=len(rows),
+            priority=dice.randint(0, 9),
+            region=dice.choice(("", "", "de", "us")),
+            device_kind=dice.choice(("", "", "cpu")),
+            deadline_ms=WALL_MS + 3_600_000 if dice.random() < 0.2 else 0,
+        )
+        return Client(number, rows, min(count, dice.randint(1, 4)), dice.random() < 0.5, dice.random() < 0.1, wishes)
 
     def _new_life(self) -> CoordinatorLife:
         wall_ms = WALL_MS + self.schedule.now_ms + self.wall_error_ms
@@ -233,7 +247,7 @@ class Simulation:
             data_class=DataClass.PUBLIC,
             pool_id=None,
             title="",
-            options=JobOptions(failed_rows_max=len(client.rows)),
+            options=client.options,
             kept=None,
         )
         heard = self._accepted(client)

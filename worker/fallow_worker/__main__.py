@@ -1,4 +1,4 @@
-"""The command line of a worker: join, start, status, probe."""
+"""The command line of a worker: join, start, status, why, probe."""
 
 from __future__ import annotations
 
@@ -150,6 +150,20 @@ def _status(options: argparse.Namespace) -> int:
     return 0
 
 
+def _why(options: argparse.Namespace) -> int:
+    from fallow_worker.start import joined, print_json
+    from fallow_worker.state_folder import StateFolder
+    from fallow_worker.why import why, why_facts, why_text
+
+    folder = StateFolder(_state(options))
+    found = why(folder, joined(folder))
+    if options.json:
+        print_json(why_facts(found))
+    else:
+        sys.stdout.write(shown(why_text(found)))
+    return 0
+
+
 def _probe(options: argparse.Namespace) -> int:
     from fallow_worker.probe_report import report_in_time, report_text, with_standings
     from fallow_worker.start import print_json
@@ -217,6 +231,7 @@ def _parser() -> argparse.ArgumentParser:
     start.add_argument("--life-fd", type=int, default=None, metavar="FD", help=argparse.SUPPRESS)
 
     command("status", "how the worker on this folder fares", _status)
+    command("why", "why this machine has no work now", _why)
     command("probe", "what this machine could offer", _probe)
     return parser
 
