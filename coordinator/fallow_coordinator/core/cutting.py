@@ -39,7 +39,9 @@ class Cost:
 
 def cost_of(job: Job, report: InspectionReport) -> Cost:
     """What the job's rows cost, by what inspection found of its bundle."""
-    return Cost(report.unit_micros_per_row, report.unit_micros_per_kib, job.unit_nano_starts)
+    per_row, per_kib = report.unit_micros_per_row, report.unit_micros_per_kib
+    permille = job.cost_permille
+    return Cost(-(-per_row * permille // 1_000), -(-per_kib * permille // 1_000), job.unit_nano_starts)
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,8 +24,10 @@ from fallow_coordinator.core.events import (
 from fallow_coordinator.core.evolve_tasks import MEASURING_KINDS, counts_as_attempt
 from fallow_coordinator.core.funding import is_short, resumed, settlement, short_of_allotment
 from fallow_coordinator.core.health import is_strike, struck
+from fallow_coordinator.core.learning import inspected_unit_micros, learned
 from fallow_coordinator.core.limits import TASK_LOSSES_MAX
 from fallow_coordinator.core.state import Job, Lease, State, Task
+from fallow_coordinator.core.timings import NO_TIMING, Timing
 
 
 @dataclass(slots=True)
@@ -107,9 +109,9 @@ class Draft:
         *,
         rows_failed: int,
         footprint: Footprint = Footprint(),  # noqa: B008 - frozen
-        speed_milliunits_per_s: int = 0,
+        timing: Timing = NO_TIMING,
     ) -> None:
-        """The lease's commitment becomes the task's result; the speed is the worker's from here on, 0: unchanged."""
+        """The lease's commitment becomes the task's result; `timing` tells what the time that it took says."""
         self._tasks_gone.add(task.task_id)
         self._leases_ended.add(lease.lease_id)
         cursor = 0
@@ -128,13 +130,18 @@ class Draft:
                 cursor=cursor,
                 rows=task.rows,
                 rows_failed=rows_failed,
-                speed_milliunits_per_s=speed_milliunits_per_s,
+                speed_milliunits_per_s=timing.speed_milliunits_per_s,
+                worked_unit_micros=timing.worked_unit_micros,
                 microcredits=got.microcredits,
                 released=got.released,
                 contribution_microcredits=got.contribution_microcredits,
                 footprint=footprint,
             )
         )
+        if task.job_id is not None and timing.worked_unit_micros:
+            job, bundle = self._state.jobs[task.job_id], self._state.bundles[task.bundle_digest]
+            told = learned(bundle, inspected=inspected_unit_micros(job, task), worked=timing.worked_unit_micros)
+            self.events += [told] if told is not None else []
         self._given_back(task, lease.reserved_microcredits - got.microcredits)
         if task.job_id is not None and tally is not None:
             self._judge(self._state.jobs[task.job_id], tally)

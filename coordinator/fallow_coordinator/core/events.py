@@ -338,6 +338,8 @@ class JobStateChanged:
     reason_code: str
     due_ms: int = 0
     """As a job begins to queue: its place among the jobs of its account; 0: unchanged."""
+    cost_permille: int = 0
+    """As a job begins to queue: its cost in thousandths of what inspection found; 0: unchanged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -470,6 +472,16 @@ class TaskSettled:
     contribution_microcredits: int = 0
     """Recorded for the worker's account where nobody pays."""
     footprint: Footprint = Footprint()  # noqa: RUF009 - frozen
+    worked_unit_micros: int = 0
+    """What the task was by the time it took on a measured device (`learning`); 0: nothing can be said."""
+
+
+@dataclass(frozen=True, slots=True)
+class BundleCostLearned:
+    """What accepted work has taught of a bundle's cost, in thousandths of what inspection found; for jobs to come."""
+
+    bundle_digest: Digest
+    cost_permille: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -629,6 +641,7 @@ Event = (
     | BundleInspected
     | BundleHeld
     | BundleCrashed
+    | BundleCostLearned
     | BundleCleared
     | BundleReleased
     | JobSubmitted

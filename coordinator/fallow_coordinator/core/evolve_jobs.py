@@ -25,6 +25,7 @@ JobEvent = (
     | e.BundleInspected
     | e.BundleHeld
     | e.BundleCrashed
+    | e.BundleCostLearned
     | e.JobSubmitted
     | e.JobStateChanged
     | e.JobArchived
@@ -56,6 +57,10 @@ def evolve_job(state: State, event: JobEvent, at_ms: int) -> None:
             bundle.obstacle = ""
         case e.BundleHeld():
             state.bundles[event.bundle_digest].held_reason = event.reason
+        case e.BundleCostLearned():
+            bundle = state.bundles[event.bundle_digest]
+            bundle.cost_permille = event.cost_permille
+            bundle.learning_tasks = bundle.learning_inspected = bundle.learning_worked = 0
         case e.BundleCrashed():
             state.bundles[event.bundle_digest].crashed_accounts[event.account_id] = None
         case e.JobSubmitted():
@@ -171,7 +176,7 @@ def _move(state: State, event: e.JobStateChanged, at_ms: int) -> None:
     if event.state not in CUTTABLE:
         forget_deferral(state, job)
     if event.state in CUTTABLE:
-        _set_cost(state, job)
+        _set_cost(state, job, event.cost_permille)
     if event.state is JobState.PAUSED:
         if not job.parked:
             park(state, job)
@@ -196,16 +201,18 @@ def _move(state: State, event: e.JobStateChanged, at_ms: int) -> None:
         release_lane(state, job.lane)
 
 
-def _set_cost(state: State, job: Job) -> None:
+def _set_cost(state: State, job: Job, cost_permille: int) -> None:
     """What the job's blocks cost: by the bundle's curve as it is when the job is first ready, never by a later one."""
     report = state.bundles[job.bundle_digest].report
+    job.cost_permille = cost_permille or job.cost_permille
     if report is None or report.cost is None or job.unit_nano_starts:
         return
     curve = report.cost
     if curve.feature_number and not job.block_size_sums:
         return
     sizes = (curve.size_sum(sums) for sums in job.block_size_sums or repeat((), len(job.blocks)))
-    job.unit_nano_starts = unit_nano_starts(curve, (block.rows for block in job.blocks), sizes)
+    starts = unit_nano_starts(curve, (block.rows for block in job.blocks), sizes)
+    job.unit_nano_starts = tuple(start * job.cost_permille // 1_000 for start in starts)
 
 
 def _archive(state: State, event: e.JobArchived) -> None:

@@ -15,6 +15,7 @@ from fallow_coordinator.core.groups import hold, learns_speed
 from fallow_coordinator.core.health import recovers
 from fallow_coordinator.core.holders import forget_bundle, takes_bundle
 from fallow_coordinator.core.lanes import enter_lane, lane_of, leave_lane, leave_queue, move_share, release_lane
+from fallow_coordinator.core.learning import inspected_unit_micros
 from fallow_coordinator.core.limits import (
     LEASES_REMEMBERED_MAX,
     RETRY_DELAY_MS_MAX,
@@ -323,6 +324,7 @@ def _settle(state: State, event: e.TaskSettled, at_ms: int) -> None:
     commitment = lease.commitment
     worker = state.workers[lease.worker_id]
     learns_speed(state, worker, state.tasks[lease.task_id].bundle_digest, event.speed_milliunits_per_s)
+    _learn_cost(state, state.tasks[lease.task_id], event.worked_unit_micros)
     task = _release(state, event.lease_id, None)
     assert task.task_id == event.task_id, "a lease settles its own task"
     _remove(state, task)
@@ -366,6 +368,16 @@ def _settle(state: State, event: e.TaskSettled, at_ms: int) -> None:
     account = state.accounts[job.account_id]
     account.footprint = account.footprint.plus(event.footprint)
     job.microcredits += event.microcredits
+
+
+def _learn_cost(state: State, task: Task, worked_unit_micros: int) -> None:
+    """Counts a task whose work a measured device has told."""
+    if not worked_unit_micros or task.job_id is None:
+        return
+    bundle = state.bundles[task.bundle_digest]
+    bundle.learning_tasks += 1
+    bundle.learning_inspected += inspected_unit_micros(state.jobs[task.job_id], task)
+    bundle.learning_worked += worked_unit_micros
 
 
 def _abandon(state: State, event: e.TaskAbandoned) -> None:

@@ -16,7 +16,7 @@ from fallow_coordinator.core.draft import Draft, shortened
 from fallow_coordinator.core.footprints import believed_energy, footprint_of
 from fallow_coordinator.core.holding import blame_program
 from fallow_coordinator.core.names import Names
-from fallow_coordinator.core.speeds import speed_after
+from fallow_coordinator.core.timings import timing
 from fallow_coordinator.core.state import CommitmentFacts, EndedLease, Lease, State, Task
 
 COMMITTED_KINDS = frozenset({TaskKind.MAP, TaskKind.CHALLENGE})
@@ -77,11 +77,9 @@ def commit(state: State, command: c.Commit, now_ms: int) -> Decision:
     if task.kind is TaskKind.CHALLENGE:
         draft.events.append(measuring.answered(state, task, command))
     if command.inline:
-        speed = speed_after(
-            state.workers[lease.worker_id], task, lease, wall_us=command.usage.wall_microseconds, now_ms=now_ms
-        )
+        told = timing(state, task, lease, wall_us=command.usage.wall_microseconds, now_ms=now_ms)
         footprint = footprint_of(state, lease, millijoules, measured=measured, now_ms=now_ms)
-        draft.settle(task, lease, rows_failed=rows_failed, footprint=footprint, speed_milliunits_per_s=speed)
+        draft.settle(task, lease, rows_failed=rows_failed, footprint=footprint, timing=told)
     return Decision(tuple(draft.events))
 
 
@@ -104,9 +102,7 @@ def deliver(state: State, command: c.Deliver, now_ms: int) -> Decision:
     if fault:
         draft.end_lease(lease, e.LeaseOutcome.FAILED, Cause.WORKER, fault)
     else:
-        speed = speed_after(
-            state.workers[lease.worker_id], task, lease, wall_us=lease.commitment.wall_us, now_ms=now_ms
-        )
+        told = timing(state, task, lease, wall_us=lease.commitment.wall_us, now_ms=now_ms)
         committed = lease.commitment
         footprint = footprint_of(state, lease, committed.millijoules, measured=committed.energy_measured, now_ms=now_ms)
         draft.settle(
@@ -114,7 +110,7 @@ def deliver(state: State, command: c.Deliver, now_ms: int) -> Decision:
             lease,
             rows_failed=command.stored.rows_failed,
             footprint=footprint,
-            speed_milliunits_per_s=speed,
+            timing=told,
         )
     return Decision(tuple(draft.events))
 

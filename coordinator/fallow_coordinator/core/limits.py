@@ -168,6 +168,11 @@ OWN_WORKERS_LOOKED_AT_MAX = 16
 REGION_BYTES_MAX = 32
 MEMORY_BYTES_MIN_MAX = 1 << 50
 """Most memory that a job may ask for on one device: 1 PiB."""
+LEARNED_SETTLEMENTS = 16
+"""Tasks of a bundle whose work is summed before its cost is corrected."""
+COST_PERMILLE_MIN = 125
+COST_PERMILLE_MAX = 8_000
+"""How far accepted work may move a bundle's cost from what inspection found."""
 QUOTE_MS_MAX = 10 * 366 * DAY_MS
 """Longest waiting or running time that a quote tells."""
 DEADLINE_MS_MAX = 366 * DAY_MS

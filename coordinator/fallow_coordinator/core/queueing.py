@@ -25,12 +25,14 @@ def queued(
     """The event by which the job queues from now on."""
     rows = sum(block.rows for block in blocks)
     size_bytes = sum(block.blob.length_bytes for block in blocks)
-    unit_micros = report.unit_micros_per_row * rows + report.unit_micros_per_kib * size_bytes // 1024
+    permille = state.bundles[report.bundle_digest].cost_permille
+    unit_micros = (report.unit_micros_per_row * rows + report.unit_micros_per_kib * size_bytes // 1024) * permille // 1_000
     return e.JobStateChanged(
         job_id=job_id,
         state=JobState.QUEUED,
         reason="",
         reason_code="",
+        cost_permille=permille,
         due_ms=due_ms(options, now_ms=now_ms, run_ms=run_ms(state, needs, unit_micros)),
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fallow.bundle import InspectionReport
 from fallow.cost import SizeBin
@@ -13,10 +13,12 @@ from fallow.errors import FallowError, Reason
 from fallow.ids import AccountId, Digest, PartyId, PoolId
 from fallow.job import JobState, Objective
 from fallow.quote import BUDGET_PERCENT, Quote, QuoteRequest, Shortfall
+from fallow_coordinator.core.availability import stays_permille
 from fallow_coordinator.core.bundles import account_of, usable_bundle
 from fallow_coordinator.core.carbon import grams_at, micrograms
 from fallow_coordinator.core.cutting import Layout, cost_of, unit_micros
 from fallow_coordinator.core.devices import measured, speed_measured
+from fallow_coordinator.core.explaining import unfit
 from fallow_coordinator.core.groups import ability_of_worker
 from fallow_coordinator.core.jobs import check_needs
 from fallow_coordinator.core.limits import (
@@ -93,6 +95,9 @@ def quote(state: State, account_id: AccountId, request: QuoteRequest, now_ms: in
     price = _price_per_unit(pool, order, used, request.options.limit_microcredits_per_unit)
     total = ceil_div(price * units, UNIT_MICROS)
     wait_ms, run_ms = _times(state, account_id, fleet, units)
+    # Who leaves on the way does less: on the mean, as much as those who are still there half-way.
+    staying = replace(fleet, offers=_staying(state, fleet.offers, now_ms, (wait_ms + run_ms) // 2))
+    wait_ms, run_ms = _times(state, account_id, staying, units)
     end_at_ms = now_ms + wait_ms + run_ms if fleet.offers else 0
     millijoules, source = _energy(state, bundle, rows, units)
     emitted, known = _carbon(state, used, millijoules, now_ms)
@@ -180,7 +185,8 @@ def _fleet(state: State, account_id: AccountId, pool: Pool, request: QuoteReques
         considered += 1
         mine = worker.account_id == account_id
         ask = worker.capability.ask_microcredits_per_unit if market and not mine else 0
-        reason = _unfit(state, own if mine else others, worker)
+        reason = unfit(state, own if mine else others, worker)
+        reason = None if reason is Misfit.BUSY else reason
         if reason is None and not is_within(ask, limit):
             reason = Misfit.ASK
         if reason is not None:
@@ -201,21 +207,12 @@ def _fleet(state: State, account_id: AccountId, pool: Pool, request: QuoteReques
     return _Fleet(tuple(offers), considered, fallen_out, min(too_dear, default=0))
 
 
-def _unfit(state: State, needs: Needs, worker: Worker) -> Misfit | None:
-    """Why the worker could not take the work, ever or now; one that fits and is busy can."""
-    if worker.quarantined:
-        return Misfit.QUARANTINED
-    reason = misfit(needs, ability_of_worker(state, worker))
-    if reason is not None:
-        return reason
-    if worker.session_id is None:
-        return Misfit.AWAY
-    return None if worker.window else Misfit.WINDOW_CLOSED
-
-
 def _speed(worker: Worker, bundle_digest: Digest) -> int:
-    """Of one slot, in thousandths of a unit a second: as its devices were measured, else a reference core's."""
-    return max(1, speed_measured(worker) // worker.slots) if measured(worker) else _REFERENCE_SPEED
+    """Of one slot, in thousandths of a unit a second: on accepted work, else as measured, else a reference core's."""
+    known = worker.speeds.get(bundle_digest) or worker.speed_milliunits_per_s
+    if not known and measured(worker):
+        known = speed_measured(worker) // worker.slots
+    return known or _REFERENCE_SPEED
 
 
 def _cost_order(offer: Offer) -> tuple[int, int, PartyId]:
@@ -329,6 +326,15 @@ def unfinished_unit_micros(state: State, job: Job) -> int:
     if report is None or job.next_row >= job.rows:
         return live
     return live + unit_micros(Layout(job.row_starts, job.byte_starts), cost_of(job, report), job.next_row, job.rows)
+
+
+def _staying(state: State, offers: Iterable[Offer], now_ms: int, for_ms: int) -> tuple[Offer, ...]:
+    """The offers, slower by how likely each worker has left after so long."""
+    return tuple(
+        replace(offer, speed_milliunits_per_s=max(offer.slots, offer.speed_milliunits_per_s * stays // 1_000))
+        for offer in offers
+        for stays in (stays_permille(state.workers[offer.worker_id], now_ms, for_ms),)
+    )
 
 
 # ------------------------------------------------------------------------------------------------ energy and warnings

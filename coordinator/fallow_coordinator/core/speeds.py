@@ -16,16 +16,21 @@ def speed_after(worker: Worker, task: Task, lease: Lease, *, wall_us: int, now_m
     The worker's own word for the time counts as far as the coordinator's clock allows: no more than has passed since
     the grant and, with one slot, no less than half of what passed since the task before. Smoothed by quarters.
     """
-    elapsed_us = (now_ms - lease.granted_at_ms) * 1_000
-    least_us = 0
-    if worker.slots == 1:
-        least_us = (now_ms - max(lease.granted_at_ms, worker.settled_at_ms)) * 1_000 // 2
-    took_us = min(max(wall_us, least_us), elapsed_us)
+    took_us = believed_us(worker, lease, wall_us=wall_us, now_ms=now_ms)
     if took_us <= 0 or not task.unit_micros or task.job_id is None:
         return 0
     speed = max(1, min(SPEED_MILLIUNITS_PER_S_MAX, task.unit_micros * 1_000 // took_us))
     known = worker.speeds.get(task.bundle_digest, 0)
     return (3 * known + speed) // 4 if known else speed
+
+
+def believed_us(worker: Worker, lease: Lease, *, wall_us: int, now_ms: int) -> int:
+    """How long a lease took, as far as its worker's word can be believed (`speed_after`)."""
+    elapsed_us = (now_ms - lease.granted_at_ms) * 1_000
+    least_us = 0
+    if worker.slots == 1:
+        least_us = (now_ms - max(lease.granted_at_ms, worker.settled_at_ms)) * 1_000 // 2
+    return min(max(wall_us, least_us), elapsed_us)
 
 
 def expected_ms(state: State, worker: Worker, bundle_digest: Digest, unit_micros: int) -> int:

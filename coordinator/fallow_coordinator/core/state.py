@@ -330,6 +330,12 @@ class Bundle:
     """Unfinished jobs that use it."""
     cost_permille: int = 1_000
     """What accepted work has taught of its cost, in thousandths of what inspection found; for jobs to come."""
+    learning_tasks: int = 0
+    """Tasks on measured devices since then."""
+    learning_inspected: int = 0
+    """Their work in micro-units as inspection had estimated it."""
+    learning_worked: int = 0
+    """The same as it turned out."""
     holders: dict[PartyId, None] = field(default_factory=dict[PartyId, None])
     """Workers that are thought to have it, the latest last."""
 
@@ -369,6 +375,8 @@ class Job:
     reason: str = ""
     reason_code: str = ""
     finished_at_ms: int = 0
+    cost_permille: int = 1_000
+    """Its cost in thousandths of what inspection found, as it was known when the job was first ready."""
     unit_nano_starts: tuple[int, ...] = ()
     """Cost of all blocks before each, and of all at the end, by the bundle's cost curve; empty until the job is ready,
     and where there is no curve."""

@@ -239,6 +239,12 @@ KINDS: tuple[AnyKind, ...] = (
         ),
     ),
     Kind(
+        "bundle_cost_learned",
+        ev.BundleCostLearned,
+        lambda event: pb.BundleCostLearned(bundle_digest=event.bundle_digest, cost_permille=event.cost_permille),
+        lambda message: ev.BundleCostLearned(Digest(message.bundle_digest), message.cost_permille),
+    ),
+    Kind(
         "bundle_held",
         ev.BundleHeld,
         lambda event: pb.BundleHeld(bundle_digest=event.bundle_digest, reason=event.reason),
@@ -262,6 +268,7 @@ KINDS: tuple[AnyKind, ...] = (
             reason=event.reason,
             reason_code=event.reason_code,
             due_ms=event.due_ms,
+            cost_permille=event.cost_permille,
         ),
         lambda message: ev.JobStateChanged(
             job_id=JobId(message.job_id),
@@ -269,6 +276,7 @@ KINDS: tuple[AnyKind, ...] = (
             reason=message.reason,
             reason_code=message.reason_code,
             due_ms=message.due_ms,
+            cost_permille=message.cost_permille,
         ),
     ),
     Kind(
@@ -363,6 +371,7 @@ KINDS: tuple[AnyKind, ...] = (
             released=event.released,
             contribution_microcredits=event.contribution_microcredits,
             footprint=values.footprint_to_message(event.footprint),
+            worked_unit_micros=event.worked_unit_micros,
         ),
         lambda message: ev.TaskSettled(
             task_id=TaskId(message.task_id),
@@ -375,6 +384,7 @@ KINDS: tuple[AnyKind, ...] = (
             released=message.released,
             contribution_microcredits=message.contribution_microcredits,
             footprint=values.footprint_from_message(message.footprint),
+            worked_unit_micros=message.worked_unit_micros,
         ),
     ),
     Kind(
