@@ -53,6 +53,9 @@ class DurationType(click.ParamType):  # type: ignore[type-arg]  # generic in new
 
 def main() -> None:
     """Runs the command line; errors that a person can act on come as one line on standard error."""
+    from fallow_coordinator import ledger_cli
+
+    ledger_cli.register(commands, pool)
     try:
         commands(prog_name="fallow-coordinator")
     except (FallowError, StorageFailed) as error:
@@ -490,3 +493,7 @@ def _moment(at_ms: int) -> str:
     import datetime
 
     return datetime.datetime.fromtimestamp(at_ms / 1000).astimezone().strftime("%Y-%m-%d %H:%M:%S %Z")
+
+
+tell, table, moment = _tell, _table, _moment
+"""For the commands of `ledger_cli`."""

@@ -38,6 +38,7 @@ from fallow_coordinator.service.grants import Grants
 from fallow_coordinator.service.job_reads import JobReads
 from fallow_coordinator.service.jobs import JobService
 from fallow_coordinator.service.lease_messages import LeaseMessages
+from fallow_coordinator.service.ledger import LedgerService
 from fallow_coordinator.service.live_streams import LiveStreams
 from fallow_coordinator.service.outbox import Outbox
 from fallow_coordinator.service.rate_limit import RateLimit
@@ -54,6 +55,7 @@ from fallow_coordinator.service.server import (
 )
 from fallow_coordinator.service.workers import WorkerService
 from fallow_coordinator.state_folder import Ports, StateFolder, port_taken
+from fallow_coordinator.store.ledger_views import SqliteLedgerViews
 from fallow_coordinator.store.snapshots import JournalSnapshots
 from fallow_coordinator.store.sqlite import SqliteStore
 from fallow_coordinator.store.views import SqliteViews
@@ -125,6 +127,7 @@ class Coordinator:
         self._write_public_files()
         self._store = SqliteStore(folder.journal)
         self._views = SqliteViews(folder.journal)
+        self._ledger_views = SqliteLedgerViews(folder.journal)
         self._packer = BlobPacker(
             self._local_endpoints.blobs, self._authority.certificate_pem, self._key, self._certificate
         )
@@ -182,6 +185,13 @@ class Coordinator:
             now_ms=wall_clock_ms,
             collection=self._options.collection,
         )
+        ledger = LedgerService(
+            engine=self._engine,
+            reads=JobReads(self._engine, self._views),
+            views=self._ledger_views,
+            doorkeeper=self._doorkeeper,
+            now_ms=wall_clock_ms,
+        )
         enrollment = EnrollmentService(
             engine=self._engine,
             authority=self._authority,
@@ -194,8 +204,18 @@ class Coordinator:
             per_s=ENROLLMENT_CALLS_PER_S, burst=ENROLLMENT_CALLS_BURST, peers_max=RATE_PEERS_MAX, clock=loop_clock
         )
         self._control_server = RpcServer(
-            handlers=(self._workers.handlers(calls), jobs.handlers(calls), self.admin.handlers(calls)),
-            service_names=("fallow.v1.WorkerService", "fallow.v1.JobService", "fallow.v1.AdminService"),
+            handlers=(
+                self._workers.handlers(calls),
+                jobs.handlers(calls),
+                ledger.handlers(calls),
+                self.admin.handlers(calls),
+            ),
+            service_names=(
+                "fallow.v1.WorkerService",
+                "fallow.v1.JobService",
+                "fallow.v1.LedgerService",
+                "fallow.v1.AdminService",
+            ),
             message_bytes_max=CONTROL_MESSAGE_BYTES_MAX,
             idle_ms_max=CONTROL_IDLE_MS_MAX,
             connections_share=CONTROL_CONNECTIONS_SHARE,

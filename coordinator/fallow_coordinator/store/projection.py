@@ -13,6 +13,7 @@ from fallow_coordinator.core.limits import RETENTION_MS_DEFAULT
 from fallow_coordinator.core.questions import budget_warnings
 from fallow_coordinator.core.state import Bundle, Job, State
 from fallow_coordinator.ports import Record
+from fallow_coordinator.store.ledger_rows import posting_rows, settlement_row
 from fallow_coordinator.store.work_events import encode_submission
 
 Row = tuple[object, ...]
@@ -47,6 +48,8 @@ class _Touched:
     job_submissions: list[Row] = field(default_factory=list[Row])
     retained_jobs: dict[JobId, Row] = field(default_factory=dict[JobId, Row])
     deleted_jobs: dict[JobId, Row] = field(default_factory=dict[JobId, Row])
+    postings: list[Row] = field(default_factory=list[Row])
+    settlements: list[Row] = field(default_factory=list[Row])
 
 
 class Projection:
@@ -68,6 +71,10 @@ class Projection:
         """Folds the next record and notes what it touches."""
         event = record.event
         self._before(event)
+        self._touched.postings += posting_rows(self.state, event, record.sequence, record.at_ms)
+        if isinstance(event, ev.TaskSettled):
+            settled = settlement_row(self.state, event, record.sequence, record.at_ms)
+            self._touched.settlements += [settled] if settled is not None else []
         job_id = self._delivered_to(event)
         evolve(self.state, event, record.at_ms)
         self._after(event, record.at_ms)
@@ -95,6 +102,8 @@ class Projection:
             "job_submissions": touched.job_submissions,
             "retained_jobs": list(touched.retained_jobs.values()),
             "deleted_jobs": list(touched.deleted_jobs.values()),
+            "postings": touched.postings,
+            "settlements": touched.settlements,
         }
         return Changes({table: rows for table, rows in tables.items() if rows}, list(touched.deleted_jobs))
 
@@ -128,9 +137,11 @@ class Projection:
                 self._touch_task(event.task_id)
             case ev.JobSubmitted() | ev.JobStateChanged() | ev.JobDeleted():
                 self._after_job(event, at_ms)
+            case ev.JobFunded():
+                touched.jobs[event.job_id] = None
             case ev.AccountCreated():
                 touched.accounts[event.account_id] = None
-            case ev.PoolCreated():
+            case ev.PoolCreated() | ev.PoolModeChanged():
                 touched.pools[event.pool_id] = None
             case ev.TokenIssued() | ev.TokenRevoked():
                 touched.tokens[event.token_id] = None
