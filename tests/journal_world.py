@@ -281,6 +281,11 @@ class World:
             ),
             {self.bundle_digest: manifest},
         )
+        await self.inspect_again(inspector, unit_micros_per_row=unit_micros_per_row)
+        return self.bundle_digest
+
+    async def inspect_again(self, inspector: WorldWorker, *, unit_micros_per_row: int = 10_000) -> None:
+        """The inspection that an operator's worker holds ends well."""
         lease = self.leases_of(inspector)[0]
         await self.tell(
             c.ReportInspection(
@@ -308,7 +313,6 @@ class World:
                 sequence=1,
             )
         )
-        return self.bundle_digest
 
     async def submit_job(
         self,

@@ -394,12 +394,53 @@ def pool() -> None:
 @state_option
 @click.argument("name")
 @click.option("--account", default="", help="Default: the operator's own.")
+@click.option("--open", "is_open", is_flag=True, help="Let every account submit there, not only admitted ones.")
 @json_option
-def pool_create(state: Path, name: str, account: str, as_json: bool) -> None:
-    """Makes a pool and prints its identifier."""
-    request = pb.CreatePoolRequest(name=name, account_id=account)
+def pool_create(state: Path, name: str, account: str, is_open: bool, as_json: bool) -> None:
+    """Makes a pool and prints its identifier. Accounts that join by a token of the pool are admitted to it."""
+    request = pb.CreatePoolRequest(name=name, account_id=account, open=is_open)
     made = _ask(state, lambda stub: stub.CreatePool(request, timeout=CALL_TIME_MAX_S))
     _tell(made, as_json, made.pool_id)
+
+
+@pool.command("admit")
+@state_option
+@click.argument("pool_id")
+@click.argument("account_id")
+@json_option
+def pool_admit(state: Path, pool_id: str, account_id: str, as_json: bool) -> None:
+    """Lets an account submit to a pool."""
+    request = pb.AdmitAccountRequest(pool_id=pool_id, account_id=account_id)
+    done = _ask(state, lambda stub: stub.AdmitAccount(request, timeout=CALL_TIME_MAX_S))
+    _tell(done, as_json, f"{account_id} may submit to {pool_id}")
+
+
+@pool.command("expel")
+@state_option
+@click.argument("pool_id")
+@click.argument("account_id")
+@json_option
+def pool_expel(state: Path, pool_id: str, account_id: str, as_json: bool) -> None:
+    """Ends that; the account's jobs there go on."""
+    request = pb.ExpelAccountRequest(pool_id=pool_id, account_id=account_id)
+    done = _ask(state, lambda stub: stub.ExpelAccount(request, timeout=CALL_TIME_MAX_S))
+    _tell(done, as_json, f"{account_id} may submit to {pool_id} no more, unless the pool is open")
+
+
+@commands.group()
+def bundle() -> None:
+    """Bundles."""
+
+
+@bundle.command("release")
+@state_option
+@click.argument("digest")
+@json_option
+def bundle_release(state: Path, digest: str, as_json: bool) -> None:
+    """Lets jobs use a held bundle again; DIGEST may be its first digits."""
+    request = pb.ReleaseBundleRequest(bundle_digest=digest.strip().lower())
+    done = _ask(state, lambda stub: stub.ReleaseBundle(request, timeout=CALL_TIME_MAX_S))
+    _tell(done, as_json, f"bundle {done.bundle_digest.hex()} may be used again")
 
 
 @commands.command()

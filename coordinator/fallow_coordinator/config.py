@@ -39,6 +39,8 @@ class EngineSettings:
     """How often finished jobs that are in the views leave the memory."""
     collect_ms: int = 3_600_000
     """How often inline payloads that nothing refers to any more are dropped."""
+    collect_page: int = 1_000
+    """Payloads looked at together: what the writer holds of them at a time, and drops in one transaction."""
     packs_at_once: int = 8
     """Pack calls to the blob service under way at a time."""
     payload_cache_bytes_max: int = 16 * MIB
@@ -80,11 +82,11 @@ class FollowerSettings:
     """Longest wait between two looks at an idle journal: the lag of the views stays below 200 ms."""
     busy_poll_ms: int = 10
     """Wait after a look that found something."""
-    snapshot_records: int = 100_000
+    snapshot_records: int = 20_000
     """A snapshot is written when the newest is so many records old: about what a start has to fold at most."""
     snapshot_ms: int = 300_000
     """Or when it is so old and anything happened since."""
     snapshot_rest_ms: int = 10_000
-    """Shortest time between two tries; ten times what the last one took, when that is longer."""
+    """Shortest time between two tries; four times what the last one took, when that is longer."""
     segment_records: int = 1 << 16
     """Records of a sealed segment: a power of two."""

@@ -191,6 +191,8 @@ class Engine:
         self._stopping = False
         self._tasks: list[asyncio.Task[None]] = []
         self._packs: asyncio.Queue[PackPlan] = asyncio.Queue()
+        self._named: set[Digest] | None = None
+        """Payloads that events named since a round of collecting began; None between rounds."""
         self._cache = _PayloadCache(self._settings.payload_cache_bytes_max)
         self._inline_packer = InlinePacker()
         self._effects_since_s = 0.0
@@ -426,6 +428,8 @@ class Engine:
             logger.exception("engine.undecided command=%s", type(command).__name__)
             return FallowError(Reason.INTERNAL, "the coordinator could not decide this; its log says why")
         batch.events.extend([(batch.now_ms, event) for event in turn.events])
+        if self._named is not None:
+            self._named.update(digest for event in turn.events for digest in payload_digests(event))
         if payloads:
             for event in turn.events:
                 for digest in payload_digests(event):
@@ -568,22 +572,37 @@ class Engine:
                 self._end(str(error), EXIT_STORAGE_FAILED)
 
     async def _collect(self, views: Views) -> None:
-        """Drops inline payloads that neither the state nor a retained result refers to."""
+        """Drops inline payloads that neither the state nor a job in the views refers to, page by page."""
         while True:
             await asyncio.sleep(self._settings.collect_ms / 1_000)
-            # Asked before and after the views: a job that leaves the state in between is in one of the two.
-            before = live_payloads(self._state)
             try:
-                retained = await asyncio.to_thread(views.retained_payloads)
-                if await asyncio.to_thread(views.view_sequence) < self._state.archived_through:
-                    # Views that are being made anew do not know all results yet.
-                    logger.info("engine.payloads_kept reason=views_behind")
-                    continue
-                dropped = self._store.collect_payloads(before | retained | live_payloads(self._state))
+                dropped = await self._collect_round(views)
             except StorageFailed as error:
                 logger.warning("engine.payloads_kept error=%s", error)
             else:
                 logger.info("engine.payloads_collected dropped=%d", dropped)
+            finally:
+                self._named = None
+
+    async def _collect_round(self, views: Views) -> int:
+        """One look at every payload; gives how many were dropped.
+
+        What is referred to when the round begins stays through it, and so does whatever an event names meanwhile; jobs
+        that had left the state before are in the views, or the round ends. So nothing is held but what is live.
+        """
+        live, archived_through = live_payloads(self._state), self._state.archived_through
+        named = self._named = set()
+        dropped, after = 0, Digest(b"")
+        while page := self._store.payload_digests(after=after, limit=self._settings.collect_page):
+            after = page[-1]
+            sequence, retained = await asyncio.to_thread(views.references, page)
+            if sequence < archived_through:
+                # Views that are being made anew do not know all results yet.
+                logger.info("engine.payloads_kept reason=views_behind")
+                break
+            if gone := [digest for digest in page if not (digest in retained or digest in live or digest in named)]:
+                dropped += self._store.drop_payloads(gone)
+        return dropped
 
 
 def payload_digests(event: ev.Event) -> tuple[Digest, ...]:
@@ -602,7 +621,10 @@ def payload_digests(event: ev.Event) -> tuple[Digest, ...]:
 
 
 class _PayloadCache:
-    """The payloads used last, up to a number of bytes."""
+    """The payloads used last, up to a number of bytes, in which the cache's own part is counted."""
+
+    _ENTRY_BYTES = 250
+    """What an entry costs beside its bytes: two objects and a place in an ordered dictionary."""
 
     def __init__(self, bytes_max: int) -> None:
         self._bytes_max = bytes_max
@@ -620,7 +642,7 @@ class _PayloadCache:
             self._held.move_to_end(digest)
             return
         self._held[digest] = data
-        self._bytes += len(data)
+        self._bytes += len(data) + self._ENTRY_BYTES
         while self._bytes > self._bytes_max:
             _, dropped = self._held.popitem(last=False)
-            self._bytes -= len(dropped)
+            self._bytes -= len(dropped) + self._ENTRY_BYTES

@@ -99,7 +99,7 @@ class Follower:
         behind, settings = self._sequence - self._snapshot_sequence, self._settings
         waited_ms = (time.monotonic() - self._snapshot_tried_s) * 1_000
         if behind >= settings.snapshot_records:
-            return waited_ms >= max(settings.snapshot_rest_ms, 10_000 * self._snapshot_took_s)
+            return waited_ms >= max(settings.snapshot_rest_ms, 4_000 * self._snapshot_took_s)
         return behind > 0 and waited_ms >= settings.snapshot_ms
 
     def write_snapshot(self) -> bool:

@@ -66,8 +66,12 @@ class Store(Protocol):
         """An inline payload, or None when it is not (any more) here."""
         ...
 
-    def collect_payloads(self, keep: frozenset[Digest]) -> int:
-        """Drops payloads that nothing live or retained refers to; returns how many."""
+    def payload_digests(self, *, after: Digest, limit: int) -> Sequence[Digest]:
+        """Up to `limit` digests of payloads behind `after`, rising; `Digest(b"")` begins."""
+        ...
+
+    def drop_payloads(self, digests: Sequence[Digest]) -> int:
+        """Drops payloads that nothing live or retained refers to; gives how many were there."""
         ...
 
     def let_go_of_sealed(self, limit: int) -> int:
@@ -121,12 +125,8 @@ class Views(Protocol):
         """What a job that is not deleted was submitted as."""
         ...
 
-    def retained_payloads(self) -> frozenset[Digest]:
-        """Output blocks small enough to be inline, and inline datasets, of all jobs that are not deleted."""
-        ...
-
     def references(self, digests: Sequence[Digest]) -> tuple[int, frozenset[Digest]]:
-        """(view_sequence, those of the blobs to which a job refers that is not deleted), both of one moment."""
+        """(view_sequence, those of the blobs and payloads to which a job refers that is not deleted), of one moment."""
         ...
 
     def expired_jobs(self, now_ms: int, limit: int) -> Sequence[tuple[AccountId, JobId]]:

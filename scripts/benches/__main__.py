@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from scripts.benches import blobs, control_plane, footprint, inference, latency
+from scripts.benches import blobs, control_plane, footprint, inference, latency, recovery
 from scripts.benches.report import Report
 
 BENCHES: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[Any], Coroutine[Any, Any, Report]]]] = {
@@ -19,6 +19,7 @@ BENCHES: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[An
     "footprint": (footprint.options, footprint.measure),
     "blobs": (blobs.options, blobs.measure),
     "control-plane": (control_plane.options, control_plane.measure),
+    "recovery": (recovery.options, recovery.measure),
 }
 
 
@@ -31,8 +32,10 @@ def main() -> int:
         command.add_argument("--json", action="store_true", help="one JSON object on stdout (else lines for people)")
         options(command)
     chosen = parser.parse_args()
-    # SIGTERM takes the same way out as Ctrl-C, so that nothing stays behind either way.
-    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
+    # SIGTERM takes the same way out as Ctrl-C, so that nothing stays behind either way. A shell that starts this in the
+    # background has both ignored for it and for every child, and then no child could be ended.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     report = asyncio.run(BENCHES[chosen.name][1](chosen))
     if chosen.json:
         print(json.dumps({"bench": chosen.name, **report.facts}))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+from scripts.benches.blob_saturation import assigns_while_saturated
 from scripts.benches.report import Report, median, say
 
 from fallow.blob_client import BlobClient
@@ -23,6 +24,7 @@ from fallow.limits import BLOB_CHUNK_BYTES, MIB
 from fallow.wire.chunks import CHUNK_MESSAGE_BYTES_MAX
 
 BUDGET_OVER_TRANSPORT = 0.7
+BUDGET_ASSIGN_P99_MS = 50.0
 PAIRS_MIN = 7
 _MESSAGES: list[tuple[str, Any]] = [
     ("grpc.max_receive_message_length", CHUNK_MESSAGE_BYTES_MAX),
@@ -34,10 +36,19 @@ def options(parser: argparse.ArgumentParser) -> None:
     """What can be changed."""
     parser.add_argument("--pairs", type=int, default=PAIRS_MIN, help=f"interleaved pairs, at least {PAIRS_MIN}")
     parser.add_argument("--mebibytes", type=int, default=256, help="size of each transfer")
+    parser.add_argument("--seconds", type=float, default=20.0, help="how long leases are watched while blobs saturate")
+    parser.add_argument("--quick", action="store_true", help="one pair of small transfers: does it run?")
 
 
 async def measure(chosen: argparse.Namespace) -> Report:
-    """Moves fresh bytes up and down, through the service and bare, in turn."""
+    """Moves fresh bytes up and down, through the service and bare, in turn; then leases beside blobs."""
+    if chosen.quick:
+        chosen.pairs, chosen.mebibytes, chosen.seconds = 1, 8, 2.0
+    found = await _paired(chosen)
+    return _report(chosen, found, await assigns_while_saturated(chosen.seconds, min(64, chosen.mebibytes)))
+
+
+async def _paired(chosen: argparse.Namespace) -> dict[str, list[float]]:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent / "tests"))
     from integration.blob_rig import BlobRig, reference_of
 
@@ -78,22 +89,28 @@ async def measure(chosen: argparse.Namespace) -> Report:
             bare.terminate()
             bare.join()
             rig.stop()
-    return _report(chosen, found)
+    return found
 
 
-def _report(chosen: argparse.Namespace, found: dict[str, list[float]]) -> Report:
+def _report(chosen: argparse.Namespace, found: dict[str, list[float]], beside: dict[str, Any]) -> Report:
     over = {
         side: median([ours / bare for ours, bare in zip(found[side], found[f"bare_{side}"], strict=True)])
         for side in ("up", "down")
     }
-    void = [] if chosen.pairs >= PAIRS_MIN else [f"{chosen.pairs} pairs, fewer than {PAIRS_MIN}"]
+    void = [] if chosen.quick or chosen.pairs >= PAIRS_MIN else [f"{chosen.pairs} pairs, fewer than {PAIRS_MIN}"]
+    if not beside["leases_sent"]:
+        void.append("no lease was sent while blobs saturated")
+    void += [f"nothing went {side}" for side, speed in beside["mib_moved_per_s"].items() if not speed]
     return Report(
         {
             "blob_mib_per_s": {side: round(median(found[side]), 1) for side in over},
             "transport_mib_per_s": {side: round(median(found[f"bare_{side}"]), 1) for side in over},
             "blob_over_transport": {side: round(value, 3) for side, value in over.items()},
-            "budget": f"blob_over_transport >= {BUDGET_OVER_TRANSPORT}",
-            "holds": min(over.values()) >= BUDGET_OVER_TRANSPORT and not void,
+            **beside,
+            "budget": f"blob_over_transport >= {BUDGET_OVER_TRANSPORT}, assign_p99_ms <= {BUDGET_ASSIGN_P99_MS:g}",
+            "holds": min(over.values()) >= BUDGET_OVER_TRANSPORT
+            and beside["assign_p99_ms"] <= BUDGET_ASSIGN_P99_MS
+            and not void,
             "mebibytes": chosen.mebibytes,
             "pairs": chosen.pairs,
         },

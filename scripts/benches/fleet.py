@@ -46,6 +46,7 @@ OUTPUT_DIGEST: Final = digest_of(encode_schema(OUTPUT))
 ROWS_PER_JOB: Final = 3_000
 """As many rows of 16 bytes as travel inside a submission: nothing of these jobs goes through the blob service."""
 START_PATIENCE_S: Final = 90.0
+KILL_PATIENCE_S: Final = 20.0
 
 
 @dataclass
@@ -75,6 +76,12 @@ class RunningCoordinator:
         async with admin_stub(self.state) as stub:
             return await stub.GetStatus(admin_service_pb2.GetStatusRequest(), timeout=CALL_TIME_MAX_S)
 
+    def kill(self) -> None:
+        """`kill -9` of the coordinator; what it started ends with it."""
+        below = family(self.process)[1:]
+        self.process.kill()
+        psutil.wait_procs([self.process, *below], timeout=KILL_PATIENCE_S)
+
     def children(self) -> dict[str, psutil.Process]:
         """Its child processes, by the module that they run."""
         found: dict[str, psutil.Process] = {}
@@ -90,12 +97,30 @@ class RunningCoordinator:
         """How many events of each kind the journal holds, by their protobuf tags."""
         names = {field.number: field.name for field in journal_pb2.Event.DESCRIPTOR.fields}
         found: dict[str, int] = {}
-        journal = sqlite3.connect(f"file:{self.state / 'journal' / JOURNAL_FILE}?mode=ro", uri=True)
-        with contextlib.closing(journal):
+        with contextlib.closing(self._journal()) as journal:
             for head, count in journal.execute("SELECT substr(event, 1, 3), count(*) FROM journal GROUP BY 1"):
                 name = names[_field_number(head)]
                 found[name] = found.get(name, 0) + count
         return found
+
+    def events_of(self, kind: str) -> list[journal_pb2.Event]:
+        """All events of one kind, as the journal holds them."""
+        tag = _tag(journal_pb2.Event.DESCRIPTOR.fields_by_name[kind].number)
+        asked = "SELECT event FROM journal WHERE substr(event, 1, ?) = ? ORDER BY sequence"
+        with contextlib.closing(self._journal()) as journal:
+            return [journal_pb2.Event.FromString(event) for (event,) in journal.execute(asked, (len(tag), tag))]
+
+    def _journal(self) -> sqlite3.Connection:
+        return sqlite3.connect(f"file:{self.state / 'journal' / JOURNAL_FILE}?mode=ro", uri=True)
+
+
+def _tag(number: int) -> bytes:
+    """The tag of a length-delimited field."""
+    value, tag = number << 3 | 2, bytearray()
+    while value > 0x7F:
+        tag.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes((*tag, value))
 
 
 def _field_number(head: bytes) -> int:
@@ -110,11 +135,15 @@ def _field_number(head: bytes) -> int:
 
 @contextlib.asynccontextmanager
 async def running_coordinator(folder: Path, *arguments: str) -> AsyncGenerator[RunningCoordinator, None]:
-    """`fallow-coordinator start` on a state folder in `folder`, without an operator worker of its own."""
+    """`fallow-coordinator start` on a state folder in `folder`, without an operator worker of its own.
+
+    The first start takes free ports, later ones the same.
+    """
     state, log = folder / "coordinator", folder / "coordinator.log"
+    ports = () if (state / "ports.json").exists() else ("--port", "0")
     with running_process(
         log,
-        "fallow-coordinator", "start", "--state", state, "--port", "0", "--json", "--no-operator-worker", *arguments,
+        "fallow-coordinator", "start", "--state", state, *ports, "--json", "--no-operator-worker", *arguments,
     ) as process:  # fmt: skip
         assert process.stdout is not None
         line = await asyncio.wait_for(asyncio.to_thread(process.stdout.readline), START_PATIENCE_S)

@@ -71,6 +71,7 @@ class Load:
     task_ms: float
     """How long a task pretends to take, on average; 0: answered at once."""
     output_schema_digest: bytes
+    slots: int = 1
     reconnect: bool = False
     """Whether sessions that break are opened again, as worker daemons do."""
 
@@ -208,7 +209,7 @@ class LoadGenerator:
         worker.stream = LeanStream(tls, lambda data: self._take(worker, data))
         self._selector.register(tls, selectors.EVENT_READ, worker)
         capability = Capability(
-            devices=(Device("cpu-0", DeviceKind.CPU, DeviceLevel.USABLE, cores=2, slots=1),),
+            devices=(Device("cpu-0", DeviceKind.CPU, DeviceLevel.USABLE, cores=2, slots=self._load.slots),),
             sandbox_level=SandboxLevel.FULL,
             task_kinds=frozenset((TaskKind.MAP,)),
         )

@@ -130,18 +130,29 @@ def test_same_payload_twice_is_kept_once(open_store: Open) -> None:
     append(store, 1, payloads={digest_of(data): data})
     append(store, 2, payloads={digest_of(data): data})
     assert store.payload(digest_of(data)) == data
-    assert store.collect_payloads(frozenset()) == 1
+    assert store.payload_digests(after=Digest(b""), limit=10) == [digest_of(data)]
+    assert store.drop_payloads([digest_of(data)]) == 1
 
 
-def test_collected_payloads_are_gone_and_kept_ones_are_not(open_store: Open) -> None:
+def test_dropped_payloads_are_gone_and_others_are_not(open_store: Open) -> None:
     store = open_store()
     kept, dropped = b"kept", b"dropped"
     append(store, 1, payloads={digest_of(kept): kept, digest_of(dropped): dropped})
-    assert store.collect_payloads(frozenset({digest_of(kept), digest_of(b"never seen")})) == 1
+    assert store.drop_payloads([digest_of(dropped), digest_of(b"never seen")]) == 1
     assert store.payload(digest_of(kept)) == kept
     assert store.payload(digest_of(dropped)) is None
     append(store, 2)
     assert store.last_sequence == 2
+
+
+def test_payloads_are_listed_in_pages(open_store: Open) -> None:
+    store = open_store()
+    data = [f"payload {number}".encode() for number in range(25)]
+    append(store, 1, payloads={digest_of(one): one for one in data})
+    listed: list[Digest] = []
+    while page := store.payload_digests(after=listed[-1] if listed else Digest(b""), limit=7):
+        listed.extend(page)
+    assert listed == sorted(digest_of(one) for one in data)
 
 
 def test_every_event_is_there_once_whatever_the_batches_and_restarts(open_store: Open) -> None:

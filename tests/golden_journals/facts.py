@@ -21,7 +21,7 @@ def facts_of(records: Iterable[Record]) -> Facts:
         for table, rows in changes.rows.items():
             for row in rows:
                 tables.setdefault(table, {})[_key(table, row)] = [_plain(value) for value in row]
-        for table in ("results", "job_blobs", "retained_jobs"):
+        for table in ("results", "job_blobs", "job_submissions", "job_payloads", "retained_jobs"):
             for job_id in changes.jobs_deleted:
                 held = tables.get(table, {})
                 tables[table] = {key: row for key, row in held.items() if row[0] != job_id}
@@ -29,7 +29,7 @@ def facts_of(records: Iterable[Record]) -> Facts:
 
 
 def _key(table: str, row: Row) -> str:
-    parts = row[:2] if table in {"results", "bundles", "job_blobs"} else row[:1]
+    parts = row[:2] if table in {"results", "bundles", "job_blobs", "job_payloads", "pool_members"} else row[:1]
     return " ".join(str(_plain(part)) for part in parts)
 
 

@@ -20,7 +20,7 @@ from fallow.errors import FallowError, Reason  # noqa: E402
 from fallow.roles import Role  # noqa: E402
 from fallow.session import Cause  # noqa: E402
 from fallow_coordinator.core import commands as c  # noqa: E402
-from fallow_coordinator.core.answers import AccountMade, TokenMade  # noqa: E402
+from fallow_coordinator.core.answers import AccountMade, PoolMade, TokenMade  # noqa: E402
 from fallow_coordinator.store.journal_reader import StoredRecord, decode_records  # noqa: E402
 from fallow_coordinator.store.memory import MemoryDisk, MemoryStore  # noqa: E402
 from fallow_coordinator.store.segment import encode_segment  # noqa: E402
@@ -135,6 +135,41 @@ async def record() -> list[StoredRecord]:
     return disk.records
 
 
+async def record_door() -> list[StoredRecord]:
+    """A closed pool whose members come and go, and a program that is suspected, cleared, held and released."""
+    disk = MemoryDisk()
+    world = World(store=MemoryStore(disk))
+    await world.begin()
+    inspector = await world.operator_worker(window=1)
+    await world.inspected_bundle(inspector)
+    first, second = await world.volunteer("first"), await world.volunteer("second")
+    lab = await world.ask(AccountMade, c.CreateAccount("lab"))
+    pool = await world.ask(PoolMade, c.CreatePool("lab pool", lab.account_id, closed=True))
+    await world.tell(c.AdmitAccount(pool.pool_id, first.account_id))
+    await world.tell(c.AdmitAccount(pool.pool_id, second.account_id))
+    await world.tell(c.ExpelAccount(pool.pool_id, first.account_id))
+
+    for accepted in (True, False):
+        await world.submit_job(ROWS, title="suspected")
+        await fail_first_lease(world, first, Cause.PROGRAM)
+        await fail_first_lease(world, second, Cause.PROGRAM)
+        # The operator's worker takes rows too.
+        while world.engine.state.tasks[world.leases_of(inspector)[0].task_id].job_id is not None:
+            await world.commit(inspector, world.leases_of(inspector)[0])
+        if accepted:
+            await world.inspect_again(inspector)
+            await world.work_until_idle(inspector, first, second)
+            world.clock.now_ms += 60_000
+            await world.tell(c.Tick())
+            await world.work_until_idle(inspector, first, second)
+        else:
+            await fail_first_lease(world, inspector, Cause.PROGRAM)
+    await world.tell(c.ReleaseBundle(world.bundle_digest))
+    await world.submit_job(ROWS, title="after the release")
+    await world.engine.stop()
+    return disk.records
+
+
 async def record_credits() -> list[StoredRecord]:
     """A market: grants, a budget that runs out, a top-up, a release; then a quota pool and its periods."""
     disk = MemoryDisk()
@@ -173,7 +208,7 @@ async def record_credits() -> list[StoredRecord]:
     return disk.records
 
 
-STORIES = {"all": record, "credits": record_credits}
+STORIES = {"all": record, "credits": record_credits, "door": record_door}
 
 
 async def another_bundle(world: World, inspector: WorldWorker) -> None:

@@ -172,7 +172,7 @@ class Crew:
 
 @pytest.fixture
 async def crew(shared_coordinator: CoordinatorService, tmp_path: Path) -> AsyncIterator[Crew]:
-    pool_id = shared_coordinator.cli("pool", "create", f"pool {secrets.token_hex(4)}")["pool_id"]
+    pool_id = shared_coordinator.cli("pool", "create", f"pool {secrets.token_hex(4)}", "--open")["pool_id"]
     operator = shared_coordinator.new_token("--role", "worker", "--tier", "operator")
     line = shared_coordinator.new_token("--role", "worker", "--pool", pool_id)
     inspector = await joined(operator, tmp_path / "inspector")

@@ -15,6 +15,7 @@ from fallow_coordinator.core import commands as c
 from fallow_coordinator.core import effects as f
 from fallow_coordinator.core import events as e
 from fallow_coordinator.core import questions
+from fallow_coordinator.core.holding import CLEARANCES_MAX
 from fallow_coordinator.core.limits import TASK_LOSSES_MAX
 from fallow_coordinator.core.state import Lease
 from simulation.core_world import World, digest, of_kind
@@ -286,18 +287,75 @@ def test_pre_emption_is_not_a_failure_but_does_not_go_on_for_ever() -> None:
     assert world.status(job_id).progress.rows_failed == 4
 
 
-def test_a_program_that_crashes_workers_of_two_accounts_is_held_and_its_jobs_fail() -> None:
+def suspected_world() -> tuple[World, JobId, Lease]:
+    """Workers of two accounts say that a program crashed them: the job, and the inspection that follows."""
     world, _, job_id, lease = leased_world(10_000)
     other_id = world.volunteer("other")
+    inspector = world.inspector()
     world.pack_all()
     turn = world.take(world.fail_command(lease, Cause.PROGRAM, "segfault"))
     assert [type(event) for event in turn.events][:2] == [e.BundleCrashed, e.LeaseEnded]
     turn = world.take(world.fail_command(world.leases_of(other_id)[0], Cause.PROGRAM, "segfault"))
-    assert [type(event) for event in turn.events][:2] == [e.BundleCrashed, e.BundleHeld]
+    assert [type(event) for event in turn.events][:3] == [e.BundleCrashed, e.TaskCreated, e.LeaseEnded]
+    (inspection,) = [held for held in world.leases_of(inspector) if world.state.tasks[held.task_id].job_id is None]
+    return world, job_id, inspection
+
+
+def test_claims_of_two_accounts_hold_nothing_before_an_operators_worker_finds_the_same() -> None:
+    world, job_id, inspection = suspected_world()
+    assert world.status(job_id).state is JobState.RUNNING
+    turn = world.take(world.fail_command(inspection, Cause.PROGRAM, "segfault"))
+    assert [type(event) for event in turn.events][:2] == [e.TaskSettled, e.BundleHeld]
     status = world.status(job_id)
     assert (status.state, status.reason_code) == (JobState.FAILED, "PROGRAM_HELD")
+    assert "operator's inspection says: segfault" in status.reason
     assert world.state.leases == {} and world.state.tasks == {}
     assert refused(world, world.submission(key="next")).reason is Reason.PROGRAM_HELD
+    world.take(c.ReleaseBundle(world.bundle_digest))
+    assert world.state.bundles[world.bundle_digest].crashed_accounts == {}
+    assert world.submit(4, key="after") != job_id
+    assert world.take(c.ReleaseBundle(world.bundle_digest)).events == ()
+
+
+def test_a_bundle_that_is_inspected_well_is_cleared_of_what_was_claimed() -> None:
+    world, job_id, inspection = suspected_world()
+    report = world.state.bundles[world.bundle_digest].report
+    assert report is not None
+    command = c.ReportInspection(
+        inspection.session_id,
+        inspection.worker_id,
+        inspection.lease_id,
+        inspection.fence,
+        report,
+        Usage(),
+        digest("m"),
+        b"",
+        1,
+    )
+    turn = world.take(command)
+    assert [type(event) for event in turn.events][:2] == [e.BundleCleared, e.TaskSettled]
+    bundle = world.state.bundles[world.bundle_digest]
+    assert (bundle.held_reason, bundle.crashed_accounts, bundle.clearances) == ("", {}, 1)
+    assert world.status(job_id).state is JobState.RUNNING
+
+
+def test_claims_bring_about_so_many_inspections_and_no_more() -> None:
+    world, _, _, lease = leased_world(10_000)
+    world.state.bundles[world.bundle_digest].clearances = CLEARANCES_MAX
+    turn = world.take(world.fail_command(lease, Cause.PROGRAM, "segfault"))
+    assert isinstance(turn.events[0], e.LeaseEnded)
+
+
+def test_an_inspection_on_claims_that_cannot_be_had_ends_no_job() -> None:
+    world, job_id, inspection = suspected_world()
+    for _ in range(TASK_ATTEMPTS_MAX):
+        world.take(world.fail_command(inspection, Cause.PLATFORM, "no child"))
+        world.pass_time(10_000)
+        inspections = [held for held in world.state.leases.values() if world.state.tasks[held.task_id].job_id is None]
+        if inspections:
+            (inspection,) = inspections
+    assert world.state.bundles[world.bundle_digest].inspection_task_id is None
+    assert world.status(job_id).state is JobState.RUNNING
 
 
 def test_crashes_on_one_account_alone_do_not_hold_a_program() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -403,12 +404,9 @@ class ViewsAt:
     def submission(self, job_id: JobId) -> ev.JobSubmitted | None:
         return None
 
-    def retained_payloads(self) -> frozenset[Digest]:
-        self.collected += 1
-        return self.retained
-
     def references(self, digests: Sequence[Digest]) -> tuple[int, frozenset[Digest]]:
-        return self.sequence, frozenset()
+        self.collected += 1
+        return self.sequence, self.retained & frozenset(digests)
 
     def expired_jobs(self, now_ms: int, limit: int) -> list[tuple[AccountId, JobId]]:
         return []
@@ -467,6 +465,39 @@ async def test_payloads_go_when_neither_the_state_nor_a_retained_result_needs_th
     assert store.payload(world.bundle_digest) is not None
     assert world.engine.state.jobs[running]
     assert [bytes(row) for row in world.input_of(world.leases_of(worker)[0].lease_id)] == [b"running"]
+    await world.engine.stop()
+
+
+async def test_payload_that_is_needed_again_while_a_round_looks_at_it_stays() -> None:
+    class HeldUp(ViewsAt):
+        """Its first answer takes until the test says so."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.begun, self.go_on = threading.Event(), threading.Event()
+
+        def references(self, digests: Sequence[Digest]) -> tuple[int, frozenset[Digest]]:
+            self.begun.set()
+            self.go_on.wait(10)
+            return super().references(digests)
+
+    views, store = HeldUp(), CountingStore()
+    world = await world_with_bundle(store=store, views=views, settings=EngineSettings(collect_ms=50))
+    worker = await world.volunteer()
+    first = await world.submit_job([b"the same row"], key=b"k" * 16)
+    (block,) = world.engine.state.jobs[first].blocks
+    await world.work_until_idle(worker)
+    await world.tell(c.ArchiveJobs(world.engine.state.sequence))
+    views.sequence = world.engine.state.sequence
+    views.begun.clear()
+    await until(views.begun.is_set)
+    again = await world.submit_job([b"the same row"], key=b"l" * 16)
+    assert world.engine.state.jobs[again].blocks[0].blob == block.blob
+    collected = views.collected
+    views.go_on.set()
+    await until(lambda: views.collected >= collected + 2)
+    assert store.payload(block.blob.digest) is not None
+    await world.work_until_idle(worker)
     await world.engine.stop()
 
 

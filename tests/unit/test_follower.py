@@ -15,6 +15,7 @@ import pytest
 from fallow.session import Cause
 from fallow_coordinator.config import EXIT_STORAGE_FAILED, FollowerSettings
 from fallow_coordinator.core import commands as c
+from fallow_coordinator.core.answers import PoolMade
 from fallow_coordinator.follower import Follower
 from fallow_coordinator.ports import StorageFailed
 from fallow_coordinator.store.sqlite import SqliteStore
@@ -42,6 +43,8 @@ async def a_life(store: SqliteStore) -> World:
     await world.work_until_idle(inspector, worker, other)
     cancelled = await world.submit_job(ROWS, title="cancelled")
     await world.tell(c.CancelJob(world.operator_account_id, cancelled))
+    pool = await world.ask(PoolMade, c.CreatePool("lab pool", world.operator_account_id, closed=True))
+    await world.tell(c.AdmitAccount(pool.pool_id, other.account_id))
     await world.tell(c.QuarantineWorker(other.worker_id, "odd results"))
     await world.tell(c.ArchiveJobs(world.engine.state.sequence))
     assert done not in world.engine.state.jobs

@@ -13,6 +13,7 @@ from fallow_coordinator.core import commands as c
 from fallow_coordinator.core import events as e
 from fallow_coordinator.core.answers import Decision
 from fallow_coordinator.core.draft import Draft, shortened
+from fallow_coordinator.core.holding import confirmed
 from fallow_coordinator.core.limits import (
     BUNDLES_PER_ACCOUNT_MAX,
     COST_UNIT_MICROS_MAX,
@@ -72,6 +73,8 @@ def inspected(state: State, lease: Lease, task: Task, report: InspectionReport, 
     """An inspection's end: jobs that waited for it move."""
     draft = Draft(state)
     bundle = state.bundles[task.bundle_digest]
+    if bundle.report is not None:
+        return confirmed(state, lease, task, report)
     draft.events.append(
         e.BundleInspected(
             bundle_digest=task.bundle_digest, task_id=task.task_id, worker_id=lease.worker_id, report=report

@@ -70,6 +70,20 @@ class CreateAccount:
 class CreatePool:
     name: str
     account_id: AccountId
+    closed: bool = False
+    """True: only admitted accounts may submit there."""
+
+
+@dataclass(frozen=True, slots=True)
+class AdmitAccount:
+    pool_id: PoolId
+    account_id: AccountId
+
+
+@dataclass(frozen=True, slots=True)
+class ExpelAccount:
+    pool_id: PoolId
+    account_id: AccountId
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,6 +305,13 @@ class RegisterBundle:
     """Bytes a row of its output takes, as far as the schema fixes them: tasks are cut so that outputs fit a block."""
 
 
+@dataclass(frozen=True, slots=True)
+class ReleaseBundle:
+    """An operator lets jobs use a held bundle again."""
+
+    bundle_digest: Digest
+
+
 # ------------------------------------------------------------------------------------------------- jobs
 
 
@@ -454,6 +475,8 @@ Command = (
     | Advance
     | CreateAccount
     | CreatePool
+    | AdmitAccount
+    | ExpelAccount
     | SetPoolMode
     | GrantCredits
     | ReleaseCredits
@@ -476,6 +499,7 @@ Command = (
     | ForgetBlobs
     | SetBlobQuota
     | RegisterBundle
+    | ReleaseBundle
     | SubmitMapJob
     | CancelJob
     | DeleteJob

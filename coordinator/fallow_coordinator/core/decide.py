@@ -4,14 +4,26 @@ from __future__ import annotations
 
 from typing import assert_never
 
-from fallow_coordinator.core import blobs, bundles, identity, jobs, leases, matching, sessions, time_passing, treasury
+from fallow_coordinator.core import (
+    admission,
+    blobs,
+    bundles,
+    holding,
+    identity,
+    jobs,
+    leases,
+    matching,
+    sessions,
+    time_passing,
+    treasury,
+)
 from fallow_coordinator.core import commands as c
 from fallow_coordinator.core.answers import Decision
 from fallow_coordinator.core.names import Names
 from fallow_coordinator.core.state import State
 
 
-def decide(state: State, command: c.Command, now_ms: int, entropy: bytes) -> Decision:  # noqa: C901, PLR0911 one arm each
+def decide(state: State, command: c.Command, now_ms: int, entropy: bytes) -> Decision:  # noqa: C901, PLR0911, PLR0912 one arm each
     """Events and answer of one command, a function of its arguments alone.
 
     `now_ms` is the journal's clock and never goes back; `entropy` is 32 fresh bytes, from which names are made.
@@ -26,7 +38,7 @@ def decide(state: State, command: c.Command, now_ms: int, entropy: bytes) -> Dec
         case c.Deliver():
             return leases.deliver(state, command)
         case c.FailTask():
-            return leases.fail_task(state, command, now_ms)
+            return leases.fail_task(state, command, now_ms, Names(entropy))
         case c.ReturnLease():
             return leases.return_lease(state, command)
         case c.ReportInspection():
@@ -67,6 +79,23 @@ def decide(state: State, command: c.Command, now_ms: int, entropy: bytes) -> Dec
             | c.ReleaseWorker()
         ):
             return _decide_identity(state, command, now_ms, entropy)
+        case c.AdmitAccount() | c.ExpelAccount() | c.ReleaseBundle():
+            return _decide_door(state, command)
+        case _:
+            assert_never(command)
+
+
+DoorCommand = c.AdmitAccount | c.ExpelAccount | c.ReleaseBundle
+
+
+def _decide_door(state: State, command: DoorCommand) -> Decision:
+    match command:
+        case c.AdmitAccount():
+            return admission.admit_account(state, command)
+        case c.ExpelAccount():
+            return admission.expel_account(state, command)
+        case c.ReleaseBundle():
+            return holding.release_bundle(state, command)
         case _:
             assert_never(command)
 

@@ -83,7 +83,8 @@ class Draft:
         reason = shortened(reason)
         if task.job_id is None:
             self.events.append(TaskAbandoned(task_id=task.task_id, cursor=0, rows=0, cause=cause, reason=reason))
-            self._fail_jobs(task.bundle_digest, f"the bundle could not be inspected: {reason}", Reason.JOB_FAILED)
+            if self._state.bundles[task.bundle_digest].report is None:
+                self._fail_jobs(task.bundle_digest, f"the bundle could not be inspected: {reason}", Reason.JOB_FAILED)
             return
         tally = self._tally(task.job_id)
         tally.results += 1

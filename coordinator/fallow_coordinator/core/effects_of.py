@@ -31,7 +31,7 @@ def effects_of(state: State, event: e.Event) -> tuple[f.Effect, ...]:  # noqa: P
             return _NOTHING
         case e.JobSubmitted() | e.JobStateChanged() | e.JobDeleted() | e.JobFunded():
             return (f.WakeWatchers(job_id=event.job_id),)
-        case e.BundleInspected() | e.BundleHeld() | e.BundleRegistered():
+        case e.BundleInspected() | e.BundleHeld() | e.BundleRegistered() | e.BundleReleased():
             return (f.WakeBundleWatchers(bundle_digest=event.bundle_digest),)
         case e.SessionOpened():
             held = state.workers[event.worker_id].certificates

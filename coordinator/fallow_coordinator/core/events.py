@@ -42,6 +42,24 @@ class PoolCreated:
     name: str
     mode: str
     policy: str
+    closed: bool = False
+    """True: only admitted accounts submit there."""
+
+
+@dataclass(frozen=True, slots=True)
+class AccountAdmitted:
+    """The account may submit to the closed pool."""
+
+    pool_id: PoolId
+    account_id: AccountId
+
+
+@dataclass(frozen=True, slots=True)
+class AccountExpelled:
+    """The account may not submit there any more; its jobs go on."""
+
+    pool_id: PoolId
+    account_id: AccountId
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,7 +257,7 @@ class BundleInspected:
 
 @dataclass(frozen=True, slots=True)
 class BundleHeld:
-    """It crashed workers of two accounts; nobody's record is hurt."""
+    """It crashed workers of two accounts, and an operator's worker found the same; nobody's record is hurt."""
 
     bundle_digest: Digest
     reason: str
@@ -247,11 +265,27 @@ class BundleHeld:
 
 @dataclass(frozen=True, slots=True)
 class BundleCrashed:
-    """It crashed a worker of this account: one more, and it is held."""
+    """A worker of this account says that it crashed."""
 
     bundle_digest: Digest
     account_id: AccountId
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class BundleCleared:
+    """Inspected once more because of such claims, and found well: they count no more."""
+
+    bundle_digest: Digest
+    task_id: TaskId
+    worker_id: PartyId
+
+
+@dataclass(frozen=True, slots=True)
+class BundleReleased:
+    """An operator lets jobs use it, whatever was claimed."""
+
+    bundle_digest: Digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -500,6 +534,8 @@ Event = (
     | Restarted
     | AccountCreated
     | PoolCreated
+    | AccountAdmitted
+    | AccountExpelled
     | PoolModeChanged
     | CreditsGranted
     | CreditsReleased
@@ -523,6 +559,8 @@ Event = (
     | BundleInspected
     | BundleHeld
     | BundleCrashed
+    | BundleCleared
+    | BundleReleased
     | JobSubmitted
     | JobStateChanged
     | JobArchived

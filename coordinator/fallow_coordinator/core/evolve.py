@@ -10,6 +10,7 @@ from typing import assert_never
 from fallow_coordinator.core import events as e
 from fallow_coordinator.core import (
     evolve_devices,
+    evolve_door,
     evolve_identity,
     evolve_jobs,
     evolve_ledger,
@@ -74,6 +75,8 @@ def evolve(state: State, event: e.Event, at_ms: int) -> None:
             | e.WorkerReleased()
         ):
             evolve_identity.evolve_identity(state, event, at_ms)
+        case e.AccountAdmitted() | e.AccountExpelled() | e.BundleCleared() | e.BundleReleased():
+            evolve_door.evolve_door(state, event)
         case (
             e.PoolModeChanged()
             | e.CreditsGranted()

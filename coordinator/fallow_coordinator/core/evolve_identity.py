@@ -38,7 +38,12 @@ def evolve_identity(state: State, event: IdentityEvent, at_ms: int) -> None:
             assert event.pool_id not in state.pools, "a pool is created once"
             assert event.account_id in state.accounts, "a pool belongs to an account"
             state.pools[event.pool_id] = Pool(
-                event.pool_id, event.account_id, event.name, mode=PoolMode(event.mode), policy=event.policy
+                event.pool_id,
+                event.account_id,
+                event.name,
+                mode=PoolMode(event.mode),
+                policy=event.policy,
+                closed=event.closed,
             )
             state.default_pool_id = state.default_pool_id or event.pool_id
         case e.TokenIssued():

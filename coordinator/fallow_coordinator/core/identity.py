@@ -9,6 +9,7 @@ from fallow.roles import Role, Tier
 from fallow.session import Cause
 from fallow_coordinator.core import commands as c
 from fallow_coordinator.core import events as e
+from fallow_coordinator.core.admission import admitted_by_token
 from fallow_coordinator.core.answers import AccountMade, CertificateGranted, Decision, PoolMade, TokenMade
 from fallow_coordinator.core.draft import Draft, shortened
 from fallow_coordinator.core.limits import (
@@ -73,6 +74,7 @@ def create_pool(state: State, command: c.CreatePool, names: Names) -> Decision:
         name=name,
         mode=MODE_DONATION,
         policy=POLICY_UNVERIFIED,
+        closed=command.closed,
     )
     return Decision((event,), PoolMade(pool_id))
 
@@ -167,6 +169,7 @@ def enroll(state: State, command: c.Enroll, now_ms: int, names: Names) -> Decisi
         _room(len(state.accounts), ACCOUNTS_MAX, "accounts")
         account_id = AccountId(names.new("account"))
         events.append(e.AccountCreated(account_id=account_id, name=name))
+    events.extend(admitted_by_token(state, account_id, token.pool_id))
     event = e.PartyEnrolled(
         party_id=PartyId(names.new(token.role.value)),
         key_fingerprint=command.key_fingerprint,

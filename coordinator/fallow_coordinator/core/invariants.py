@@ -13,6 +13,7 @@ from fallow.roles import Tier
 from fallow.session import TaskKind
 from fallow_coordinator.core.devices import identity_of, measurable
 from fallow_coordinator.core.groups import ability_of_worker, duration_of_next_unit
+from fallow_coordinator.core.holding import CLEARANCES_MAX
 from fallow_coordinator.core.lanes import CUTTABLE
 from fallow_coordinator.core.ledger import BookKind
 from fallow_coordinator.core.ledger import held as held_by
@@ -34,6 +35,7 @@ class InvariantError(AssertionError):
 def check(state: State) -> None:
     """Raises InvariantError with the first contradiction found. Costs as much as the state is large."""
     _check_identity(state)
+    _check_door(state)
     _check_sessions(state)
     _check_leases(state)
     for job in state.jobs.values():
@@ -59,6 +61,15 @@ def _check_identity(state: State) -> None:
     uses = Counter(party.token_id for party in state.parties.values() if party.token_id is not None)
     for token_id, token in state.tokens.items():
         _must(token.uses == uses[token_id] <= token.uses_max, "a token lets in as many as it says")
+
+
+def _check_door(state: State) -> None:
+    for pool in state.pools.values():
+        _must(pool.admitted.keys() <= state.accounts.keys(), "who is admitted is known")
+        _must(pool.closed or not pool.admitted, "an open pool lists nobody")
+    for bundle in state.bundles.values():
+        _must(not bundle.held_reason or not bundle.jobs, "no unfinished job uses a held bundle")
+        _must(bundle.clearances <= CLEARANCES_MAX, "claims bring about so many inspections and no more")
 
 
 def _check_sessions(state: State) -> None:

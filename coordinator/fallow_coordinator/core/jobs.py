@@ -19,6 +19,7 @@ from fallow.limits import (
 from fallow.session import DeviceKind
 from fallow_coordinator.core import commands as c
 from fallow_coordinator.core import events as e
+from fallow_coordinator.core.admission import check_admitted
 from fallow_coordinator.core.answers import Decision, JobAccepted
 from fallow_coordinator.core.bundles import account_of, usable_bundle
 from fallow_coordinator.core.draft import Draft, shortened
@@ -58,9 +59,9 @@ DELETED_BY_TIME = "its retention is over"
 def submit_map_job(state: State, command: c.SubmitMapJob, now_ms: int, names: Names) -> Decision:
     """A map job; the same idempotency key with the same request gives the same job for 24 hours.
 
-    Raises ACCOUNT_UNKNOWN, POOL_UNKNOWN, BUNDLE_UNKNOWN, PROGRAM_REFUSED, PROGRAM_HELD, BUNDLE_INVALID, DATASET_EMPTY,
-    LIMIT_EXCEEDED, FIELD_MISSING, INSUFFICIENT_CREDITS, BLOCK_TOO_LARGE, BLOB_UNKNOWN, SCHEMA_MISMATCH,
-    ROW_BLOCK_MALFORMED, FIELD_INVALID, IDEMPOTENCY_CONFLICT, OVERLOADED.
+    Raises ACCOUNT_UNKNOWN, POOL_UNKNOWN, PERMISSION_DENIED, BUNDLE_UNKNOWN, PROGRAM_REFUSED, PROGRAM_HELD,
+    BUNDLE_INVALID, DATASET_EMPTY, LIMIT_EXCEEDED, FIELD_MISSING, INSUFFICIENT_CREDITS, BLOCK_TOO_LARGE, BLOB_UNKNOWN,
+    SCHEMA_MISMATCH, ROW_BLOCK_MALFORMED, FIELD_INVALID, IDEMPOTENCY_CONFLICT, OVERLOADED.
     """
     account = account_of(state, command.account_id)
     repeated = _repeated(state, command, now_ms)
@@ -247,12 +248,13 @@ def _repeated(state: State, command: c.SubmitMapJob, now_ms: int) -> JobId | Non
 
 
 def _pool_of(state: State, command: c.SubmitMapJob) -> PoolId:
-    if command.pool_id is None:
+    if command.pool_id is not None:
+        pool_id = command.pool_id
+    else:
         party = state.parties.get(command.party_id)
-        return party.pool_id if party is not None else state.default_pool_id
-    if command.pool_id not in state.pools:
-        raise FallowError(Reason.POOL_UNKNOWN, f"there is no pool {command.pool_id}", field="pool_id")
-    return command.pool_id
+        pool_id = party.pool_id if party is not None else state.default_pool_id
+    check_admitted(state, command.account_id, pool_id)
+    return pool_id
 
 
 def _written_out(mode: PoolMode, options: JobOptions) -> JobOptions:

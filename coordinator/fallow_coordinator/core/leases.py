@@ -13,12 +13,11 @@ from fallow_coordinator.core import measuring
 from fallow_coordinator.core.answers import Decision
 from fallow_coordinator.core.bundles import crash_report, fault_of_report, inspected
 from fallow_coordinator.core.draft import Draft, shortened
+from fallow_coordinator.core.holding import blame_program
 from fallow_coordinator.core.names import Names
 from fallow_coordinator.core.state import CommitmentFacts, EndedLease, Lease, State, Task
 
 COMMITTED_KINDS = frozenset({TaskKind.MAP, TaskKind.CHALLENGE})
-CRASHED_ACCOUNTS_MAX = 2
-"""A program that crashes workers of so many accounts is held."""
 
 
 def commit(state: State, command: c.Commit) -> Decision:
@@ -126,8 +125,8 @@ def report_check(state: State, command: c.ReportCheck, now_ms: int, names: Names
     return Decision((*draft.events, *measuring.checked(state, command, lease, task, now_ms, names)))
 
 
-def fail_task(state: State, command: c.FailTask, now_ms: int) -> Decision:
-    """The task could not be done there: tried again elsewhere, unless the program is to blame twice.
+def fail_task(state: State, command: c.FailTask, now_ms: int, names: Names) -> Decision:
+    """The task could not be done there: tried again elsewhere, unless the program is to blame for sure.
 
     Raises SESSION_REPLACED, LEASE_UNKNOWN, LEASE_ENDED, FENCE_STALE.
     """
@@ -137,7 +136,7 @@ def fail_task(state: State, command: c.FailTask, now_ms: int) -> Decision:
         return inspected(state, lease, task, crash_report(task.bundle_digest, command.reason), now_ms)
     draft = Draft(state)
     if command.cause is Cause.PROGRAM and task.bundle_digest in state.bundles:
-        _blame_program(state, draft, lease, task, command.reason)
+        blame_program(state, draft, lease, task, command.reason, names)
     draft.end_lease(lease, e.LeaseOutcome.FAILED, command.cause, command.reason)
     return Decision(tuple(draft.events))
 
@@ -156,20 +155,6 @@ def _output_schema_digest(state: State, task: Task) -> Digest:
         if task.kind is TaskKind.CHALLENGE
         else state.bundles[task.bundle_digest].output_schema_digest
     )
-
-
-def _blame_program(state: State, draft: Draft, lease: Lease, task: Task, reason: str) -> None:
-    bundle = state.bundles[task.bundle_digest]
-    account_id = state.workers[lease.worker_id].account_id
-    if account_id in bundle.crashed_accounts or bundle.held_reason:
-        return
-    draft.events.append(
-        e.BundleCrashed(bundle_digest=bundle.bundle_digest, account_id=account_id, reason=shortened(reason))
-    )
-    if len(bundle.crashed_accounts) + 1 >= CRASHED_ACCOUNTS_MAX:
-        text = shortened(f"it crashed workers of {CRASHED_ACCOUNTS_MAX} accounts, last: {reason}")
-        draft.events.append(e.BundleHeld(bundle_digest=bundle.bundle_digest, reason=text))
-        draft.fail_jobs_of(bundle.bundle_digest, f"the bundle is held: {text}", Reason.PROGRAM_HELD)
 
 
 def _live_lease(state: State, session_id: SessionId, worker_id: PartyId, lease_id: LeaseId, fence: int) -> Lease:

@@ -72,6 +72,9 @@ class Pool:
     name: str
     mode: PoolMode
     policy: str
+    closed: bool = False
+    """True: only admitted accounts, its own and the operator's submit there."""
+    admitted: dict[AccountId, None] = field(default_factory=dict[AccountId, None])
 
 
 @dataclass(slots=True)
@@ -281,6 +284,9 @@ class Bundle:
     """Why its last inspection came to nothing; empty when it did not."""
     held_reason: str = ""
     crashed_accounts: dict[AccountId, None] = field(default_factory=dict[AccountId, None])
+    """Accounts whose workers say that it crashed them, since it was last cleared."""
+    clearances: int = 0
+    """Inspections that found it well after such claims."""
     jobs: dict[JobId, None] = field(default_factory=dict[JobId, None])
     """Unfinished jobs that use it."""
     holders: dict[PartyId, None] = field(default_factory=dict[PartyId, None])

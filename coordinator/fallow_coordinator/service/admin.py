@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import secrets
 from collections.abc import Callable
 from typing import Final
@@ -22,10 +23,13 @@ from fallow.wire.moments import duration_from_message, moment_to_message
 from fallow_coordinator.core.answers import AccountMade, PoolMade, TokenMade
 from fallow_coordinator.core.blobs import blob_quota_of
 from fallow_coordinator.core.commands import (
+    AdmitAccount,
     CreateAccount,
     CreatePool,
+    ExpelAccount,
     IssueToken,
     QuarantineWorker,
+    ReleaseBundle,
     ReleaseWorker,
     RevokeParty,
     RevokeToken,
@@ -44,6 +48,7 @@ TOKEN_VALID_FOR_MS_DEFAULT: Final = 3_600_000
 TOKEN_VALID_FOR_MS_MAX: Final = 365 * 24 * 3_600_000
 TAGS_MAX: Final = 32
 REASON_BYTES_MAX: Final = 256
+_DIGEST_BEGINS: Final = re.compile(r"[0-9a-f]{8,64}")
 
 _SERVICE = pb.DESCRIPTOR.services_by_name["AdminService"]
 
@@ -91,6 +96,9 @@ class AdminService:
                     handler("CreateAccount", pb.CreateAccountRequest, self.create_account),
                     handler("SetBlobQuota", pb.SetBlobQuotaRequest, self.set_blob_quota),
                     handler("CreatePool", pb.CreatePoolRequest, self.create_pool),
+                    handler("AdmitAccount", pb.AdmitAccountRequest, self.admit_account),
+                    handler("ExpelAccount", pb.ExpelAccountRequest, self.expel_account),
+                    handler("ReleaseBundle", pb.ReleaseBundleRequest, self.release_bundle),
                     handler("ListWorkers", pb.ListWorkersRequest, self.list_workers),
                     handler("QuarantineWorker", pb.QuarantineWorkerRequest, self.quarantine_worker),
                     handler("ReleaseWorker", pb.ReleaseWorkerRequest, self.release_worker),
@@ -230,10 +238,41 @@ class AdminService:
         account_id = AccountId(call.request.account_id)
         if not account_id:
             account_id = await self._engine.read(lambda state: state.operator_account_id)
-        decision = await self._engine.submit(CreatePool(name, account_id))
+        decision = await self._engine.submit(CreatePool(name, account_id, closed=not call.request.open))
         made = decision.answer
         assert isinstance(made, PoolMade), "creating a pool makes one"
         return pb.CreatePoolResponse(pool_id=made.pool_id)
+
+    async def admit_account(self, call: Call[pb.AdmitAccountRequest]) -> pb.AdmitAccountResponse:
+        """The account may submit to the pool."""
+        await self._engine.submit(AdmitAccount(PoolId(call.request.pool_id), AccountId(call.request.account_id)))
+        return pb.AdmitAccountResponse()
+
+    async def expel_account(self, call: Call[pb.ExpelAccountRequest]) -> pb.ExpelAccountResponse:
+        """The account submits no more to the pool."""
+        await self._engine.submit(ExpelAccount(PoolId(call.request.pool_id), AccountId(call.request.account_id)))
+        return pb.ExpelAccountResponse()
+
+    async def release_bundle(self, call: Call[pb.ReleaseBundleRequest]) -> pb.ReleaseBundleResponse:
+        """Jobs may use the bundle again."""
+        begins = call.request.bundle_digest
+        if not _DIGEST_BEGINS.fullmatch(begins):
+            raise FallowError(
+                Reason.FIELD_INVALID,
+                f"{begins[:80]!r} is no bundle's digest",
+                field="bundle_digest",
+                limit="8 to 64 digits 0 to 9 and a to f",
+            )
+        found = await self._engine.read(lambda state: [each for each in state.bundles if each.hex().startswith(begins)])
+        if len(found) != 1:
+            raise FallowError(
+                Reason.FIELD_INVALID if found else Reason.BUNDLE_UNKNOWN,
+                f"{len(found)} bundles begin with {begins}",
+                field="bundle_digest",
+                hint="give more digits" if found else "`fallow bundle inspect` shows a bundle's digest",
+            )
+        await self._engine.submit(ReleaseBundle(found[0]))
+        return pb.ReleaseBundleResponse(bundle_digest=found[0])
 
     async def list_workers(self, call: Call[pb.ListWorkersRequest]) -> pb.ListWorkersResponse:
         """All workers that are not revoked."""
@@ -270,6 +309,7 @@ class AdminService:
                 workers_connected=len(state.sessions),
                 jobs_unfinished=len(state.jobs) - len(state.finished),
                 leases=len(state.leases),
+                tasks=len(state.tasks),
             )
 
         status = await self._engine.read(read)

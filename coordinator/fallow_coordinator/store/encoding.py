@@ -11,14 +11,20 @@ from google.protobuf.message import DecodeError
 from fallow.ids import Digest
 from fallow.journal.v1 import journal_pb2 as pb
 from fallow_coordinator.core.events import Event
-from fallow_coordinator.store import credit_events, device_events, identity_events, work_events
+from fallow_coordinator.store import credit_events, device_events, door_events, identity_events, work_events
 from fallow_coordinator.store.event_kind import AnyKind
 
 SALT_BYTES = 16
 _LEAF_NUMBERS = struct.Struct(">QQQ")
 _LEAF_PREFIX = b"\x00"
 
-KINDS: tuple[AnyKind, ...] = (*identity_events.KINDS, *work_events.KINDS, *credit_events.KINDS, *device_events.KINDS)
+KINDS: tuple[AnyKind, ...] = (
+    *identity_events.KINDS,
+    *work_events.KINDS,
+    *credit_events.KINDS,
+    *device_events.KINDS,
+    *door_events.KINDS,
+)
 """Every kind of event; complete, or importing this module fails."""
 
 _BY_EVENT: dict[type, AnyKind] = {kind.event: kind for kind in KINDS}

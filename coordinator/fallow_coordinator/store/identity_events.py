@@ -132,7 +132,12 @@ KINDS: tuple[AnyKind, ...] = (
         "pool_created",
         ev.PoolCreated,
         lambda event: pb.PoolCreated(
-            pool_id=event.pool_id, account_id=event.account_id, name=event.name, mode=event.mode, policy=event.policy
+            pool_id=event.pool_id,
+            account_id=event.account_id,
+            name=event.name,
+            mode=event.mode,
+            policy=event.policy,
+            closed=event.closed,
         ),
         lambda message: ev.PoolCreated(
             pool_id=PoolId(message.pool_id),
@@ -140,6 +145,7 @@ KINDS: tuple[AnyKind, ...] = (
             name=message.name,
             mode=message.mode,
             policy=message.policy,
+            closed=message.closed,
         ),
     ),
     Kind("token_issued", ev.TokenIssued, _token_issued_to, _token_issued_from),

@@ -91,6 +91,14 @@ class JournalReader:
             row = self._connection.execute("SELECT bytes FROM payloads WHERE digest = ?", (digest,)).fetchone()
         return None if row is None else bytes(row[0])
 
+    def payload_digests(self, *, after: Digest, limit: int) -> list[Digest]:
+        """Up to `limit` digests of payloads behind `after`, rising."""
+        with storage_failures(self._path):
+            rows = self._connection.execute(
+                "SELECT digest FROM payloads WHERE digest > ? ORDER BY digest LIMIT ?", (after, limit)
+            ).fetchall()
+        return [Digest(row[0]) for row in rows]
+
     def close(self) -> None:
         """Gives the file back."""
         self._connection.close()

@@ -83,11 +83,11 @@ class MemoryStore:
     def payload(self, digest: Digest) -> bytes | None:
         return self._disk.payloads.get(digest)
 
-    def collect_payloads(self, keep: frozenset[Digest]) -> int:
-        gone = [digest for digest in self._disk.payloads if digest not in keep]
-        for digest in gone:
-            del self._disk.payloads[digest]
-        return len(gone)
+    def payload_digests(self, *, after: Digest, limit: int) -> Sequence[Digest]:
+        return sorted(digest for digest in self._disk.payloads if digest > after)[:limit]
+
+    def drop_payloads(self, digests: Sequence[Digest]) -> int:
+        return sum(self._disk.payloads.pop(digest, None) is not None for digest in digests)
 
     def let_go_of_sealed(self, limit: int) -> int:
         return 0

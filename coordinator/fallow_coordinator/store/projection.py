@@ -46,6 +46,7 @@ class _Touched:
     job_blobs: dict[tuple[JobId, Digest], None] = field(default_factory=dict[tuple[JobId, Digest], None])
     job_payloads: dict[tuple[JobId, Digest], None] = field(default_factory=dict[tuple[JobId, Digest], None])
     job_submissions: list[Row] = field(default_factory=list[Row])
+    pool_members: dict[tuple[PoolId, AccountId], Row] = field(default_factory=dict[tuple[PoolId, AccountId], Row])
     retained_jobs: dict[JobId, Row] = field(default_factory=dict[JobId, Row])
     deleted_jobs: dict[JobId, Row] = field(default_factory=dict[JobId, Row])
     postings: list[Row] = field(default_factory=list[Row])
@@ -100,6 +101,7 @@ class Projection:
             "job_blobs": list(touched.job_blobs),
             "job_payloads": list(touched.job_payloads),
             "job_submissions": touched.job_submissions,
+            "pool_members": list(touched.pool_members.values()),
             "retained_jobs": list(touched.retained_jobs.values()),
             "deleted_jobs": list(touched.deleted_jobs.values()),
             "postings": touched.postings,
@@ -143,6 +145,9 @@ class Projection:
                 touched.accounts[event.account_id] = None
             case ev.PoolCreated() | ev.PoolModeChanged():
                 touched.pools[event.pool_id] = None
+            case ev.AccountAdmitted() | ev.AccountExpelled():
+                member = (event.pool_id, event.account_id)
+                touched.pool_members[member] = (*member, isinstance(event, ev.AccountAdmitted))
             case ev.TokenIssued() | ev.TokenRevoked():
                 touched.tokens[event.token_id] = None
             case ev.PartyEnrolled():
@@ -157,7 +162,7 @@ class Projection:
                 touched.workers[event.worker_id] = None
             case ev.CapabilityReported():
                 self._touch_session(event.session_id)
-            case ev.BundleRegistered() | ev.BundleInspected() | ev.BundleHeld():
+            case ev.BundleRegistered() | ev.BundleInspected() | ev.BundleHeld() | ev.BundleReleased():
                 touched.bundles[event.bundle_digest] = None
             case _:
                 pass

@@ -165,15 +165,16 @@ class SqliteStore:
     def payload(self, digest: Digest) -> bytes | None:
         return self._reader.payload(digest)
 
-    def collect_payloads(self, keep: frozenset[Digest]) -> int:
+    def payload_digests(self, *, after: Digest, limit: int) -> Sequence[Digest]:
+        return self._reader.payload_digests(after=after, limit=limit)
+
+    def drop_payloads(self, digests: Sequence[Digest]) -> int:
         if self._failure is not None:
             raise self._failure
-        with storage_failures(self._path):
-            self._writer.execute("CREATE TEMP TABLE IF NOT EXISTS kept (digest BLOB PRIMARY KEY)")
-            with self._transaction() as writer:
-                writer.execute("DELETE FROM kept")
-                writer.executemany("INSERT INTO kept VALUES (?)", [(digest,) for digest in keep])
-                dropped = writer.execute("DELETE FROM payloads WHERE digest NOT IN (SELECT digest FROM kept)").rowcount
+        dropped = 0
+        with storage_failures(self._path), self._transaction() as writer:
+            for digest in digests:
+                dropped += writer.execute("DELETE FROM payloads WHERE digest = ?", (digest,)).rowcount
         return dropped
 
     def let_go_of_sealed(self, limit: int) -> int:

@@ -83,8 +83,7 @@ class Codecs:
         if annotation in _PLAIN:
             return Codec(annotation.__name__, None, None)
         if annotation is str:
-            words = self._words
-            return Codec("str", None, lambda plain: words.setdefault(plain, plain))
+            return Codec("str", None, self._read_word)
         if annotation is bytes:
             return Codec("bytes", bytes.hex, self._read_bytes)
         if annotation is RangeSet:
@@ -116,6 +115,9 @@ class Codecs:
         if origin is Counter:
             return _mapping(self.of(arguments[0], where), self.of(int, where), Counter)
         raise TypeNotCovered(f"{where}: {annotation!r} can't be written down; use {_COVERED}")
+
+    def _read_word(self, plain: str) -> str:
+        return self._words.setdefault(plain, plain)
 
     def _read_bytes(self, plain: str) -> bytes:
         data = self._bytes.get(plain)
@@ -153,7 +155,9 @@ class Codecs:
 def _enumeration(kind: type[Enum]) -> Codec[Any]:
     members = {member.value: member for member in kind}
     shape = f"{kind.__name__}[{', '.join(repr(value) for value in members)}]"
-    return Codec(shape, attrgetter("value"), members.__getitem__)
+    # JSON writes members that are strings or integers as their values.
+    write = None if issubclass(kind, str | int) else attrgetter("value")
+    return Codec(shape, write, members.__getitem__)
 
 
 def _getter(names: Sequence[str]) -> Convert:

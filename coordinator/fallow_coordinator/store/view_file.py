@@ -17,6 +17,7 @@ LOCK_WAIT_S = 5.0
 _TABLES: dict[str, str] = {
     "accounts": "account_id TEXT PRIMARY KEY, name TEXT",
     "pools": "pool_id TEXT PRIMARY KEY, account_id TEXT, name TEXT, mode TEXT, policy TEXT",
+    "pool_members": "pool_id TEXT, account_id TEXT, admitted INTEGER, PRIMARY KEY (pool_id, account_id)",
     "tokens": """token_id TEXT PRIMARY KEY, account_id TEXT, pool_id TEXT, role TEXT, tier TEXT, uses_max INTEGER,
         uses INTEGER, expires_at_ms INTEGER, revoked INTEGER, tags TEXT""",
     "parties": """party_id TEXT PRIMARY KEY, account_id TEXT, pool_id TEXT, role TEXT, tier TEXT, name TEXT,
@@ -53,6 +54,7 @@ _GONE_WITH_THEIR_JOB = ("results", "job_blobs", "job_submissions", "job_payloads
 _EXTRAS = (
     "CREATE INDEX outputs_of_jobs ON results (output_digest)",
     "CREATE INDEX blobs_of_jobs ON job_blobs (blob_digest)",
+    "CREATE INDEX payloads_of_jobs ON job_payloads (digest)",
     "CREATE INDEX ends_of_retention ON retained_jobs (keep_until_ms)",
     "CREATE INDEX jobs_of_account ON jobs (account_id, submitted_at_ms, job_id)",
     "CREATE INDEX postings_of_account ON postings (account_id, at_ms)",
@@ -164,9 +166,8 @@ def blob_references(path: Path) -> dict[Digest, int | None]:
     with storage_failures(path):
         connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None)
         try:
-            found: dict[Digest, int | None] = {
-                Digest(row[0]): None for row in connection.execute("SELECT DISTINCT blob_digest FROM job_blobs")
-            }
+            inputs = "SELECT blob_digest FROM job_blobs UNION SELECT digest FROM job_payloads"
+            found: dict[Digest, int | None] = {Digest(row[0]): None for row in connection.execute(inputs)}
             outputs = "SELECT DISTINCT output_digest, output_length_bytes FROM results WHERE output_digest IS NOT NULL"
             found.update((Digest(digest), int(length)) for digest, length in connection.execute(outputs))
             return found

@@ -11,7 +11,6 @@ from pathlib import Path
 from fallow.errors import Reason
 from fallow.ids import AccountId, Digest, JobId
 from fallow.job import JobStatus, TaskResult
-from fallow.limits import INLINE_PAYLOAD_BYTES_MAX
 from fallow.session import BlobReference
 from fallow.v1 import job_pb2
 from fallow.wire.job import result_from_message, status_from_message
@@ -22,14 +21,13 @@ from fallow_coordinator.store.work_events import decode_submission
 
 _STATUS = "SELECT status, deleted_at_ms, deleted_jobs.reason FROM jobs LEFT JOIN deleted_jobs USING (job_id)"
 _JOBS = f"{_STATUS} WHERE jobs.account_id = ? ORDER BY submitted_at_ms DESC, job_id DESC LIMIT ?"
-_RETAINED = """SELECT DISTINCT output_digest FROM results JOIN jobs USING (job_id)
-    WHERE output_digest IS NOT NULL AND output_length_bytes <= ? UNION SELECT digest FROM job_payloads"""
 _JOBS_BEFORE = f"""{_STATUS} WHERE jobs.account_id = ? AND (submitted_at_ms, job_id) < (?, ?)
     ORDER BY submitted_at_ms DESC, job_id DESC LIMIT ?"""
 
 _SEQUENCE = "SELECT value FROM view_meta WHERE name = 'applied_sequence'"
 _REFERRED = """SELECT 1 FROM results WHERE output_digest = ?
-    UNION ALL SELECT 1 FROM job_blobs WHERE blob_digest = ? LIMIT 1"""
+    UNION ALL SELECT 1 FROM job_blobs WHERE blob_digest = ?
+    UNION ALL SELECT 1 FROM job_payloads WHERE digest = ? LIMIT 1"""
 
 
 class SqliteViews:
@@ -75,7 +73,7 @@ class SqliteViews:
         return BlobReference(digest, int(rows[0][0])) if rows else None
 
     def references(self, digests: Sequence[Digest]) -> tuple[int, frozenset[Digest]]:
-        """Those of the blobs to which a job refers that is not deleted, and where the views stood when asked."""
+        """Those of the blobs and payloads to which a job refers that is not deleted, and where the views stood then."""
         found: set[Digest] = set()
         with self._lock, storage_failures(self._path):
             connection = self._connected()
@@ -86,7 +84,7 @@ class SqliteViews:
             try:
                 sequence = self._ask(connection, _SEQUENCE, ())
                 for digest in digests:
-                    if self._ask(connection, _REFERRED, (digest, digest)):
+                    if self._ask(connection, _REFERRED, (digest, digest, digest)):
                         found.add(digest)
             finally:
                 connection.execute("COMMIT")
@@ -104,11 +102,6 @@ class SqliteViews:
         """What the job was submitted as; None for one that is deleted or not there."""
         rows = self._rows("SELECT submission FROM job_submissions WHERE job_id = ?", (job_id,))
         return decode_submission(rows[0][0]) if rows else None
-
-    def retained_payloads(self) -> frozenset[Digest]:
-        """Output blocks small enough to be inline, and inline datasets, of all jobs that are not deleted."""
-        rows = self._rows(_RETAINED, (INLINE_PAYLOAD_BYTES_MAX,))
-        return frozenset(Digest(row[0]) for row in rows)
 
     def close(self) -> None:
         """Gives the file back."""

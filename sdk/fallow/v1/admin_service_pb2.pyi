@@ -320,18 +320,22 @@ class CreatePoolRequest(_message.Message):
 
     NAME_FIELD_NUMBER: _builtins.int
     ACCOUNT_ID_FIELD_NUMBER: _builtins.int
+    OPEN_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     account_id: _builtins.str
     """Unset: the operator's own account."""
+    open: _builtins.bool
+    """False: only admitted accounts, and those that join by a token of the pool, submit there."""
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         account_id: _builtins.str = ...,
+        open: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_id", b"account_id", "name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_id", b"account_id", "name", b"name", "open", b"open"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -357,6 +361,131 @@ class CreatePoolResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CreatePoolResponse: _TypeAlias = CreatePoolResponse  # noqa: Y015
+
+@_typing.final
+class AdmitAccountRequest(_message.Message):
+    """Names a pool and an account."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POOL_ID_FIELD_NUMBER: _builtins.int
+    ACCOUNT_ID_FIELD_NUMBER: _builtins.int
+    pool_id: _builtins.str
+    account_id: _builtins.str
+    def __init__(
+        self,
+        *,
+        pool_id: _builtins.str = ...,
+        account_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_id", b"account_id", "pool_id", b"pool_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AdmitAccountRequest: _TypeAlias = AdmitAccountRequest  # noqa: Y015
+
+@_typing.final
+class AdmitAccountResponse(_message.Message):
+    """Done and durable."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AdmitAccountResponse: _TypeAlias = AdmitAccountResponse  # noqa: Y015
+
+@_typing.final
+class ExpelAccountRequest(_message.Message):
+    """Names a pool and an account."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POOL_ID_FIELD_NUMBER: _builtins.int
+    ACCOUNT_ID_FIELD_NUMBER: _builtins.int
+    pool_id: _builtins.str
+    account_id: _builtins.str
+    def __init__(
+        self,
+        *,
+        pool_id: _builtins.str = ...,
+        account_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_id", b"account_id", "pool_id", b"pool_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExpelAccountRequest: _TypeAlias = ExpelAccountRequest  # noqa: Y015
+
+@_typing.final
+class ExpelAccountResponse(_message.Message):
+    """Done and durable."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExpelAccountResponse: _TypeAlias = ExpelAccountResponse  # noqa: Y015
+
+@_typing.final
+class ReleaseBundleRequest(_message.Message):
+    """Names a bundle."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BUNDLE_DIGEST_FIELD_NUMBER: _builtins.int
+    bundle_digest: _builtins.str
+    """Lower-case hexadecimal, whole or as many of its first digits as tell it from others, at least 8."""
+    def __init__(
+        self,
+        *,
+        bundle_digest: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle_digest", b"bundle_digest"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReleaseBundleRequest: _TypeAlias = ReleaseBundleRequest  # noqa: Y015
+
+@_typing.final
+class ReleaseBundleResponse(_message.Message):
+    """Done and durable."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BUNDLE_DIGEST_FIELD_NUMBER: _builtins.int
+    bundle_digest: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        bundle_digest: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle_digest", b"bundle_digest"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReleaseBundleResponse: _TypeAlias = ReleaseBundleResponse  # noqa: Y015
 
 @_typing.final
 class ListWorkersRequest(_message.Message):
@@ -606,6 +735,7 @@ class GetStatusResponse(_message.Message):
     COMMITS_FIELD_NUMBER: _builtins.int
     SIGNATURES_CHECKED_FIELD_NUMBER: _builtins.int
     ASSIGN_BUCKETS_FIELD_NUMBER: _builtins.int
+    TASKS_FIELD_NUMBER: _builtins.int
     journal_sequence: _builtins.int
     view_sequence: _builtins.int
     """Sequence up to which the follower's views stand."""
@@ -620,6 +750,8 @@ class GetStatusResponse(_message.Message):
     """Commits of the journal to disk since start."""
     signatures_checked: _builtins.int
     """Signatures of workers that were checked since start, and good."""
+    tasks: _builtins.int
+    """Tasks that are cut and not settled: waiting, packed or leased."""
     @_builtins.property
     def protocol(self) -> _identity_pb2.ProtocolVersion: ...
     @_builtins.property
@@ -646,10 +778,11 @@ class GetStatusResponse(_message.Message):
         commits: _builtins.int = ...,
         signatures_checked: _builtins.int = ...,
         assign_buckets: _abc.Iterable[_builtins.int] | None = ...,
+        tasks: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["protocol", b"protocol", "started_at", b"started_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assign_buckets", b"assign_buckets", "commitments", b"commitments", "commits", b"commits", "epoch", b"epoch", "jobs_unfinished", b"jobs_unfinished", "journal_sequence", b"journal_sequence", "leases", b"leases", "protocol", b"protocol", "resident_bytes", b"resident_bytes", "signatures_checked", b"signatures_checked", "started_at", b"started_at", "view_sequence", b"view_sequence", "workers_connected", b"workers_connected"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assign_buckets", b"assign_buckets", "commitments", b"commitments", "commits", b"commits", "epoch", b"epoch", "jobs_unfinished", b"jobs_unfinished", "journal_sequence", b"journal_sequence", "leases", b"leases", "protocol", b"protocol", "resident_bytes", b"resident_bytes", "signatures_checked", b"signatures_checked", "started_at", b"started_at", "tasks", b"tasks", "view_sequence", b"view_sequence", "workers_connected", b"workers_connected"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

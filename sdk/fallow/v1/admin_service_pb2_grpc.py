@@ -67,6 +67,21 @@ class AdminServiceStub(object):
                 request_serializer=fallow_dot_v1_dot_admin__service__pb2.CreatePoolRequest.SerializeToString,
                 response_deserializer=fallow_dot_v1_dot_admin__service__pb2.CreatePoolResponse.FromString,
                 _registered_method=True)
+        self.AdmitAccount = channel.unary_unary(
+                '/fallow.v1.AdminService/AdmitAccount',
+                request_serializer=fallow_dot_v1_dot_admin__service__pb2.AdmitAccountRequest.SerializeToString,
+                response_deserializer=fallow_dot_v1_dot_admin__service__pb2.AdmitAccountResponse.FromString,
+                _registered_method=True)
+        self.ExpelAccount = channel.unary_unary(
+                '/fallow.v1.AdminService/ExpelAccount',
+                request_serializer=fallow_dot_v1_dot_admin__service__pb2.ExpelAccountRequest.SerializeToString,
+                response_deserializer=fallow_dot_v1_dot_admin__service__pb2.ExpelAccountResponse.FromString,
+                _registered_method=True)
+        self.ReleaseBundle = channel.unary_unary(
+                '/fallow.v1.AdminService/ReleaseBundle',
+                request_serializer=fallow_dot_v1_dot_admin__service__pb2.ReleaseBundleRequest.SerializeToString,
+                response_deserializer=fallow_dot_v1_dot_admin__service__pb2.ReleaseBundleResponse.FromString,
+                _registered_method=True)
         self.ListWorkers = channel.unary_unary(
                 '/fallow.v1.AdminService/ListWorkers',
                 request_serializer=fallow_dot_v1_dot_admin__service__pb2.ListWorkersRequest.SerializeToString,
@@ -158,6 +173,35 @@ class AdminServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def AdmitAccount(self, request, context):
+        """Lets an account submit to a closed pool. Repeating it is harmless.
+
+        Statuses: NOT_FOUND: account or pool unknown.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ExpelAccount(self, request, context):
+        """Ends that; jobs that are there go on.
+
+        Statuses: NOT_FOUND: account or pool unknown.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReleaseBundle(self, request, context):
+        """Lets jobs use a held bundle again, and forgets what workers claimed of it.
+
+        Statuses:
+        INVALID_ARGUMENT  no digest, or several bundles begin so.
+        NOT_FOUND         no such bundle.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListWorkers(self, request, context):
         """Workers and what they are doing.
 
@@ -235,6 +279,21 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.CreatePool,
                     request_deserializer=fallow_dot_v1_dot_admin__service__pb2.CreatePoolRequest.FromString,
                     response_serializer=fallow_dot_v1_dot_admin__service__pb2.CreatePoolResponse.SerializeToString,
+            ),
+            'AdmitAccount': grpc.unary_unary_rpc_method_handler(
+                    servicer.AdmitAccount,
+                    request_deserializer=fallow_dot_v1_dot_admin__service__pb2.AdmitAccountRequest.FromString,
+                    response_serializer=fallow_dot_v1_dot_admin__service__pb2.AdmitAccountResponse.SerializeToString,
+            ),
+            'ExpelAccount': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExpelAccount,
+                    request_deserializer=fallow_dot_v1_dot_admin__service__pb2.ExpelAccountRequest.FromString,
+                    response_serializer=fallow_dot_v1_dot_admin__service__pb2.ExpelAccountResponse.SerializeToString,
+            ),
+            'ReleaseBundle': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReleaseBundle,
+                    request_deserializer=fallow_dot_v1_dot_admin__service__pb2.ReleaseBundleRequest.FromString,
+                    response_serializer=fallow_dot_v1_dot_admin__service__pb2.ReleaseBundleResponse.SerializeToString,
             ),
             'ListWorkers': grpc.unary_unary_rpc_method_handler(
                     servicer.ListWorkers,
@@ -427,6 +486,87 @@ class AdminService(object):
             '/fallow.v1.AdminService/CreatePool',
             fallow_dot_v1_dot_admin__service__pb2.CreatePoolRequest.SerializeToString,
             fallow_dot_v1_dot_admin__service__pb2.CreatePoolResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AdmitAccount(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fallow.v1.AdminService/AdmitAccount',
+            fallow_dot_v1_dot_admin__service__pb2.AdmitAccountRequest.SerializeToString,
+            fallow_dot_v1_dot_admin__service__pb2.AdmitAccountResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExpelAccount(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fallow.v1.AdminService/ExpelAccount',
+            fallow_dot_v1_dot_admin__service__pb2.ExpelAccountRequest.SerializeToString,
+            fallow_dot_v1_dot_admin__service__pb2.ExpelAccountResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReleaseBundle(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fallow.v1.AdminService/ReleaseBundle',
+            fallow_dot_v1_dot_admin__service__pb2.ReleaseBundleRequest.SerializeToString,
+            fallow_dot_v1_dot_admin__service__pb2.ReleaseBundleResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -70,6 +70,23 @@ class AdminServiceStub:
 
     Statuses: INVALID_ARGUMENT: bad name. ALREADY_EXISTS: the name is taken.
     """
+    AdmitAccount: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.AdmitAccountRequest, _admin_service_pb2.AdmitAccountResponse]
+    """Lets an account submit to a closed pool. Repeating it is harmless.
+
+    Statuses: NOT_FOUND: account or pool unknown.
+    """
+    ExpelAccount: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.ExpelAccountRequest, _admin_service_pb2.ExpelAccountResponse]
+    """Ends that; jobs that are there go on.
+
+    Statuses: NOT_FOUND: account or pool unknown.
+    """
+    ReleaseBundle: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.ReleaseBundleRequest, _admin_service_pb2.ReleaseBundleResponse]
+    """Lets jobs use a held bundle again, and forgets what workers claimed of it.
+
+    Statuses:
+      INVALID_ARGUMENT  no digest, or several bundles begin so.
+      NOT_FOUND         no such bundle.
+    """
     ListWorkers: _grpc.UnaryUnaryMultiCallable[_admin_service_pb2.ListWorkersRequest, _admin_service_pb2.ListWorkersResponse]
     """Workers and what they are doing.
 
@@ -137,6 +154,23 @@ class AdminServiceAsyncStub(AdminServiceStub):
     """Makes a pool.
 
     Statuses: INVALID_ARGUMENT: bad name. ALREADY_EXISTS: the name is taken.
+    """
+    AdmitAccount: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.AdmitAccountRequest, _admin_service_pb2.AdmitAccountResponse]  # type: ignore[assignment]
+    """Lets an account submit to a closed pool. Repeating it is harmless.
+
+    Statuses: NOT_FOUND: account or pool unknown.
+    """
+    ExpelAccount: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ExpelAccountRequest, _admin_service_pb2.ExpelAccountResponse]  # type: ignore[assignment]
+    """Ends that; jobs that are there go on.
+
+    Statuses: NOT_FOUND: account or pool unknown.
+    """
+    ReleaseBundle: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ReleaseBundleRequest, _admin_service_pb2.ReleaseBundleResponse]  # type: ignore[assignment]
+    """Lets jobs use a held bundle again, and forgets what workers claimed of it.
+
+    Statuses:
+      INVALID_ARGUMENT  no digest, or several bundles begin so.
+      NOT_FOUND         no such bundle.
     """
     ListWorkers: _aio.UnaryUnaryMultiCallable[_admin_service_pb2.ListWorkersRequest, _admin_service_pb2.ListWorkersResponse]  # type: ignore[assignment]
     """Workers and what they are doing.
@@ -238,6 +272,41 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         """Makes a pool.
 
         Statuses: INVALID_ARGUMENT: bad name. ALREADY_EXISTS: the name is taken.
+        """
+
+    @_abc_1.abstractmethod
+    def AdmitAccount(
+        self,
+        request: _admin_service_pb2.AdmitAccountRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_service_pb2.AdmitAccountResponse, _abc.Awaitable[_admin_service_pb2.AdmitAccountResponse]]:
+        """Lets an account submit to a closed pool. Repeating it is harmless.
+
+        Statuses: NOT_FOUND: account or pool unknown.
+        """
+
+    @_abc_1.abstractmethod
+    def ExpelAccount(
+        self,
+        request: _admin_service_pb2.ExpelAccountRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_service_pb2.ExpelAccountResponse, _abc.Awaitable[_admin_service_pb2.ExpelAccountResponse]]:
+        """Ends that; jobs that are there go on.
+
+        Statuses: NOT_FOUND: account or pool unknown.
+        """
+
+    @_abc_1.abstractmethod
+    def ReleaseBundle(
+        self,
+        request: _admin_service_pb2.ReleaseBundleRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_service_pb2.ReleaseBundleResponse, _abc.Awaitable[_admin_service_pb2.ReleaseBundleResponse]]:
+        """Lets jobs use a held bundle again, and forgets what workers claimed of it.
+
+        Statuses:
+          INVALID_ARGUMENT  no digest, or several bundles begin so.
+          NOT_FOUND         no such bundle.
         """
 
     @_abc_1.abstractmethod

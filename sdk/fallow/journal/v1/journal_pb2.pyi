@@ -138,6 +138,10 @@ class Event(_message.Message):
     JOB_DELETED_FIELD_NUMBER: _builtins.int
     BLOBS_FORGOTTEN_FIELD_NUMBER: _builtins.int
     BLOB_QUOTA_SET_FIELD_NUMBER: _builtins.int
+    ACCOUNT_ADMITTED_FIELD_NUMBER: _builtins.int
+    ACCOUNT_EXPELLED_FIELD_NUMBER: _builtins.int
+    BUNDLE_CLEARED_FIELD_NUMBER: _builtins.int
+    BUNDLE_RELEASED_FIELD_NUMBER: _builtins.int
     POOL_MODE_CHANGED_FIELD_NUMBER: _builtins.int
     CREDITS_GRANTED_FIELD_NUMBER: _builtins.int
     CREDITS_RELEASED_FIELD_NUMBER: _builtins.int
@@ -220,6 +224,14 @@ class Event(_message.Message):
     @_builtins.property
     def blob_quota_set(self) -> Global___BlobQuotaSet: ...
     @_builtins.property
+    def account_admitted(self) -> Global___AccountAdmitted: ...
+    @_builtins.property
+    def account_expelled(self) -> Global___AccountExpelled: ...
+    @_builtins.property
+    def bundle_cleared(self) -> Global___BundleCleared: ...
+    @_builtins.property
+    def bundle_released(self) -> Global___BundleReleased: ...
+    @_builtins.property
     def pool_mode_changed(self) -> Global___PoolModeChanged: ...
     @_builtins.property
     def credits_granted(self) -> Global___CreditsGranted: ...
@@ -279,6 +291,10 @@ class Event(_message.Message):
         job_deleted: Global___JobDeleted | None = ...,
         blobs_forgotten: Global___BlobsForgotten | None = ...,
         blob_quota_set: Global___BlobQuotaSet | None = ...,
+        account_admitted: Global___AccountAdmitted | None = ...,
+        account_expelled: Global___AccountExpelled | None = ...,
+        bundle_cleared: Global___BundleCleared | None = ...,
+        bundle_released: Global___BundleReleased | None = ...,
         pool_mode_changed: Global___PoolModeChanged | None = ...,
         credits_granted: Global___CreditsGranted | None = ...,
         credits_released: Global___CreditsReleased | None = ...,
@@ -291,11 +307,11 @@ class Event(_message.Message):
         device_certificate_ended: Global___DeviceCertificateEnded | None = ...,
         challenge_ended: Global___ChallengeEnded | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["account_created", b"account_created", "allotment_renewed", b"allotment_renewed", "allotment_set", b"allotment_set", "blob_quota_set", b"blob_quota_set", "blob_recorded", b"blob_recorded", "blobs_forgotten", b"blobs_forgotten", "bundle_crashed", b"bundle_crashed", "bundle_held", b"bundle_held", "bundle_inspected", b"bundle_inspected", "bundle_registered", b"bundle_registered", "capability_reported", b"capability_reported", "certificate_issued", b"certificate_issued", "challenge_answered", b"challenge_answered", "challenge_ended", b"challenge_ended", "challenge_issued", b"challenge_issued", "commitment_recorded", b"commitment_recorded", "credits_granted", b"credits_granted", "credits_released", b"credits_released", "device_certificate_ended", b"device_certificate_ended", "device_measured", b"device_measured", "job_archived", b"job_archived", "job_deleted", b"job_deleted", "job_funded", b"job_funded", "job_state_changed", b"job_state_changed", "job_submitted", b"job_submitted", "journal_started", b"journal_started", "kind", b"kind", "lease_ended", b"lease_ended", "lease_granted", b"lease_granted", "pack_requested", b"pack_requested", "packing_failed", b"packing_failed", "party_enrolled", b"party_enrolled", "party_revoked", b"party_revoked", "pool_created", b"pool_created", "pool_mode_changed", b"pool_mode_changed", "restarted", b"restarted", "session_closed", b"session_closed", "session_opened", b"session_opened", "task_abandoned", b"task_abandoned", "task_created", b"task_created", "task_dropped", b"task_dropped", "task_input_packed", b"task_input_packed", "task_settled", b"task_settled", "token_issued", b"token_issued", "token_revoked", b"token_revoked", "worker_quarantined", b"worker_quarantined", "worker_released", b"worker_released"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["account_admitted", b"account_admitted", "account_created", b"account_created", "account_expelled", b"account_expelled", "allotment_renewed", b"allotment_renewed", "allotment_set", b"allotment_set", "blob_quota_set", b"blob_quota_set", "blob_recorded", b"blob_recorded", "blobs_forgotten", b"blobs_forgotten", "bundle_cleared", b"bundle_cleared", "bundle_crashed", b"bundle_crashed", "bundle_held", b"bundle_held", "bundle_inspected", b"bundle_inspected", "bundle_registered", b"bundle_registered", "bundle_released", b"bundle_released", "capability_reported", b"capability_reported", "certificate_issued", b"certificate_issued", "challenge_answered", b"challenge_answered", "challenge_ended", b"challenge_ended", "challenge_issued", b"challenge_issued", "commitment_recorded", b"commitment_recorded", "credits_granted", b"credits_granted", "credits_released", b"credits_released", "device_certificate_ended", b"device_certificate_ended", "device_measured", b"device_measured", "job_archived", b"job_archived", "job_deleted", b"job_deleted", "job_funded", b"job_funded", "job_state_changed", b"job_state_changed", "job_submitted", b"job_submitted", "journal_started", b"journal_started", "kind", b"kind", "lease_ended", b"lease_ended", "lease_granted", b"lease_granted", "pack_requested", b"pack_requested", "packing_failed", b"packing_failed", "party_enrolled", b"party_enrolled", "party_revoked", b"party_revoked", "pool_created", b"pool_created", "pool_mode_changed", b"pool_mode_changed", "restarted", b"restarted", "session_closed", b"session_closed", "session_opened", b"session_opened", "task_abandoned", b"task_abandoned", "task_created", b"task_created", "task_dropped", b"task_dropped", "task_input_packed", b"task_input_packed", "task_settled", b"task_settled", "token_issued", b"token_issued", "token_revoked", b"token_revoked", "worker_quarantined", b"worker_quarantined", "worker_released", b"worker_released"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_created", b"account_created", "allotment_renewed", b"allotment_renewed", "allotment_set", b"allotment_set", "blob_quota_set", b"blob_quota_set", "blob_recorded", b"blob_recorded", "blobs_forgotten", b"blobs_forgotten", "bundle_crashed", b"bundle_crashed", "bundle_held", b"bundle_held", "bundle_inspected", b"bundle_inspected", "bundle_registered", b"bundle_registered", "capability_reported", b"capability_reported", "certificate_issued", b"certificate_issued", "challenge_answered", b"challenge_answered", "challenge_ended", b"challenge_ended", "challenge_issued", b"challenge_issued", "commitment_recorded", b"commitment_recorded", "credits_granted", b"credits_granted", "credits_released", b"credits_released", "device_certificate_ended", b"device_certificate_ended", "device_measured", b"device_measured", "job_archived", b"job_archived", "job_deleted", b"job_deleted", "job_funded", b"job_funded", "job_state_changed", b"job_state_changed", "job_submitted", b"job_submitted", "journal_started", b"journal_started", "kind", b"kind", "lease_ended", b"lease_ended", "lease_granted", b"lease_granted", "pack_requested", b"pack_requested", "packing_failed", b"packing_failed", "party_enrolled", b"party_enrolled", "party_revoked", b"party_revoked", "pool_created", b"pool_created", "pool_mode_changed", b"pool_mode_changed", "restarted", b"restarted", "session_closed", b"session_closed", "session_opened", b"session_opened", "task_abandoned", b"task_abandoned", "task_created", b"task_created", "task_dropped", b"task_dropped", "task_input_packed", b"task_input_packed", "task_settled", b"task_settled", "token_issued", b"token_issued", "token_revoked", b"token_revoked", "worker_quarantined", b"worker_quarantined", "worker_released", b"worker_released"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_admitted", b"account_admitted", "account_created", b"account_created", "account_expelled", b"account_expelled", "allotment_renewed", b"allotment_renewed", "allotment_set", b"allotment_set", "blob_quota_set", b"blob_quota_set", "blob_recorded", b"blob_recorded", "blobs_forgotten", b"blobs_forgotten", "bundle_cleared", b"bundle_cleared", "bundle_crashed", b"bundle_crashed", "bundle_held", b"bundle_held", "bundle_inspected", b"bundle_inspected", "bundle_registered", b"bundle_registered", "bundle_released", b"bundle_released", "capability_reported", b"capability_reported", "certificate_issued", b"certificate_issued", "challenge_answered", b"challenge_answered", "challenge_ended", b"challenge_ended", "challenge_issued", b"challenge_issued", "commitment_recorded", b"commitment_recorded", "credits_granted", b"credits_granted", "credits_released", b"credits_released", "device_certificate_ended", b"device_certificate_ended", "device_measured", b"device_measured", "job_archived", b"job_archived", "job_deleted", b"job_deleted", "job_funded", b"job_funded", "job_state_changed", b"job_state_changed", "job_submitted", b"job_submitted", "journal_started", b"journal_started", "kind", b"kind", "lease_ended", b"lease_ended", "lease_granted", b"lease_granted", "pack_requested", b"pack_requested", "packing_failed", b"packing_failed", "party_enrolled", b"party_enrolled", "party_revoked", b"party_revoked", "pool_created", b"pool_created", "pool_mode_changed", b"pool_mode_changed", "restarted", b"restarted", "session_closed", b"session_closed", "session_opened", b"session_opened", "task_abandoned", b"task_abandoned", "task_created", b"task_created", "task_dropped", b"task_dropped", "task_input_packed", b"task_input_packed", "task_settled", b"task_settled", "token_issued", b"token_issued", "token_revoked", b"token_revoked", "worker_quarantined", b"worker_quarantined", "worker_released", b"worker_released"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["task_created", "pack_requested", "task_input_packed", "lease_granted", "lease_ended", "commitment_recorded", "task_settled", "task_abandoned", "task_dropped", "job_submitted", "job_state_changed", "job_archived", "blob_recorded", "packing_failed", "session_opened", "session_closed", "capability_reported", "journal_started", "restarted", "account_created", "pool_created", "token_issued", "token_revoked", "party_enrolled", "certificate_issued", "party_revoked", "worker_quarantined", "worker_released", "bundle_registered", "bundle_inspected", "bundle_held", "bundle_crashed", "job_deleted", "blobs_forgotten", "blob_quota_set", "pool_mode_changed", "credits_granted", "credits_released", "allotment_set", "allotment_renewed", "job_funded", "challenge_issued", "challenge_answered", "device_measured", "device_certificate_ended", "challenge_ended"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["task_created", "pack_requested", "task_input_packed", "lease_granted", "lease_ended", "commitment_recorded", "task_settled", "task_abandoned", "task_dropped", "job_submitted", "job_state_changed", "job_archived", "blob_recorded", "packing_failed", "session_opened", "session_closed", "capability_reported", "journal_started", "restarted", "account_created", "pool_created", "token_issued", "token_revoked", "party_enrolled", "certificate_issued", "party_revoked", "worker_quarantined", "worker_released", "bundle_registered", "bundle_inspected", "bundle_held", "bundle_crashed", "job_deleted", "blobs_forgotten", "blob_quota_set", "account_admitted", "account_expelled", "bundle_cleared", "bundle_released", "pool_mode_changed", "credits_granted", "credits_released", "allotment_set", "allotment_renewed", "job_funded", "challenge_issued", "challenge_answered", "device_measured", "device_certificate_ended", "challenge_ended"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -381,6 +397,7 @@ class PoolCreated(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     MODE_FIELD_NUMBER: _builtins.int
     POLICY_FIELD_NUMBER: _builtins.int
+    CLOSED_FIELD_NUMBER: _builtins.int
     pool_id: _builtins.str
     account_id: _builtins.str
     name: _builtins.str
@@ -388,6 +405,8 @@ class PoolCreated(_message.Message):
     """`donation`, `quota` or `market`."""
     policy: _builtins.str
     """How results are checked: `unverified`, …"""
+    closed: _builtins.bool
+    """True: only admitted accounts submit there."""
     def __init__(
         self,
         *,
@@ -396,14 +415,111 @@ class PoolCreated(_message.Message):
         name: _builtins.str = ...,
         mode: _builtins.str = ...,
         policy: _builtins.str = ...,
+        closed: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_id", b"account_id", "mode", b"mode", "name", b"name", "policy", b"policy", "pool_id", b"pool_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_id", b"account_id", "closed", b"closed", "mode", b"mode", "name", b"name", "policy", b"policy", "pool_id", b"pool_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PoolCreated: _TypeAlias = PoolCreated  # noqa: Y015
+
+@_typing.final
+class AccountAdmitted(_message.Message):
+    """The account may submit to the closed pool."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POOL_ID_FIELD_NUMBER: _builtins.int
+    ACCOUNT_ID_FIELD_NUMBER: _builtins.int
+    pool_id: _builtins.str
+    account_id: _builtins.str
+    def __init__(
+        self,
+        *,
+        pool_id: _builtins.str = ...,
+        account_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_id", b"account_id", "pool_id", b"pool_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AccountAdmitted: _TypeAlias = AccountAdmitted  # noqa: Y015
+
+@_typing.final
+class AccountExpelled(_message.Message):
+    """The account may not submit there any more; its jobs go on."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POOL_ID_FIELD_NUMBER: _builtins.int
+    ACCOUNT_ID_FIELD_NUMBER: _builtins.int
+    pool_id: _builtins.str
+    account_id: _builtins.str
+    def __init__(
+        self,
+        *,
+        pool_id: _builtins.str = ...,
+        account_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_id", b"account_id", "pool_id", b"pool_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AccountExpelled: _TypeAlias = AccountExpelled  # noqa: Y015
+
+@_typing.final
+class BundleCleared(_message.Message):
+    """A bundle that workers said had crashed them was inspected once more and found well."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BUNDLE_DIGEST_FIELD_NUMBER: _builtins.int
+    TASK_ID_FIELD_NUMBER: _builtins.int
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    bundle_digest: _builtins.bytes
+    task_id: _builtins.str
+    worker_id: _builtins.str
+    def __init__(
+        self,
+        *,
+        bundle_digest: _builtins.bytes = ...,
+        task_id: _builtins.str = ...,
+        worker_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle_digest", b"bundle_digest", "task_id", b"task_id", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BundleCleared: _TypeAlias = BundleCleared  # noqa: Y015
+
+@_typing.final
+class BundleReleased(_message.Message):
+    """An operator lets jobs use a held bundle again."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BUNDLE_DIGEST_FIELD_NUMBER: _builtins.int
+    bundle_digest: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        bundle_digest: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle_digest", b"bundle_digest"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BundleReleased: _TypeAlias = BundleReleased  # noqa: Y015
 
 @_typing.final
 class TokenIssued(_message.Message):
