@@ -74,7 +74,7 @@ def settlement_row(state: State, event: ev.TaskSettled, sequence: int, at_ms: in
         lease.price_microcredits_per_unit,
         event.microcredits,
         event.contribution_microcredits,
-        0,
+        lease.commitment.millijoules if lease.commitment is not None else 0,
     )
 
 
