@@ -25,9 +25,9 @@ from fallow_coordinator.blob_keeping import RemoteBlobs
 from fallow_coordinator.carbon.keeper import CarbonKeeper
 from fallow_coordinator.children import ChildCommand, Children
 from fallow_coordinator.collector import BlobCollector, EffectSinks
-from fallow_coordinator.config import CollectionSettings
+from fallow_coordinator.config import CollectionSettings, EngineSettings
 from fallow_coordinator.core.answers import CertificateGranted
-from fallow_coordinator.core.commands import EnrollLocal, RenewCertificate, StartJournal
+from fallow_coordinator.core.commands import EnrollLocal, MeasuringRules, RenewCertificate, StartJournal
 from fallow_coordinator.engine import Engine, wall_clock_ms
 from fallow_coordinator.packing import BlobPacker
 from fallow_coordinator.service.admin import AdminService
@@ -94,6 +94,8 @@ class StartOptions:
     operator_worker: bool
     heartbeat_interval_ms: int = 10_000
     collection: CollectionSettings = CollectionSettings()  # noqa: RUF009 - frozen
+    measuring: MeasuringRules | None = MeasuringRules()  # noqa: RUF009 - frozen
+    """None: no device is challenged."""
     carbon: Path | None = None
     """The carbon table; None: `carbon.csv` in the state folder, or the synthetic default."""
 
@@ -145,6 +147,7 @@ class Coordinator:
             packer=self._packer,
             views=self._views,
             snapshots=JournalSnapshots(folder.journal),
+            settings=EngineSettings(measuring=options.measuring),
         )
         self._doorkeeper = Doorkeeper(self._engine, wall_clock_ms)
         self._carbon = CarbonKeeper(options.carbon or folder.carbon_table, required=options.carbon is not None)
@@ -342,7 +345,7 @@ class Coordinator:
             "--executor",
             "process",
             "--task-kinds",
-            "inspect",
+            "inspect,check",
         )
         log = self._folder.logs / "operator-worker.log"
         self._children.start(ChildCommand("operator-worker", "fallow_worker", arguments, log))

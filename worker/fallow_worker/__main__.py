@@ -9,6 +9,7 @@ import platform
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from fallow.errors import FallowError, Reason
 from fallow.limits import GIB, LEASES_PER_WORKER_MAX
@@ -114,6 +115,7 @@ def _start(options: argparse.Namespace) -> int:
 
 
 def _status(options: argparse.Namespace) -> int:
+    from fallow_worker.probe_report import standing_words
     from fallow_worker.start import joined, print_json
     from fallow_worker.state_folder import StateFolder
 
@@ -141,6 +143,8 @@ def _status(options: argparse.Namespace) -> int:
     if pid is not None:
         lines += [f"offer        {status.get('offer', '')}", f"leases       {status.get('leases', {})}"]
         lines += [f"so far       {status.get('counts', {})}"]
+        standings: Any = status.get("standings", {})
+        lines += [f"measured     {name}: {standing_words(standing)}" for name, standing in standings.items()]
         error = status.get("last_error")
         lines += [f"last error   {error['message']}"] if isinstance(error, dict) else []
     sys.stdout.write(shown("\n".join(lines) + "\n"))
@@ -189,10 +193,12 @@ def _earnings(options: argparse.Namespace) -> int:
 
 
 def _probe(options: argparse.Namespace) -> int:
-    from fallow_worker.probe_report import report_in_time, report_text
+    from fallow_worker.probe_report import report_in_time, report_text, with_standings
     from fallow_worker.start import print_json
+    from fallow_worker.state_folder import StateFolder
 
-    report = report_in_time()
+    standings: Any = StateFolder(_state(options)).read_status().get("standings", {})
+    report = with_standings(report_in_time(), standings)
     if options.json:
         print_json(report)
     else:
@@ -227,7 +233,11 @@ def _parser() -> argparse.ArgumentParser:
     start.add_argument("--cpus", type=_count, default=0, metavar="N", help="cores to lend; default: all of them")
     start.add_argument("--slots", type=_slots, default=0, metavar="N", help="leases at once; default: by device")
     start.add_argument(
-        "--tasks", "--task-kinds", default="map", metavar="KIND[,KIND…]", help="kinds of tasks to take; default: map"
+        "--tasks",
+        "--task-kinds",
+        default="map,challenge",
+        metavar="KIND[,KIND…]",
+        help="kinds of tasks to take; default: map,challenge (without challenge: no paid work)",
     )
     start.add_argument(
         "--accept-weaker-sandbox",

@@ -29,7 +29,7 @@ class WorkerConfig:
     """Cores to lend; 0: all that this process may use."""
     slots: int = 0
     """Leases that run at once; 0: as many as the executor has."""
-    task_kinds: frozenset[TaskKind] = frozenset({TaskKind.MAP})
+    task_kinds: frozenset[TaskKind] = frozenset({TaskKind.MAP, TaskKind.CHALLENGE})
     weakest_sandbox: SandboxLevel = SandboxLevel.FULL
     """Strangers' programs are refused below this."""
     idle_release_ms: int = IDLE_RELEASE_MS_DEFAULT

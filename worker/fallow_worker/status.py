@@ -94,6 +94,7 @@ def _told(daemon: Daemon) -> dict[str, object]:
     return {
         "session": _session_word(world),
         "capability": capability_facts(world.capability),
+        "standings": {name: asdict(standing) for name, standing in sorted(daemon.standings.items())},
         "draining": world.drain.reason if world.drain else "",
         "trouble": world.trouble.failures if world.trouble else 0,
         "leases": dict(Counter(type(held.phase).__name__.lower() for held in world.leases.values())),
