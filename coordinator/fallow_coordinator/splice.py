@@ -1,7 +1,7 @@
 """One port for all three endpoints: connections are told apart by the server name they ask for, and stay unopened.
 
-A process of its own, so that blobs that pass through it take no time from the writer. TLS stays end to end: this process
-holds no key and sees no byte in clear beyond the name.
+A process of its own, so that blobs that pass through it take no time from the writer. TLS stays end to end: this
+process holds no key and sees no byte in clear beyond the name.
 """
 
 from __future__ import annotations
