@@ -16,8 +16,8 @@ from fallow_coordinator.core.draft import Draft, shortened
 from fallow_coordinator.core.footprints import believed_energy, footprint_of
 from fallow_coordinator.core.holding import blame_program
 from fallow_coordinator.core.names import Names
-from fallow_coordinator.core.timings import timing
 from fallow_coordinator.core.state import CommitmentFacts, EndedLease, Lease, State, Task
+from fallow_coordinator.core.timings import timing
 
 COMMITTED_KINDS = frozenset({TaskKind.MAP, TaskKind.CHALLENGE})
 

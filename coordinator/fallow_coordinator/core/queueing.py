@@ -26,7 +26,9 @@ def queued(
     rows = sum(block.rows for block in blocks)
     size_bytes = sum(block.blob.length_bytes for block in blocks)
     permille = state.bundles[report.bundle_digest].cost_permille
-    unit_micros = (report.unit_micros_per_row * rows + report.unit_micros_per_kib * size_bytes // 1024) * permille // 1_000
+    unit_micros = (
+        (report.unit_micros_per_row * rows + report.unit_micros_per_kib * size_bytes // 1024) * permille // 1_000
+    )
     return e.JobStateChanged(
         job_id=job_id,
         state=JobState.QUEUED,
