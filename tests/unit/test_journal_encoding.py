@@ -177,6 +177,7 @@ def test_numbers_of_kinds_are_for_ever() -> None:
         "carbon_planned": 66,
         "job_deferred": 67,
         "job_resumed": 68,
+        "bundle_cost_learned": 70,
     }
 
 

@@ -58,6 +58,7 @@ def evolve(state: State, event: e.Event, at_ms: int) -> None:
             | e.BundleInspected()
             | e.BundleHeld()
             | e.BundleCrashed()
+            | e.BundleCostLearned()
             | e.JobSubmitted()
             | e.JobStateChanged()
             | e.JobArchived()

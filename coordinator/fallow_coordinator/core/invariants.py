@@ -20,8 +20,11 @@ from fallow_coordinator.core.ledger import BookKind
 from fallow_coordinator.core.ledger import held as held_by
 from fallow_coordinator.core.limits import (
     BUNDLES_PER_WORKER_MAX,
+    COST_PERMILLE_MAX,
+    COST_PERMILLE_MIN,
     IDEMPOTENCY_KEYS_PER_ACCOUNT_MAX,
     JOBS_UNFINISHED_PER_ACCOUNT_MAX,
+    LEARNED_SETTLEMENTS,
     LEASES_REMEMBERED_MAX,
     STRIKES_MAX,
     TASK_LOSSES_MAX,
@@ -51,6 +54,7 @@ def check(state: State) -> None:
     _check_lanes(state)
     _check_own(state)
     _check_carbon(state)
+    _check_costs(state)
     _check_counts(state)
     check_ledger(state)
 
@@ -318,6 +322,15 @@ def _check_carbon(state: State) -> None:
     for footprint in footprints:
         parts = (footprint.millijoules_measured, footprint.micrograms, footprint.millijoules_unplaced)
         _must(min(parts) >= 0 and max(parts[0], parts[2]) <= footprint.millijoules, "energy is a quantity")
+
+
+def _check_costs(state: State) -> None:
+    for bundle in state.bundles.values():
+        _must(COST_PERMILLE_MIN <= bundle.cost_permille <= COST_PERMILLE_MAX, "what is learned of cost is bounded")
+        _must(bundle.learning_tasks < LEARNED_SETTLEMENTS, "learning begins anew after so many tasks")
+        _must(bool(bundle.learning_tasks) == bool(bundle.learning_worked), "what is learned comes from tasks")
+    for job in state.jobs.values():
+        _must(COST_PERMILLE_MIN <= job.cost_permille <= COST_PERMILLE_MAX, "a job's cost is one that was learned")
 
 
 def _check_counts(state: State) -> None:

@@ -1,8 +1,8 @@
 """What accepted work teaches about the cost of a bundle: for the quotes and jobs to come, never for one that runs.
 
 A lease on a measured device tells how much work it was: time on a slot times the slot's measured speed. Against what
-inspection had estimated, summed over `LEARNED_SETTLEMENTS` tasks, that gives a correction; a quarter of the way to it is
-taken at a time.
+inspection had estimated, summed over `LEARNED_SETTLEMENTS` tasks, that gives a correction; a quarter of the way to it
+is taken at a time.
 """
 
 from __future__ import annotations

@@ -40,6 +40,8 @@ from fallow_coordinator.core.state import Bundle, Job, Pool, State, Worker
 
 MILLIJOULES_PER_UNIT = 10_000
 """Rule of thumb for energy where nothing was accepted yet: ten watts for a second of a reference core."""
+STAYS_KNOWN_MIN = 3
+"""Stays that must have ended before a worker's absences count in a quote."""
 _QUEUED = frozenset({JobState.QUEUED, JobState.RUNNING})
 _REFERENCE_SPEED = 1_000
 
@@ -329,12 +331,16 @@ def unfinished_unit_micros(state: State, job: Job) -> int:
 
 
 def _staying(state: State, offers: Iterable[Offer], now_ms: int, for_ms: int) -> tuple[Offer, ...]:
-    """The offers, slower by how likely each worker has left after so long."""
-    return tuple(
-        replace(offer, speed_milliunits_per_s=max(offer.slots, offer.speed_milliunits_per_s * stays // 1_000))
-        for offer in offers
-        for stays in (stays_permille(state.workers[offer.worker_id], now_ms, for_ms),)
-    )
+    """The offers, slower by how likely each worker has left by then; who left seldom before is thought to stay."""
+    made: list[Offer] = []
+    for offer in offers:
+        worker = state.workers[offer.worker_id]
+        if sum(worker.stays.ends) >= STAYS_KNOWN_MIN:
+            speed = offer.speed_milliunits_per_s * stays_permille(worker, now_ms, for_ms) // 1_000
+            made.append(replace(offer, speed_milliunits_per_s=max(offer.slots, speed)))
+        else:
+            made.append(offer)
+    return tuple(made)
 
 
 # ------------------------------------------------------------------------------------------------ energy and warnings

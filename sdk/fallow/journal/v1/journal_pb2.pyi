@@ -159,6 +159,7 @@ class Event(_message.Message):
     CARBON_PLANNED_FIELD_NUMBER: _builtins.int
     JOB_DEFERRED_FIELD_NUMBER: _builtins.int
     JOB_RESUMED_FIELD_NUMBER: _builtins.int
+    BUNDLE_COST_LEARNED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def task_created(self) -> Global___TaskCreated: ...
     @_builtins.property
@@ -271,6 +272,8 @@ class Event(_message.Message):
     def job_deferred(self) -> Global___JobDeferred: ...
     @_builtins.property
     def job_resumed(self) -> Global___JobResumed: ...
+    @_builtins.property
+    def bundle_cost_learned(self) -> Global___BundleCostLearned: ...
     def __init__(
         self,
         *,
@@ -330,12 +333,13 @@ class Event(_message.Message):
         carbon_planned: Global___CarbonPlanned | None = ...,
         job_deferred: Global___JobDeferred | None = ...,
         job_resumed: Global___JobResumed | None = ...,
+        bundle_cost_learned: Global___BundleCostLearned | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["account_admitted", b"account_admitted", "account_created", b"account_created", "account_expelled", b"account_expelled", "allotment_renewed", b"allotment_renewed", "allotment_set", b"allotment_set", "blob_quota_set", b"blob_quota_set", "blob_recorded", b"blob_recorded", "blobs_forgotten", b"blobs_forgotten", "bundle_cleared", b"bundle_cleared", "bundle_crashed", b"bundle_crashed", "bundle_held", b"bundle_held", "bundle_inspected", b"bundle_inspected", "bundle_registered", b"bundle_registered", "bundle_released", b"bundle_released", "capability_reported", b"capability_reported", "carbon_planned", b"carbon_planned", "certificate_issued", b"certificate_issued", "challenge_answered", b"challenge_answered", "challenge_ended", b"challenge_ended", "challenge_issued", b"challenge_issued", "commitment_recorded", b"commitment_recorded", "credits_granted", b"credits_granted", "credits_released", b"credits_released", "device_certificate_ended", b"device_certificate_ended", "device_measured", b"device_measured", "forecasts_recorded", b"forecasts_recorded", "job_archived", b"job_archived", "job_deferred", b"job_deferred", "job_deleted", b"job_deleted", "job_funded", b"job_funded", "job_resumed", b"job_resumed", "job_state_changed", b"job_state_changed", "job_submitted", b"job_submitted", "journal_started", b"journal_started", "kind", b"kind", "lease_ended", b"lease_ended", "lease_granted", b"lease_granted", "pack_requested", b"pack_requested", "packing_failed", b"packing_failed", "party_enrolled", b"party_enrolled", "party_revoked", b"party_revoked", "pool_created", b"pool_created", "pool_mode_changed", b"pool_mode_changed", "restarted", b"restarted", "session_closed", b"session_closed", "session_opened", b"session_opened", "task_abandoned", b"task_abandoned", "task_created", b"task_created", "task_dropped", b"task_dropped", "task_input_packed", b"task_input_packed", "task_settled", b"task_settled", "token_issued", b"token_issued", "token_revoked", b"token_revoked", "worker_quarantined", b"worker_quarantined", "worker_released", b"worker_released", "worker_struck", b"worker_struck", "worker_warmed", b"worker_warmed"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["account_admitted", b"account_admitted", "account_created", b"account_created", "account_expelled", b"account_expelled", "allotment_renewed", b"allotment_renewed", "allotment_set", b"allotment_set", "blob_quota_set", b"blob_quota_set", "blob_recorded", b"blob_recorded", "blobs_forgotten", b"blobs_forgotten", "bundle_cleared", b"bundle_cleared", "bundle_cost_learned", b"bundle_cost_learned", "bundle_crashed", b"bundle_crashed", "bundle_held", b"bundle_held", "bundle_inspected", b"bundle_inspected", "bundle_registered", b"bundle_registered", "bundle_released", b"bundle_released", "capability_reported", b"capability_reported", "carbon_planned", b"carbon_planned", "certificate_issued", b"certificate_issued", "challenge_answered", b"challenge_answered", "challenge_ended", b"challenge_ended", "challenge_issued", b"challenge_issued", "commitment_recorded", b"commitment_recorded", "credits_granted", b"credits_granted", "credits_released", b"credits_released", "device_certificate_ended", b"device_certificate_ended", "device_measured", b"device_measured", "forecasts_recorded", b"forecasts_recorded", "job_archived", b"job_archived", "job_deferred", b"job_deferred", "job_deleted", b"job_deleted", "job_funded", b"job_funded", "job_resumed", b"job_resumed", "job_state_changed", b"job_state_changed", "job_submitted", b"job_submitted", "journal_started", b"journal_started", "kind", b"kind", "lease_ended", b"lease_ended", "lease_granted", b"lease_granted", "pack_requested", b"pack_requested", "packing_failed", b"packing_failed", "party_enrolled", b"party_enrolled", "party_revoked", b"party_revoked", "pool_created", b"pool_created", "pool_mode_changed", b"pool_mode_changed", "restarted", b"restarted", "session_closed", b"session_closed", "session_opened", b"session_opened", "task_abandoned", b"task_abandoned", "task_created", b"task_created", "task_dropped", b"task_dropped", "task_input_packed", b"task_input_packed", "task_settled", b"task_settled", "token_issued", b"token_issued", "token_revoked", b"token_revoked", "worker_quarantined", b"worker_quarantined", "worker_released", b"worker_released", "worker_struck", b"worker_struck", "worker_warmed", b"worker_warmed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_admitted", b"account_admitted", "account_created", b"account_created", "account_expelled", b"account_expelled", "allotment_renewed", b"allotment_renewed", "allotment_set", b"allotment_set", "blob_quota_set", b"blob_quota_set", "blob_recorded", b"blob_recorded", "blobs_forgotten", b"blobs_forgotten", "bundle_cleared", b"bundle_cleared", "bundle_crashed", b"bundle_crashed", "bundle_held", b"bundle_held", "bundle_inspected", b"bundle_inspected", "bundle_registered", b"bundle_registered", "bundle_released", b"bundle_released", "capability_reported", b"capability_reported", "carbon_planned", b"carbon_planned", "certificate_issued", b"certificate_issued", "challenge_answered", b"challenge_answered", "challenge_ended", b"challenge_ended", "challenge_issued", b"challenge_issued", "commitment_recorded", b"commitment_recorded", "credits_granted", b"credits_granted", "credits_released", b"credits_released", "device_certificate_ended", b"device_certificate_ended", "device_measured", b"device_measured", "forecasts_recorded", b"forecasts_recorded", "job_archived", b"job_archived", "job_deferred", b"job_deferred", "job_deleted", b"job_deleted", "job_funded", b"job_funded", "job_resumed", b"job_resumed", "job_state_changed", b"job_state_changed", "job_submitted", b"job_submitted", "journal_started", b"journal_started", "kind", b"kind", "lease_ended", b"lease_ended", "lease_granted", b"lease_granted", "pack_requested", b"pack_requested", "packing_failed", b"packing_failed", "party_enrolled", b"party_enrolled", "party_revoked", b"party_revoked", "pool_created", b"pool_created", "pool_mode_changed", b"pool_mode_changed", "restarted", b"restarted", "session_closed", b"session_closed", "session_opened", b"session_opened", "task_abandoned", b"task_abandoned", "task_created", b"task_created", "task_dropped", b"task_dropped", "task_input_packed", b"task_input_packed", "task_settled", b"task_settled", "token_issued", b"token_issued", "token_revoked", b"token_revoked", "worker_quarantined", b"worker_quarantined", "worker_released", b"worker_released", "worker_struck", b"worker_struck", "worker_warmed", b"worker_warmed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_admitted", b"account_admitted", "account_created", b"account_created", "account_expelled", b"account_expelled", "allotment_renewed", b"allotment_renewed", "allotment_set", b"allotment_set", "blob_quota_set", b"blob_quota_set", "blob_recorded", b"blob_recorded", "blobs_forgotten", b"blobs_forgotten", "bundle_cleared", b"bundle_cleared", "bundle_cost_learned", b"bundle_cost_learned", "bundle_crashed", b"bundle_crashed", "bundle_held", b"bundle_held", "bundle_inspected", b"bundle_inspected", "bundle_registered", b"bundle_registered", "bundle_released", b"bundle_released", "capability_reported", b"capability_reported", "carbon_planned", b"carbon_planned", "certificate_issued", b"certificate_issued", "challenge_answered", b"challenge_answered", "challenge_ended", b"challenge_ended", "challenge_issued", b"challenge_issued", "commitment_recorded", b"commitment_recorded", "credits_granted", b"credits_granted", "credits_released", b"credits_released", "device_certificate_ended", b"device_certificate_ended", "device_measured", b"device_measured", "forecasts_recorded", b"forecasts_recorded", "job_archived", b"job_archived", "job_deferred", b"job_deferred", "job_deleted", b"job_deleted", "job_funded", b"job_funded", "job_resumed", b"job_resumed", "job_state_changed", b"job_state_changed", "job_submitted", b"job_submitted", "journal_started", b"journal_started", "kind", b"kind", "lease_ended", b"lease_ended", "lease_granted", b"lease_granted", "pack_requested", b"pack_requested", "packing_failed", b"packing_failed", "party_enrolled", b"party_enrolled", "party_revoked", b"party_revoked", "pool_created", b"pool_created", "pool_mode_changed", b"pool_mode_changed", "restarted", b"restarted", "session_closed", b"session_closed", "session_opened", b"session_opened", "task_abandoned", b"task_abandoned", "task_created", b"task_created", "task_dropped", b"task_dropped", "task_input_packed", b"task_input_packed", "task_settled", b"task_settled", "token_issued", b"token_issued", "token_revoked", b"token_revoked", "worker_quarantined", b"worker_quarantined", "worker_released", b"worker_released", "worker_struck", b"worker_struck", "worker_warmed", b"worker_warmed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["task_created", "pack_requested", "task_input_packed", "lease_granted", "lease_ended", "commitment_recorded", "task_settled", "task_abandoned", "task_dropped", "job_submitted", "job_state_changed", "job_archived", "blob_recorded", "packing_failed", "session_opened", "session_closed", "capability_reported", "journal_started", "restarted", "account_created", "pool_created", "token_issued", "token_revoked", "party_enrolled", "certificate_issued", "party_revoked", "worker_quarantined", "worker_released", "bundle_registered", "bundle_inspected", "bundle_held", "bundle_crashed", "job_deleted", "blobs_forgotten", "blob_quota_set", "worker_struck", "worker_warmed", "account_admitted", "account_expelled", "bundle_cleared", "bundle_released", "pool_mode_changed", "credits_granted", "credits_released", "allotment_set", "allotment_renewed", "job_funded", "challenge_issued", "challenge_answered", "device_measured", "device_certificate_ended", "challenge_ended", "forecasts_recorded", "carbon_planned", "job_deferred", "job_resumed"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["task_created", "pack_requested", "task_input_packed", "lease_granted", "lease_ended", "commitment_recorded", "task_settled", "task_abandoned", "task_dropped", "job_submitted", "job_state_changed", "job_archived", "blob_recorded", "packing_failed", "session_opened", "session_closed", "capability_reported", "journal_started", "restarted", "account_created", "pool_created", "token_issued", "token_revoked", "party_enrolled", "certificate_issued", "party_revoked", "worker_quarantined", "worker_released", "bundle_registered", "bundle_inspected", "bundle_held", "bundle_crashed", "job_deleted", "blobs_forgotten", "blob_quota_set", "worker_struck", "worker_warmed", "account_admitted", "account_expelled", "bundle_cleared", "bundle_released", "pool_mode_changed", "credits_granted", "credits_released", "allotment_set", "allotment_renewed", "job_funded", "challenge_issued", "challenge_answered", "device_measured", "device_certificate_ended", "challenge_ended", "forecasts_recorded", "carbon_planned", "job_deferred", "job_resumed", "bundle_cost_learned"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -1238,12 +1242,15 @@ class JobStateChanged(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     REASON_CODE_FIELD_NUMBER: _builtins.int
     DUE_MS_FIELD_NUMBER: _builtins.int
+    COST_PERMILLE_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     state: _job_pb2.JobState.ValueType
     reason: _builtins.str
     reason_code: _builtins.str
     due_ms: _builtins.int
     """As a job begins to queue: its place among the jobs of its account; 0: unchanged."""
+    cost_permille: _builtins.int
+    """As a job begins to queue: its cost in thousandths of what inspection found; 0: unchanged."""
     def __init__(
         self,
         *,
@@ -1252,10 +1259,11 @@ class JobStateChanged(_message.Message):
         reason: _builtins.str = ...,
         reason_code: _builtins.str = ...,
         due_ms: _builtins.int = ...,
+        cost_permille: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["due_ms", b"due_ms", "job_id", b"job_id", "reason", b"reason", "reason_code", b"reason_code", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cost_permille", b"cost_permille", "due_ms", b"due_ms", "job_id", b"job_id", "reason", b"reason", "reason_code", b"reason_code", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1589,6 +1597,7 @@ class TaskSettled(_message.Message):
     RELEASED_FIELD_NUMBER: _builtins.int
     CONTRIBUTION_MICROCREDITS_FIELD_NUMBER: _builtins.int
     FOOTPRINT_FIELD_NUMBER: _builtins.int
+    WORKED_UNIT_MICROS_FIELD_NUMBER: _builtins.int
     task_id: _builtins.str
     lease_id: _builtins.str
     cursor: _builtins.int
@@ -1603,6 +1612,8 @@ class TaskSettled(_message.Message):
     """True: the worker's account may spend it at once; false: it is pending."""
     contribution_microcredits: _builtins.int
     """Recorded for the worker's account where nobody pays."""
+    worked_unit_micros: _builtins.int
+    """What the task was by the time it took on a measured device; 0: nothing can be said."""
     @_builtins.property
     def footprint(self) -> _job_pb2.Footprint:
         """Unset: nobody knows its energy."""
@@ -1620,14 +1631,40 @@ class TaskSettled(_message.Message):
         released: _builtins.bool = ...,
         contribution_microcredits: _builtins.int = ...,
         footprint: _job_pb2.Footprint | None = ...,
+        worked_unit_micros: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["footprint", b"footprint"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["contribution_microcredits", b"contribution_microcredits", "cursor", b"cursor", "footprint", b"footprint", "lease_id", b"lease_id", "microcredits", b"microcredits", "released", b"released", "rows", b"rows", "rows_failed", b"rows_failed", "speed_milliunits_per_s", b"speed_milliunits_per_s", "task_id", b"task_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["contribution_microcredits", b"contribution_microcredits", "cursor", b"cursor", "footprint", b"footprint", "lease_id", b"lease_id", "microcredits", b"microcredits", "released", b"released", "rows", b"rows", "rows_failed", b"rows_failed", "speed_milliunits_per_s", b"speed_milliunits_per_s", "task_id", b"task_id", "worked_unit_micros", b"worked_unit_micros"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___TaskSettled: _TypeAlias = TaskSettled  # noqa: Y015
+
+@_typing.final
+class BundleCostLearned(_message.Message):
+    """What accepted work has taught of a bundle's cost; for jobs to come."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BUNDLE_DIGEST_FIELD_NUMBER: _builtins.int
+    COST_PERMILLE_FIELD_NUMBER: _builtins.int
+    bundle_digest: _builtins.bytes
+    cost_permille: _builtins.int
+    """Thousandths of what inspection found."""
+    def __init__(
+        self,
+        *,
+        bundle_digest: _builtins.bytes = ...,
+        cost_permille: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle_digest", b"bundle_digest", "cost_permille", b"cost_permille"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BundleCostLearned: _TypeAlias = BundleCostLearned  # noqa: Y015
 
 @_typing.final
 class TaskAbandoned(_message.Message):
