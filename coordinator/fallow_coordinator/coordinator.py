@@ -22,6 +22,7 @@ from fallow.ids import AccountId
 from fallow.limits import CONTROL_MESSAGE_BYTES_MAX
 from fallow.roles import Role, Tier
 from fallow_coordinator.blob_keeping import RemoteBlobs
+from fallow_coordinator.blobs.bucket import BucketPlace
 from fallow_coordinator.carbon.keeper import CarbonKeeper
 from fallow_coordinator.children import ChildCommand, Children
 from fallow_coordinator.collector import BlobCollector, EffectSinks
@@ -39,6 +40,7 @@ from fallow_coordinator.service.grants import Grants
 from fallow_coordinator.service.job_reads import JobReads
 from fallow_coordinator.service.jobs import JobService
 from fallow_coordinator.service.lease_messages import LeaseMessages
+from fallow_coordinator.service.ledger import LedgerService
 from fallow_coordinator.service.live_streams import LiveStreams
 from fallow_coordinator.service.outbox import Outbox
 from fallow_coordinator.service.rate_limit import RateLimit
@@ -55,6 +57,7 @@ from fallow_coordinator.service.server import (
 )
 from fallow_coordinator.service.workers import WorkerService
 from fallow_coordinator.state_folder import Ports, StateFolder, port_taken
+from fallow_coordinator.store.ledger_views import SqliteLedgerViews
 from fallow_coordinator.store.snapshots import JournalSnapshots
 from fallow_coordinator.store.sqlite import SqliteStore
 from fallow_coordinator.store.views import SqliteViews
@@ -92,6 +95,8 @@ class StartOptions:
     operator_worker: bool
     heartbeat_interval_ms: int = 10_000
     collection: CollectionSettings = CollectionSettings()  # noqa: RUF009 - frozen
+    bucket: BucketPlace | None = None
+    """Where blobs lie; None: where they lay at the last start, or in the state folder."""
     measuring: MeasuringRules | None = MeasuringRules()  # noqa: RUF009 - frozen
     """None: no device is challenged."""
     carbon: Path | None = None
@@ -130,6 +135,7 @@ class Coordinator:
         self._write_public_files()
         self._store = SqliteStore(folder.journal)
         self._views = SqliteViews(folder.journal)
+        self._ledger_views = SqliteLedgerViews(folder.journal)
         self._packer = BlobPacker(
             self._local_endpoints.blobs, self._authority.certificate_pem, self._key, self._certificate
         )
@@ -189,6 +195,13 @@ class Coordinator:
             now_ms=wall_clock_ms,
             collection=self._options.collection,
         )
+        ledger = LedgerService(
+            engine=self._engine,
+            reads=JobReads(self._engine, self._views),
+            views=self._ledger_views,
+            doorkeeper=self._doorkeeper,
+            now_ms=wall_clock_ms,
+        )
         enrollment = EnrollmentService(
             engine=self._engine,
             authority=self._authority,
@@ -201,8 +214,18 @@ class Coordinator:
             per_s=ENROLLMENT_CALLS_PER_S, burst=ENROLLMENT_CALLS_BURST, peers_max=RATE_PEERS_MAX, clock=loop_clock
         )
         self._control_server = RpcServer(
-            handlers=(self._workers.handlers(calls), jobs.handlers(calls), self.admin.handlers(calls)),
-            service_names=("fallow.v1.WorkerService", "fallow.v1.JobService", "fallow.v1.AdminService"),
+            handlers=(
+                self._workers.handlers(calls),
+                jobs.handlers(calls),
+                ledger.handlers(calls),
+                self.admin.handlers(calls),
+            ),
+            service_names=(
+                "fallow.v1.WorkerService",
+                "fallow.v1.JobService",
+                "fallow.v1.LedgerService",
+                "fallow.v1.AdminService",
+            ),
             message_bytes_max=CONTROL_MESSAGE_BYTES_MAX,
             idle_ms_max=CONTROL_IDLE_MS_MAX,
             connections_share=CONTROL_CONNECTIONS_SHARE,
@@ -304,7 +327,11 @@ class Coordinator:
             ChildCommand(
                 "blobs",
                 "fallow_coordinator.blobs",
-                ("--state", state, "--listen", address, "--grace-ms", str(self._options.collection.blob_grace_ms)),
+                (
+                    *("--state", state, "--listen", address),
+                    *("--grace-ms", str(self._options.collection.blob_grace_ms)),
+                    *self._bucket_arguments(),
+                ),
                 logs / "blobs.log",
             )
         )
@@ -316,6 +343,16 @@ class Coordinator:
                 logs / "follower.log",
             )
         )
+
+    def _bucket_arguments(self) -> tuple[str, ...]:
+        """For the blob service, when blobs lie in a bucket; remembered for `check` and for starts that name none."""
+        folder = self._folder.blobs
+        place = self._options.bucket or BucketPlace.of_folder(folder)
+        if place is None:
+            return ()
+        place.remember(folder)
+        where = ("--s3-bucket", place.bucket, "--s3-prefix", place.prefix)
+        return (*where, "--s3-endpoint", place.endpoint, "--s3-region", place.region)
 
     def _start_operator_worker(self) -> None:
         arguments = (

@@ -63,6 +63,7 @@ def capability_facts(capability: Capability) -> dict[str, object]:
         "operating_system": capability.operating_system,
         "region": capability.region,
         "on_battery": capability.on_battery,
+        "ask_microcredits_per_unit": capability.ask_microcredits_per_unit,
         "task_kinds": sorted(kind.value for kind in capability.task_kinds),
         "devices": [device_facts(device) for device in capability.devices],
     }
