@@ -22,6 +22,7 @@ from fallow.ids import AccountId
 from fallow.limits import CONTROL_MESSAGE_BYTES_MAX
 from fallow.roles import Role, Tier
 from fallow_coordinator.blob_keeping import RemoteBlobs
+from fallow_coordinator.blobs.bucket import BucketPlace
 from fallow_coordinator.carbon.keeper import CarbonKeeper
 from fallow_coordinator.children import ChildCommand, Children
 from fallow_coordinator.collector import BlobCollector, EffectSinks
@@ -94,6 +95,8 @@ class StartOptions:
     operator_worker: bool
     heartbeat_interval_ms: int = 10_000
     collection: CollectionSettings = CollectionSettings()  # noqa: RUF009 - frozen
+    bucket: BucketPlace | None = None
+    """Where blobs lie; None: where they lay at the last start, or in the state folder."""
     measuring: MeasuringRules | None = MeasuringRules()  # noqa: RUF009 - frozen
     """None: no device is challenged."""
     carbon: Path | None = None
@@ -324,7 +327,11 @@ class Coordinator:
             ChildCommand(
                 "blobs",
                 "fallow_coordinator.blobs",
-                ("--state", state, "--listen", address, "--grace-ms", str(self._options.collection.blob_grace_ms)),
+                (
+                    *("--state", state, "--listen", address),
+                    *("--grace-ms", str(self._options.collection.blob_grace_ms)),
+                    *self._bucket_arguments(),
+                ),
                 logs / "blobs.log",
             )
         )
@@ -336,6 +343,16 @@ class Coordinator:
                 logs / "follower.log",
             )
         )
+
+    def _bucket_arguments(self) -> tuple[str, ...]:
+        """For the blob service, when blobs lie in a bucket; remembered for `check` and for starts that name none."""
+        folder = self._folder.blobs
+        place = self._options.bucket or BucketPlace.of_folder(folder)
+        if place is None:
+            return ()
+        place.remember(folder)
+        where = ("--s3-bucket", place.bucket, "--s3-prefix", place.prefix)
+        return (*where, "--s3-endpoint", place.endpoint, "--s3-region", place.region)
 
     def _start_operator_worker(self) -> None:
         arguments = (
