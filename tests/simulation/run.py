@@ -126,7 +126,7 @@ class Simulation:
                 # Each region has one, so that whatever is asked for is there.
                 replace(
                     capability(slots=dice.randint(1, 2)),
-                    region=("north", "south")[n] if n < 2 else self.weather.region(),
+                    region=(self.weather.region(), *("north", "south")[n : n + 1])[-1],
                 ),
                 dice.randint(1, 4),
             )
@@ -142,12 +142,13 @@ class Simulation:
         dice = self.schedule.dice
         count = dice.randint(1, 60)
         rows = tuple(dice.randrange(1_000_000) for _ in range(count))
+        own = random.Random(f"wishes {self.seed} {number}")
         wishes = JobOptions(
             failed_rows_max=len(rows),
-            priority=dice.randint(0, 9),
-            region=dice.choice(("", "", "north", "south")),
-            device_kind=dice.choice(("", "", "cpu")),
-            deadline_ms=WALL_MS + 3_600_000 if dice.random() < 0.2 else 0,
+            priority=own.randint(0, 9),
+            region=own.choice(("", "", "north", "south")),
+            device_kind=own.choice(("", "", "cpu")),
+            deadline_ms=WALL_MS + 3_600_000 if own.random() < 0.2 else 0,
         )
         return Client(number, rows, min(count, dice.randint(1, 4)), dice.random() < 0.5, dice.random() < 0.1, wishes)
 
