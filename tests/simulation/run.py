@@ -126,7 +126,7 @@ class Simulation:
                 # Each region has one, so that whatever is asked for is there.
                 replace(
                     capability(slots=dice.randint(1, 2)),
-                    region=("north", "south")[n] if n < 2 else self.weather.region(),
+                    region=(self.weather.region(), *("north", "south")[n : n + 1])[-1],
                 ),
                 dice.randint(1, 4),
             )
@@ -142,12 +142,13 @@ class Simulation:
         dice = self.schedule.dice
         count = dice.randint(1, 60)
         rows = tuple(dice.randrange(1_000_000) for _ in range(count))
+        own = random.Random(f"wishes {self.seed} {number}")
         wishes = JobOptions(
             failed_rows_max=len(rows),
-            priority=dice.randint(0, 9),
-            region=dice.choice(("", "", "north", "south")),
-            device_kind=dice.choice(("", "", "cpu")),
-            deadline_ms=WALL_MS + 3_600_000 if dice.random() < 0.2 else 0,
+            priority=own.randint(0, 9),
+            region=own.choice(("", "", "north", "south")),
+            device_kind=own.choice(("", "", "cpu")),
+            deadline_ms=WALL_MS + 3_600_000 if own.random() < 0.2 else 0,
         )
         return Client(number, rows, min(count, dice.randint(1, 4)), dice.random() < 0.5, dice.random() < 0.1, wishes)
 
@@ -297,7 +298,7 @@ class Simulation:
             data_class=DataClass.PUBLIC,
             pool_id=None,
             title="",
-            options=replace(client.options, objective=self.weather.objective(client.number)),
+            options=self._options(client),
             kept=None,
         )
         heard = self._accepted(client)
@@ -308,9 +309,14 @@ class Simulation:
             lambda: life.submit(command, lambda a: carry(self.schedule, self.faults, lambda: heard(a))),
         )
 
+    def _options(self, client: Client) -> JobOptions:
+        return replace(client.options, objective=self.weather.objective(client.number))
+
     def _accepted(self, client: Client) -> AnswerHeard:
         def heard(answer: Answer | FallowError) -> None:
             if isinstance(answer, FallowError):
+                if answer.reason is Reason.INSUFFICIENT_CREDITS:
+                    return  # asked again later
                 if answer.reason not in (Reason.PROGRAM_HELD, Reason.BUNDLE_INVALID, Reason.PROGRAM_REFUSED):
                     raise SimulationError(f"an honest submission was refused: {answer}")
                 client.acknowledged, client.state = True, JobState.FAILED
