@@ -63,6 +63,9 @@ def capability_facts(capability: Capability) -> dict[str, object]:
         "operating_system": capability.operating_system,
         "region": capability.region,
         "on_battery": capability.on_battery,
+        "network_down_bytes_per_s": capability.network_down_bytes_per_s,
+        "network_up_bytes_per_s": capability.network_up_bytes_per_s,
+        "network_round_trip_microseconds": capability.network_round_trip_microseconds,
         "task_kinds": sorted(kind.value for kind in capability.task_kinds),
         "devices": [device_facts(device) for device in capability.devices],
     }
