@@ -22,6 +22,7 @@ from fallow.ids import AccountId
 from fallow.limits import CONTROL_MESSAGE_BYTES_MAX
 from fallow.roles import Role, Tier
 from fallow_coordinator.blob_keeping import RemoteBlobs
+from fallow_coordinator.blobs.bucket import BucketPlace
 from fallow_coordinator.carbon.keeper import CarbonKeeper
 from fallow_coordinator.children import ChildCommand, Children
 from fallow_coordinator.collector import BlobCollector, EffectSinks
@@ -39,6 +40,7 @@ from fallow_coordinator.service.grants import Grants
 from fallow_coordinator.service.job_reads import JobReads
 from fallow_coordinator.service.jobs import JobService
 from fallow_coordinator.service.lease_messages import LeaseMessages
+from fallow_coordinator.service.ledger import LedgerService
 from fallow_coordinator.service.live_streams import LiveStreams
 from fallow_coordinator.service.outbox import Outbox
 from fallow_coordinator.service.rate_limit import RateLimit
@@ -55,6 +57,7 @@ from fallow_coordinator.service.server import (
 )
 from fallow_coordinator.service.workers import WorkerService
 from fallow_coordinator.state_folder import Ports, StateFolder, port_taken
+from fallow_coordinator.store.ledger_views import SqliteLedgerViews
 from fallow_coordinator.store.snapshots import JournalSnapshots
 from fallow_coordinator.store.sqlite import SqliteStore
 from fallow_coordinator.store.views import SqliteViews
@@ -68,6 +71,7 @@ START_WORKER_TOKEN_USES: Final = 100
 START_CLIENT_TOKEN_USES: Final = 10
 BLOBS_PATIENCE_S: Final = 30.0
 LOCAL_RENEWAL_CHECK_S: Final = 600.0
+LOOPBACK: Final = "127.0.0.1"
 LOOPBACK_OF: Final = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - compared with, not listened on
 """How this machine reaches a coordinator that listens on all its addresses."""
 
@@ -92,8 +96,12 @@ class StartOptions:
     operator_worker: bool
     heartbeat_interval_ms: int = 10_000
     collection: CollectionSettings = CollectionSettings()  # noqa: RUF009 - frozen
+    bucket: BucketPlace | None = None
+    """Where blobs lie; None: where they lay at the last start, or in the state folder."""
     measuring: MeasuringRules | None = MeasuringRules()  # noqa: RUF009 - frozen
     """None: no device is challenged."""
+    single_port: int | None = None
+    """Parties reach all three endpoints here, which then listen on the loopback address alone; None: three ports."""
     carbon: Path | None = None
     """The carbon table; None: `carbon.csv` in the state folder, or the synthetic default."""
 
@@ -116,10 +124,12 @@ class Coordinator:
         assert_fast_protobuf()
         self._options = options
         self._folder = folder
-        self._ports = Ports.chosen(folder, options.listen, options.first_port)
+        self._listen = options.listen if options.single_port is None else LOOPBACK
+        self._ports = Ports.chosen(folder, self._listen, options.first_port)
         host = options.advertise or options.listen
-        local_host = LOOPBACK_OF.get(options.listen, options.listen)
-        self.endpoints = _endpoints(host, self._ports)
+        local_host = LOOPBACK_OF.get(self._listen, self._listen)
+        single = options.single_port
+        self.endpoints = _endpoints(host, self._ports if single is None else Ports(single, single, single))
         self._local_endpoints = _endpoints(local_host, self._ports)
         self._authority = Authority.open(folder.authority, _now())
         self._key = _key(folder.coordinator_key)
@@ -130,6 +140,7 @@ class Coordinator:
         self._write_public_files()
         self._store = SqliteStore(folder.journal)
         self._views = SqliteViews(folder.journal)
+        self._ledger_views = SqliteLedgerViews(folder.journal)
         self._packer = BlobPacker(
             self._local_endpoints.blobs, self._authority.certificate_pem, self._key, self._certificate
         )
@@ -189,6 +200,13 @@ class Coordinator:
             now_ms=wall_clock_ms,
             collection=self._options.collection,
         )
+        ledger = LedgerService(
+            engine=self._engine,
+            reads=JobReads(self._engine, self._views),
+            views=self._ledger_views,
+            doorkeeper=self._doorkeeper,
+            now_ms=wall_clock_ms,
+        )
         enrollment = EnrollmentService(
             engine=self._engine,
             authority=self._authority,
@@ -201,8 +219,18 @@ class Coordinator:
             per_s=ENROLLMENT_CALLS_PER_S, burst=ENROLLMENT_CALLS_BURST, peers_max=RATE_PEERS_MAX, clock=loop_clock
         )
         self._control_server = RpcServer(
-            handlers=(self._workers.handlers(calls), jobs.handlers(calls), self.admin.handlers(calls)),
-            service_names=("fallow.v1.WorkerService", "fallow.v1.JobService", "fallow.v1.AdminService"),
+            handlers=(
+                self._workers.handlers(calls),
+                jobs.handlers(calls),
+                ledger.handlers(calls),
+                self.admin.handlers(calls),
+            ),
+            service_names=(
+                "fallow.v1.WorkerService",
+                "fallow.v1.JobService",
+                "fallow.v1.LedgerService",
+                "fallow.v1.AdminService",
+            ),
             message_bytes_max=CONTROL_MESSAGE_BYTES_MAX,
             idle_ms_max=CONTROL_IDLE_MS_MAX,
             connections_share=CONTROL_CONNECTIONS_SHARE,
@@ -225,7 +253,7 @@ class Coordinator:
             await self._engine.submit(StartJournal(OPERATOR_ACCOUNT_NAME, DEFAULT_POOL_NAME))
         await self._local_credentials(self._folder.client, "operator", Role.OPERATOR, None)
         self._start_follower_and_blobs()
-        host = self._options.listen
+        host = self._listen
         await _listening(
             self._enrollment_server, host, self._ports.enrollment, "enrolment", server_tls(self._key, self._certificate)
         )
@@ -237,6 +265,8 @@ class Coordinator:
             mutual_tls(self._key, self._certificate, self._authority.certificate_pem),
         )
         await _reachable(self._local_endpoints.blobs)
+        if self._options.single_port is not None:
+            self._start_splice(self._options.single_port)
         if self._options.operator_worker:
             await self._local_credentials(self._folder.operator_worker, "operator-worker", Role.WORKER, Tier.OPERATOR)
             self._start_operator_worker()
@@ -298,13 +328,17 @@ class Coordinator:
 
     def _start_follower_and_blobs(self) -> None:
         state = str(self._folder.path)
-        address = f"{_bracketed(self._options.listen)}:{self._ports.blobs}"
+        address = f"{_bracketed(self._listen)}:{self._ports.blobs}"
         logs = self._folder.logs
         self._children.start(
             ChildCommand(
                 "blobs",
                 "fallow_coordinator.blobs",
-                ("--state", state, "--listen", address, "--grace-ms", str(self._options.collection.blob_grace_ms)),
+                (
+                    *("--state", state, "--listen", address),
+                    *("--grace-ms", str(self._options.collection.blob_grace_ms)),
+                    *self._bucket_arguments(),
+                ),
                 logs / "blobs.log",
             )
         )
@@ -316,6 +350,31 @@ class Coordinator:
                 logs / "follower.log",
             )
         )
+
+    def _start_splice(self, port: int) -> None:
+        ports = self._ports
+        self._children.start(
+            ChildCommand(
+                "splice",
+                "fallow_coordinator.splice",
+                (
+                    *("--listen", self._options.listen, "--port", str(port), "--inner-host", self._listen),
+                    *("--enrollment", str(ports.enrollment), "--control", str(ports.control)),
+                    *("--blobs", str(ports.blobs)),
+                ),
+                self._folder.logs / "splice.log",
+            )
+        )
+
+    def _bucket_arguments(self) -> tuple[str, ...]:
+        """For the blob service, when blobs lie in a bucket; remembered for `check` and for starts that name none."""
+        folder = self._folder.blobs
+        place = self._options.bucket or BucketPlace.of_folder(folder)
+        if place is None:
+            return ()
+        place.remember(folder)
+        where = ("--s3-bucket", place.bucket, "--s3-prefix", place.prefix)
+        return (*where, "--s3-endpoint", place.endpoint, "--s3-region", place.region)
 
     def _start_operator_worker(self) -> None:
         arguments = (

@@ -1,4 +1,4 @@
-"""The command line of a worker: join, start, status, probe."""
+"""The command line of a worker: join, start, prepare-image, status, ask, earnings, probe."""
 
 from __future__ import annotations
 
@@ -50,6 +50,7 @@ def _tell_error(error: FallowError, *, as_json: bool) -> int:
 
 def _join(options: argparse.Namespace) -> int:
     from fallow.enrollment import join
+    from fallow.identity import write_private
     from fallow.join_line import parse_join_line
     from fallow.roles import Role
     from fallow_worker.start import print_json
@@ -58,6 +59,7 @@ def _join(options: argparse.Namespace) -> int:
     line = parse_join_line(options.line)
     folder = StateFolder(_state(options))
     with folder.locked():
+        write_private(folder.join_line, options.line.encode())
         credentials = asyncio.run(join(line, folder.credentials, options.name or platform.node()))
         folder.resume_token.unlink(missing_ok=True)
         if credentials.role is not Role.WORKER:
@@ -85,6 +87,35 @@ def _join(options: argparse.Namespace) -> int:
     return 0
 
 
+def _prepare_image(options: argparse.Namespace) -> int:
+    from fallow.identity import write_private
+    from fallow.join_line import parse_join_line
+    from fallow_worker.start import print_json
+    from fallow_worker.state_folder import StateFolder
+
+    folder = StateFolder(_state(options))
+    with folder.locked():
+        if options.line:
+            parse_join_line(options.line)
+            write_private(folder.join_line, options.line.encode())
+        if not folder.join_line.exists():
+            raise FallowError(
+                Reason.FIELD_MISSING,
+                f"{folder.folder} holds no join line, so that a copy of it could not join by itself",
+                field="LINE",
+                hint="run fallow-worker prepare-image LINE with a line of as many uses as there will be machines",
+            )
+        folder.prepare_image()
+    if options.json:
+        print_json({"state": str(folder.folder), "prepared": True})
+    else:
+        sys.stdout.write(
+            f"{folder.folder} holds no key any more. Copy this machine now: each copy enrols itself at its first"
+            " `fallow-worker start`, as long as the join line lets it in.\n"
+        )
+    return 0
+
+
 def _start(options: argparse.Namespace) -> int:
     from fallow_worker.config import WorkerConfig
     from fallow_worker.executor.choice import ExecutorSetting
@@ -102,6 +133,7 @@ def _start(options: argparse.Namespace) -> int:
         idle_release_ms=int(options.idle_release * 1000),
         drain_run_grace_ms=None if options.drain_grace is None else int(options.drain_grace * 1000),
         region=options.region or "",
+        ask_microcredits_per_unit=None if options.ask is None else _ask_of(options.ask, "--ask"),
         cache_bytes_max=int(options.cache_gib * GIB),
         life_fd=options.life_fd,
     )
@@ -147,6 +179,47 @@ def _status(options: argparse.Namespace) -> int:
         error = status.get("last_error")
         lines += [f"last error   {error['message']}"] if isinstance(error, dict) else []
     sys.stdout.write(shown("\n".join(lines) + "\n"))
+    return 0
+
+
+def _ask(options: argparse.Namespace) -> int:
+    from fallow.credits import credits_text, price_per_hour
+    from fallow_worker.start import print_json
+    from fallow_worker.state_folder import StateFolder
+
+    folder = StateFolder(_state(options))
+    if options.ask is not None:
+        folder.write_ask(_ask_of(options.ask, "CREDITS"))
+    asked = folder.read_ask()
+    if options.json:
+        print_json({"ask_microcredits_per_unit": asked, "running": folder.running_pid() is not None})
+        return 0
+    changed = "; the running worker says so within seconds" if options.ask and folder.running_pid() else ""
+    sys.stdout.write(f"{credits_text(price_per_hour(asked))} credits for an hour of a reference core{changed}\n")
+    return 0
+
+
+def _ask_of(text: str, field: str) -> int:
+    from fallow.credits import ASK_MICROCREDITS_PER_UNIT_MAX, ask_per_unit, parse_credits, price_per_hour
+
+    return ask_per_unit(parse_credits(text, field, price_per_hour(ASK_MICROCREDITS_PER_UNIT_MAX)))
+
+
+def _earnings(options: argparse.Namespace) -> int:
+    from fallow.credits import parse_credits
+    from fallow_worker import earnings
+    from fallow_worker.start import joined, print_json
+    from fallow_worker.state_folder import StateFolder
+
+    tariff = parse_credits(options.tariff, "--tariff")
+    credentials = joined(StateFolder(_state(options)))
+    found = asyncio.run(earnings.earnings_of(credentials, options.days))
+    if options.json:
+        print_json(earnings.facts(found, tariff))
+    elif options.csv:
+        sys.stdout.write(earnings.csv_text(found))
+    else:
+        sys.stdout.write(shown(earnings.text(found, options.days, tariff) + "\n"))
     return 0
 
 
@@ -213,10 +286,35 @@ def _parser() -> argparse.ArgumentParser:
     start.add_argument(
         "--region", type=_region, default=None, metavar="NAME", help="where this machine stands, if you like"
     )
+    start.add_argument(
+        "--ask",
+        default=None,
+        metavar="CREDITS",
+        help="what you ask in market pools for an hour of one reference core (3,600 units); default: as before, or 0",
+    )
     start.add_argument("--cache-gib", type=_positive, default=20.0, metavar="GIB", help="disk for bundles; default: 20")
     start.add_argument("--life-fd", type=int, default=None, metavar="FD", help=argparse.SUPPRESS)
 
+    image = command("prepare-image", "make this folder fit to be copied to many machines", _prepare_image)
+    image.add_argument(
+        "line", metavar="LINE", nargs="?", default="", help="a join line for as many uses; default: the last one"
+    )
+
     command("status", "how the worker on this folder fares", _status)
+    ask = command("ask", "what you ask in market pools: shown, or changed also while the worker runs", _ask)
+    ask.add_argument(
+        "ask",
+        nargs="?",
+        default=None,
+        metavar="CREDITS",
+        help="credits for an hour of one reference core (3,600 units)",
+    )
+    earned = command("earnings", "what this worker earned, and what it might ask", _earnings)
+    earned.add_argument("--days", type=_days, default=30, metavar="N", help="how far back; default: 30")
+    earned.add_argument(
+        "--tariff", default="0", metavar="CREDITS", help="what a kWh costs you, in credits as they are worth to you"
+    )
+    earned.add_argument("--csv", action="store_true", help="one line for each day and pool")
     command("probe", "what this machine could offer", _probe)
     return parser
 
@@ -243,6 +341,13 @@ def _count(text: str) -> int:
     value = int(text)
     if value < 0:
         raise argparse.ArgumentTypeError("at least 0")
+    return value
+
+
+def _days(text: str) -> int:
+    value = int(text)
+    if not 1 <= value <= 366:
+        raise argparse.ArgumentTypeError("between 1 and 366 days")
     return value
 
 

@@ -37,6 +37,8 @@ class WorkerConfig:
     """How long runs may go on when the worker is to stop; None: by tier."""
     region: str = ""
     """Where the machine stands, by the owner's word; empty: not told."""
+    ask_microcredits_per_unit: int | None = None
+    """What the owner asks in market pools; None: as said last, at first nothing."""
     cache_bytes_max: int = CACHE_BYTES_MAX_DEFAULT
     life_fd: int | None = None
     """A descriptor that closes when whoever started this worker ends."""

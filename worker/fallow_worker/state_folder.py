@@ -11,6 +11,7 @@ from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Final
 
+from fallow.credits import ASK_MICROCREDITS_PER_UNIT_MAX
 from fallow.errors import FallowError, Reason
 
 STATE_VARIABLE: Final = "FALLOW_WORKER_STATE"
@@ -48,6 +49,17 @@ class StateFolder:
             (self.credentials / name).unlink(missing_ok=True)
 
     @property
+    def join_line(self) -> Path:
+        """The line that this worker joined with, or will join with at its first start: an image keeps it (0600)."""
+        return self.folder / "join_line"
+
+    def prepare_image(self) -> None:
+        """Takes away key, identity and what belongs to one machine alone; the join line and cached bundles stay."""
+        self.forget_credentials()
+        for path in (self.resume_token, self._status):
+            path.unlink(missing_ok=True)
+
+    @property
     def resume_token(self) -> Path:
         """The token of the last session."""
         return self.folder / "resume_token"
@@ -60,6 +72,10 @@ class StateFolder:
     @property
     def _lock(self) -> Path:
         return self.folder / "lock"
+
+    @property
+    def _ask(self) -> Path:
+        return self.folder / "ask"
 
     @property
     def _status(self) -> Path:
@@ -99,6 +115,21 @@ class StateFolder:
             return None if _try_lock(descriptor) else _read_pid(descriptor)
         finally:
             os.close(descriptor)
+
+    def read_ask(self) -> int:
+        """What the owner asks for a unit, in micro-credits; 0 when nothing, or nothing readable, was said."""
+        try:
+            text = self._ask.read_text().strip()
+        except OSError:
+            return 0
+        # A file that somebody damaged must not make a machine dearer than anything, nor stop it.
+        return int(text) if text.isdecimal() and int(text[:20]) <= ASK_MICROCREDITS_PER_UNIT_MAX else 0
+
+    def write_ask(self, microcredits_per_unit: int) -> None:
+        """Remembers what the owner asks; a running worker takes it up at its next look."""
+        temporary = self.folder / f".ask.{os.getpid()}.new"
+        temporary.write_text(f"{microcredits_per_unit}\n")
+        temporary.replace(self._ask)
 
     def write_status(self, status: Status) -> None:
         """Leaves word for `fallow-worker status`: whole or not at all, not worth an fsync."""

@@ -66,6 +66,7 @@ def capability_facts(capability: Capability) -> dict[str, object]:
         "network_down_bytes_per_s": capability.network_down_bytes_per_s,
         "network_up_bytes_per_s": capability.network_up_bytes_per_s,
         "network_round_trip_microseconds": capability.network_round_trip_microseconds,
+        "ask_microcredits_per_unit": capability.ask_microcredits_per_unit,
         "task_kinds": sorted(kind.value for kind in capability.task_kinds),
         "devices": [device_facts(device) for device in capability.devices],
     }
