@@ -123,11 +123,10 @@ class Simulation:
         kinds = (TaskKind.MAP, TaskKind.CHALLENGE) if measures else ()
         checks = (TaskKind.CHECK,) if measures else ()
         self.workers = [
-            SimulatedWorker(self, f"worker-{n}", capability(*kinds, slots=dice.randint(1, 2)), dice.randint(1, 4))
             SimulatedWorker(
                 self,
                 f"worker-{n}",
-                replace(capability(slots=dice.randint(1, 2)), region=self.weather.region()),
+                replace(capability(*kinds, slots=dice.randint(1, 2)), region=self.weather.region()),
                 dice.randint(1, 4),
             )
             for n in range(dice.randint(2, 4))
