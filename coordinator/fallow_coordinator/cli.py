@@ -104,6 +104,11 @@ def commands() -> None:
     "--port", type=click.IntRange(0, 65533), help="First of three ports; 0: free. Default: as before, or 7440."
 )
 @click.option(
+    "--single-port",
+    type=click.IntRange(1, 65535),
+    help="Let parties reach everything at this port, such as 443; the other three then serve this machine alone.",
+)
+@click.option(
     "--operator-worker/--no-operator-worker",
     default=True,
     help="Run the operator's own worker, which inspects bundles.",
@@ -191,6 +196,7 @@ def start(
     listen: str,
     advertise: str,
     port: int | None,
+    single_port: int | None,
     operator_worker: bool,
     heartbeat_ms: int,
     collect_ms: int,
@@ -221,6 +227,7 @@ def start(
         listen=listen,
         advertise=advertise,
         first_port=port,
+        single_port=single_port,
         operator_worker=operator_worker,
         heartbeat_interval_ms=heartbeat_ms,
         collection=CollectionSettings(collect_ms, blob_grace_ms, upload_grace_ms),

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from engine_models import FEATURES, dense_model
+from fallow.bundle_file import Bundle
+from fallow.client.blocking import connect
 from fallow.credentials import Credentials
 from integration.harness import CoordinatorService, coordinator, spawn, wait_for, worker
 from integration.proxies import connect_proxy, inspecting_context
@@ -173,3 +179,36 @@ def test_images_enrol_themselves_and_copies_of_a_key_are_told_what_to_do(
             clone.terminate()
             clone.wait(30)
     assert len(parties) == 2
+
+
+def test_one_port_leads_to_all_three_endpoints(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with coordinator(tmp_path / "coordinator", "--single-port", str(port), operator_worker=True) as service:
+        endpoints = {service.facts[f"{name}_endpoint"] for name in ("enrollment", "control", "blob")}
+        assert endpoints == {f"127.0.0.1:{port}"}
+        wait_for(lambda: _accepts(port), 30, "the splice")
+        login = command("fallow.cli", "login", service.client_join_line, "--folder", str(tmp_path / "client"))
+        assert login.returncode == 0, login.stderr
+        with (
+            worker(service, tmp_path / "worker", "--executor", "process"),
+            connect(tmp_path / "client") as client,
+        ):
+            model = tmp_path / "negate.onnx"
+            model.write_bytes(dense_model())
+            rows = np.zeros((20_000, FEATURES), np.float32)
+            table = client.map(Bundle.from_onnx(model), rows, data="public").table()
+            assert len(table) == 20_000
+        # Whoever does not speak TLS is hung up on.
+        with socket.create_connection(("127.0.0.1", port)) as stranger:
+            stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            stranger.settimeout(10)
+            with contextlib.suppress(ConnectionResetError):
+                assert stranger.recv(1) == b""
+
+
+def _accepts(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+        return True
+    return False
