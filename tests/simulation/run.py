@@ -150,7 +150,8 @@ class Simulation:
         wishes = JobOptions(
             failed_rows_max=len(rows),
             priority=own.randint(0, 9),
-            region=own.choice(("", "", "north", "south")),
+            # Where much fails, a region of one worker may use up a task's attempts.
+            region=own.choice(("", "", "north", "south")) if self.faults.task_trouble < 0.3 else "",
             device_kind=own.choice(("", "", "cpu")),
             deadline_ms=WALL_MS + 3_600_000 if own.random() < 0.2 else 0,
         )
