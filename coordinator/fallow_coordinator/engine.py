@@ -475,7 +475,7 @@ class Engine:
         counters = self._counters
         counters.commits += 1
         counters.events += len(batch.events)
-        counters.commitments += sum(isinstance(event, ev.CommitmentRecorded) for _, event in batch.events)
+        counters.commitments += [type(event) for _, event in batch.events].count(ev.CommitmentRecorded)
         for digest, data in batch.payloads.items():
             counters.payload_bytes += len(data)
             self._cache.put(digest, data)
