@@ -13,7 +13,7 @@ from typing import NoReturn, TypeVar
 
 from fallow.bundle import InspectionReport
 from fallow.ids import AccountId, Digest, JobId, KeyFingerprint, LeaseId, PartyId, SessionId, digest_of
-from fallow.job import DatasetBlock, JobOptions
+from fallow.job import DatasetBlock, JobOptions, Objective
 from fallow.merkle import leaf_digests, root_of
 from fallow.roles import DataClass, Role, Tier
 from fallow.row_block import RowBlock, pack
@@ -323,6 +323,7 @@ class World:
         title: str = "",
         failed_rows_max: int = 1_000,
         budget_microcredits: int = 0,
+        objective: Objective = Objective.COST,
     ) -> JobId:
         """A job over one block of these rows."""
         block = block_of(INPUT_SCHEMA, rows)
@@ -346,7 +347,9 @@ class World:
                 data_class=DataClass.PUBLIC,
                 pool_id=None,
                 title=title,
-                options=JobOptions(failed_rows_max=failed_rows_max, budget_microcredits=budget_microcredits),
+                options=JobOptions(
+                    failed_rows_max=failed_rows_max, budget_microcredits=budget_microcredits, objective=objective
+                ),
                 kept=None,
             ),
             payloads,

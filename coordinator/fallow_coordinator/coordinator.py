@@ -22,6 +22,7 @@ from fallow.ids import AccountId
 from fallow.limits import CONTROL_MESSAGE_BYTES_MAX
 from fallow.roles import Role, Tier
 from fallow_coordinator.blob_keeping import RemoteBlobs
+from fallow_coordinator.carbon.keeper import CarbonKeeper
 from fallow_coordinator.children import ChildCommand, Children
 from fallow_coordinator.collector import BlobCollector, EffectSinks
 from fallow_coordinator.config import CollectionSettings
@@ -91,6 +92,8 @@ class StartOptions:
     operator_worker: bool
     heartbeat_interval_ms: int = 10_000
     collection: CollectionSettings = CollectionSettings()  # noqa: RUF009 - frozen
+    carbon: Path | None = None
+    """The carbon table; None: `carbon.csv` in the state folder, or the synthetic default."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +144,7 @@ class Coordinator:
             snapshots=JournalSnapshots(folder.journal),
         )
         self._doorkeeper = Doorkeeper(self._engine, wall_clock_ms)
+        self._carbon = CarbonKeeper(options.carbon or folder.carbon_table, required=options.carbon is not None)
         self._children = Children()
         self._tasks: list[asyncio.Task[None]] = []
         self._build_services()
@@ -239,6 +243,7 @@ class Coordinator:
             spawn(self._keep_local_credentials(), name="credentials.local"),
             spawn(self._collector.sweep_for_ever(self._engine), name="blobs.sweep"),
             spawn(self._collector.drop_inputs_for_ever(), name="blobs.inputs"),
+            spawn(self._carbon.keep_for_ever(self._engine), name="carbon"),
         ]
         worker = await self.admin.issue_token(
             account_id=None,

@@ -61,6 +61,11 @@ class StateFolder:
         return self.path / "journal"
 
     @property
+    def carbon_table(self) -> Path:
+        """The operator's figures of carbon by region and hour; may be absent."""
+        return self.path / "carbon.csv"
+
+    @property
     def client(self) -> Path:
         """Operator credentials of the user who runs the coordinator."""
         return local_client_folder(self.path)

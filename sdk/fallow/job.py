@@ -102,6 +102,38 @@ class JobRowFailure:
 
 
 @dataclass(frozen=True, slots=True)
+class Footprint:
+    """Energy and what it emitted: of a task, or summed. What workers say of energy is bounded and not checked."""
+
+    millijoules: int = 0
+    """Beyond what machines spend at rest."""
+    millijoules_measured: int = 0
+    """The part that sensors counted; the rest was estimated by CPU time."""
+    micrograms: int = 0
+    """CO₂ equivalents, by the coordinator's carbon table for region and hour."""
+    millijoules_unplaced: int = 0
+    """The part of which nobody knows what it emitted."""
+
+    def plus(self, other: Footprint) -> Footprint:
+        """The sum."""
+        return Footprint(
+            self.millijoules + other.millijoules,
+            self.millijoules_measured + other.millijoules_measured,
+            self.micrograms + other.micrograms,
+            self.millijoules_unplaced + other.millijoules_unplaced,
+        )
+
+    @property
+    def share_measured(self) -> float:
+        """The part that sensors counted, from 0 to 1."""
+        return self.millijoules_measured / self.millijoules if self.millijoules else 0.0
+
+    def joules_per_1000_rows(self, rows: int) -> float:
+        """Joules for each thousand of so many rows; 0 for none."""
+        return self.millijoules / rows if rows else 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class TaskResult:
     """Rows that are done; `cursor` counts the job's results from 1."""
 
@@ -115,6 +147,7 @@ class TaskResult:
     output_root: Digest | None
     status: str = "unverified"
     corrects: int = 0
+    footprint: Footprint = Footprint()
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,3 +197,6 @@ class JobStatus:
     """What its owner should know, for people."""
     deleted_at_ms: int = 0
     """When its results, dataset and kept columns were let go; 0: they are there."""
+    footprint: Footprint = Footprint()
+    deferred_until_ms: int = 0
+    """It waits for cleaner electricity until then, or until the plan changes; 0: it does not."""

@@ -61,6 +61,13 @@ class SandboxLevel(StrEnum):
     """No network, no files, no new processes."""
 
 
+class EnergySource(StrEnum):
+    """How a worker knows what a task spent."""
+
+    MEASURED = "measured"
+    ESTIMATED = "estimated"
+
+
 SANDBOX_ORDER: tuple[SandboxLevel, ...] = tuple(SandboxLevel)
 
 
@@ -192,6 +199,8 @@ class Usage:
     energy_joules: float = 0.0
     tokens: int = 0
     node: int = 0
+    energy_source: EnergySource | None = None
+    """None: nobody knows its energy."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+from collections.abc import Coroutine
 from dataclasses import replace
 from pathlib import Path
 
@@ -217,10 +218,14 @@ async def another_bundle(world: World, inspector: WorldWorker) -> None:
 
 
 def main() -> None:
-    name = sys.argv[1]
+    write(sys.argv[1], STORIES[sys.argv[2] if len(sys.argv) > 2 else "all"]())
+
+
+def write(name: str, life: Coroutine[None, None, list[StoredRecord]]) -> None:
+    """Records a life under a new name."""
     target = HERE / f"{name}.journal"
     assert not target.exists(), f"{target} is recorded; choose a new name"
-    stored = asyncio.run(STORIES[sys.argv[2] if len(sys.argv) > 2 else "all"]())
+    stored = asyncio.run(life)
     target.write_bytes(encode_segment(stored))
     facts = facts_of(decode_records(stored, 0, target))
     (HERE / f"{name}.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n")

@@ -171,6 +171,10 @@ def test_numbers_of_kinds_are_for_ever() -> None:
         "device_measured": 62,
         "device_certificate_ended": 63,
         "challenge_ended": 64,
+        "forecasts_recorded": 65,
+        "carbon_planned": 66,
+        "job_deferred": 67,
+        "job_resumed": 68,
     }
 
 

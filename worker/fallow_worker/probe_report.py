@@ -11,6 +11,7 @@ from fallow.errors import FallowError, Reason
 from fallow.limits import GIB, MIB
 from fallow.session import Device, DeviceKind, DeviceLevel, SandboxLevel
 from fallow_worker.executor.capability import as_offered
+from fallow_worker.probes.energy import SensorKind, find_sensors, power_model
 from fallow_worker.probes.machine import HERE, Machine
 from fallow_worker.probes.survey import Survey, survey
 from fallow_worker.status import device_facts
@@ -37,6 +38,7 @@ def report_of(machine: Machine = HERE, *, lock_down: bool = True) -> dict[str, A
         "sandbox_obstacle": trouble,
         "memory_bytes_free": found.memory_bytes_free,
         "on_battery": found.on_battery,
+        "energy": _energy_facts(machine),
         "took_ms": found.took_ms,
     }
 
@@ -92,6 +94,19 @@ def _runtime_facts(found: Survey) -> dict[str, Any]:
     }
 
 
+def _energy_facts(machine: Machine) -> dict[str, Any]:
+    """How a task's energy is known here: by which sensors, or by which model, and what stands in the way of better."""
+    sensors, model = find_sensors(machine), power_model(machine)
+    return {
+        "source": "estimated" if sensors.kind is SensorKind.NONE else "measured",
+        "sensor": sensors.kind.value,
+        "places": [name for name, _ in sensors.places],
+        "obstacle": sensors.obstacle,
+        "model": model.source,
+        "milliwatts_per_cpu": model.milliwatts_per_cpu,
+    }
+
+
 def report_text(report: dict[str, Any]) -> str:
     """The table: present, usable, measured, and below each device what stands in the way and what to install."""
     rows = [(_row(device), str(device["note"])) for device in report["devices"]]
@@ -115,10 +130,18 @@ def report_text(report: dict[str, Any]) -> str:
         f"sandbox      {report['sandbox_level']}",
         f"memory free  {_size(report['memory_bytes_free'])}",
         f"power        {power}",
+        f"energy       {_energy_text(report['energy'])}",
     ]
     if any(device["kind"] != DeviceKind.CPU.value and not device["offered"] for device in report["devices"]):
         lines += ["", "This version gives work to the CPU alone: accelerators are found and tried, not used yet."]
     return "\n".join(lines) + "\n"
+
+
+def _energy_text(energy: dict[str, Any]) -> str:
+    if energy["source"] == "measured":
+        return f"measured: {energy['sensor']} ({', '.join(energy['places'])})"
+    watts = energy["milliwatts_per_cpu"] / 1_000
+    return f"estimated at {watts:g} W a hardware thread ({energy['model']}); {energy['obstacle']}"
 
 
 def _row(device: dict[str, Any]) -> tuple[str, ...]:

@@ -26,6 +26,7 @@ from fallow_worker.executor import WorkFailed
 from fallow_worker.executor.choice import Choice, ExecutorKind, chosen_executor
 from fallow_worker.heap import keep_small
 from fallow_worker.link import ResumeToken, open_session
+from fallow_worker.metering import EnergyMeter, MeteredExecutor
 from fallow_worker.ports import Executor
 from fallow_worker.probes.cpu import cpu_devices
 from fallow_worker.renewal import Renewal
@@ -131,7 +132,8 @@ async def work(config: WorkerConfig, *, told: Callable[[dict[str, object]], None
 async def _work_alone(
     config: WorkerConfig, folder: StateFolder, credentials: Credentials, told: Callable[[dict[str, object]], None]
 ) -> int:
-    executor, choice = executor_for(config, credentials.tier)
+    chosen, choice = executor_for(config, credentials.tier)
+    executor = MeteredExecutor(chosen, EnergyMeter(owns_devices=not config.ray_address))
     try:
         surroundings = Surroundings(region=config.region, owns_devices=not config.ray_address)
         capability = await surroundings.now(await capability_of(executor, config))

@@ -12,6 +12,7 @@ from fallow.session import TaskKind
 from fallow_coordinator.core import commands as c
 from fallow_coordinator.core import events as e
 from fallow_coordinator.core.answers import Decision
+from fallow_coordinator.core.deferral import held_back
 from fallow_coordinator.core.draft import Draft, shortened
 from fallow_coordinator.core.holding import confirmed
 from fallow_coordinator.core.limits import (
@@ -96,6 +97,7 @@ def inspected(state: State, lease: Lease, task: Task, report: InspectionReport, 
                         now_ms=now_ms,
                     )
                 )
+                draft.events.extend(held_back(state, job_id, job.options.objective, now_ms))
     else:
         draft.fail_jobs_of(task.bundle_digest, refusal_text(report), Reason.PROGRAM_REFUSED)
     return Decision(tuple(draft.events))

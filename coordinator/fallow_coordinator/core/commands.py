@@ -11,6 +11,7 @@ from fallow.ids import AccountId, Digest, JobId, KeyFingerprint, LeaseId, PartyI
 from fallow.job import DatasetBlock, JobOptions
 from fallow.roles import DataClass, Role, Tier
 from fallow.session import BlobReference, Capability, Cause, HeldLease, RowFailure, Usage
+from fallow_coordinator.core.events import RegionForecast
 from fallow_coordinator.core.limits import UPLOAD_GRACE_MS
 
 
@@ -462,6 +463,15 @@ class ReturnLease:
 
 
 @dataclass(frozen=True, slots=True)
+class RecordForecasts:
+    """Grams of CO₂ per kWh of the coming hours where workers are, from `from_ms` on, which begins an hour."""
+
+    from_ms: int
+    forecasts: tuple[RegionForecast, ...]
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
 class ArchiveJobs:
     """The follower's views stand at this sequence: finished jobs up to it need no place in memory."""
 
@@ -513,4 +523,5 @@ Command = (
     | FailTask
     | ReturnLease
     | ArchiveJobs
+    | RecordForecasts
 )

@@ -8,6 +8,7 @@ from fallow_coordinator.core import (
     admission,
     blobs,
     bundles,
+    deferral,
     holding,
     identity,
     jobs,
@@ -34,9 +35,9 @@ def decide(state: State, command: c.Command, now_ms: int, entropy: bytes) -> Dec
         case c.TaskPacked():
             return jobs.task_packed(state, command)
         case c.Commit():
-            return leases.commit(state, command)
+            return leases.commit(state, command, now_ms)
         case c.Deliver():
-            return leases.deliver(state, command)
+            return leases.deliver(state, command, now_ms)
         case c.FailTask():
             return leases.fail_task(state, command, now_ms, Names(entropy))
         case c.ReturnLease():
@@ -57,6 +58,7 @@ def decide(state: State, command: c.Command, now_ms: int, entropy: bytes) -> Dec
             | c.PackFailed()
             | c.ArchiveJobs()
             | c.RegisterBundle()
+            | c.RecordForecasts()
         ):
             return _decide_job(state, command, now_ms, entropy)
         case c.SetPoolMode() | c.GrantCredits() | c.ReleaseCredits() | c.SetAllotment() | c.TopUpJob():
@@ -100,7 +102,16 @@ def _decide_door(state: State, command: DoorCommand) -> Decision:
             assert_never(command)
 
 
-JobCommand = c.SubmitMapJob | c.CancelJob | c.DeleteJob | c.ExpireJobs | c.PackFailed | c.ArchiveJobs | c.RegisterBundle
+JobCommand = (
+    c.SubmitMapJob
+    | c.CancelJob
+    | c.DeleteJob
+    | c.ExpireJobs
+    | c.PackFailed
+    | c.ArchiveJobs
+    | c.RegisterBundle
+    | c.RecordForecasts
+)
 
 
 def _decide_job(state: State, command: JobCommand, now_ms: int, entropy: bytes) -> Decision:
@@ -119,6 +130,8 @@ def _decide_job(state: State, command: JobCommand, now_ms: int, entropy: bytes) 
             return jobs.archive_jobs(state, command)
         case c.RegisterBundle():
             return bundles.register_bundle(state, command, Names(entropy))
+        case c.RecordForecasts():
+            return deferral.record_forecasts(state, command)
         case _:
             assert_never(command)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fallow.credits import PoolMode
 from fallow.errors import Reason
 from fallow.ids import Digest, JobId, LeaseId, TaskId
-from fallow.job import JOB_STATES_FINAL, JobState
+from fallow.job import JOB_STATES_FINAL, Footprint, JobState
 from fallow.limits import ROW_FAILURE_REASON_BYTES_MAX, TASK_ATTEMPTS_MAX
 from fallow.session import Cause, TaskKind
 from fallow_coordinator.core.devices import challenge_of, ended
@@ -95,7 +95,14 @@ class Draft:
         )
         self._judge(self._state.jobs[task.job_id], tally)
 
-    def settle(self, task: Task, lease: Lease, *, rows_failed: int) -> None:
+    def settle(
+        self,
+        task: Task,
+        lease: Lease,
+        *,
+        rows_failed: int,
+        footprint: Footprint = Footprint(),  # noqa: B008 - frozen
+    ) -> None:
         """The lease's commitment becomes the task's result."""
         self._tasks_gone.add(task.task_id)
         self._leases_ended.add(lease.lease_id)
@@ -118,6 +125,7 @@ class Draft:
                 microcredits=got.microcredits,
                 released=got.released,
                 contribution_microcredits=got.contribution_microcredits,
+                footprint=footprint,
             )
         )
         self._given_back(task, lease.reserved_microcredits - got.microcredits)

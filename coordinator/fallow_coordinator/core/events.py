@@ -11,7 +11,7 @@ from enum import StrEnum
 from fallow.bundle import InspectionReport
 from fallow.challenge import ChallengeKind, ChallengePlan
 from fallow.ids import AccountId, Digest, JobId, KeyFingerprint, LeaseId, PartyId, PoolId, SessionId, TaskId, TokenId
-from fallow.job import DatasetBlock, JobOptions, JobState
+from fallow.job import DatasetBlock, Footprint, JobOptions, JobState
 from fallow.roles import DataClass, Role, Tier
 from fallow.session import BlobReference, Capability, Cause, RowFailure, TaskKind, Usage
 
@@ -428,6 +428,9 @@ class CommitmentRecorded:
     message_digest: Digest
     signature: bytes
     sequence: int
+    millijoules: int = 0
+    """What is believed of `usage`'s energy."""
+    energy_measured: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -446,6 +449,7 @@ class TaskSettled:
     """True: the worker's account may spend it at once; false: it is pending."""
     contribution_microcredits: int = 0
     """Recorded for the worker's account where nobody pays."""
+    footprint: Footprint = Footprint()  # noqa: RUF009 - frozen
 
 
 @dataclass(frozen=True, slots=True)
@@ -529,6 +533,50 @@ class ChallengeEnded:
     retry_after_ms: int
 
 
+# ------------------------------------------------------------------------------------------------- carbon
+
+
+@dataclass(frozen=True, slots=True)
+class RegionForecast:
+    """Grams of CO₂ per kWh in a region, hour by hour."""
+
+    region: str
+    """Lower case; empty: every region that is not listed."""
+    grams_per_kwh: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ForecastsRecorded:
+    """What electricity will emit where workers are; replaces what was known. `from_ms` begins an hour."""
+
+    from_ms: int
+    forecasts: tuple[RegionForecast, ...]
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class CarbonPlanned:
+    """Work like this job's, of the same lane, goes to no worker of these regions until the next plan."""
+
+    job_id: JobId
+    regions_closed: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class JobDeferred:
+    """The job waits for cleaner electricity: nothing of it is cut or leased. A later one replaces it."""
+
+    job_id: JobId
+    until_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class JobResumed:
+    """The job waits no more."""
+
+    job_id: JobId
+
+
 Event = (
     JournalStarted
     | Restarted
@@ -580,4 +628,8 @@ Event = (
     | DeviceMeasured
     | DeviceCertificateEnded
     | ChallengeEnded
+    | ForecastsRecorded
+    | CarbonPlanned
+    | JobDeferred
+    | JobResumed
 )

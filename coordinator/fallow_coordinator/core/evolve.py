@@ -9,6 +9,7 @@ from typing import assert_never
 
 from fallow_coordinator.core import events as e
 from fallow_coordinator.core import (
+    evolve_carbon,
     evolve_devices,
     evolve_door,
     evolve_identity,
@@ -62,6 +63,8 @@ def evolve(state: State, event: e.Event, at_ms: int) -> None:
             | e.BlobQuotaSet()
         ):
             evolve_jobs.evolve_job(state, event, at_ms)
+        case e.ForecastsRecorded() | e.CarbonPlanned() | e.JobDeferred() | e.JobResumed():
+            evolve_carbon.evolve_carbon(state, event, at_ms)
         case (
             e.JournalStarted()
             | e.AccountCreated()

@@ -6,13 +6,14 @@ from itertools import accumulate, repeat
 from typing import assert_never
 
 from fallow.credits import PoolMode
-from fallow.job import JOB_MOVES, JOB_STATES_FINAL, JobState
+from fallow.job import JOB_MOVES, JOB_STATES_FINAL, JobState, Objective
 from fallow.ranges import RangeSet
 from fallow.roles import DataClass
 from fallow_coordinator.core import events as e
 from fallow_coordinator.core.commands import StoredBlob
 from fallow_coordinator.core.cutting import unit_nano_starts
-from fallow_coordinator.core.lanes import CUTTABLE, join_queue, lane_of, leave_queue, release_lane
+from fallow_coordinator.core.evolve_carbon import forget_deferral
+from fallow_coordinator.core.lanes import CUTTABLE, join_queue, lane_of, leave_queue, release_lane, wants_cutting
 from fallow_coordinator.core.limits import IDEMPOTENCY_MS
 from fallow_coordinator.core.needs import needs_of_job
 from fallow_coordinator.core.parking import park, unpark
@@ -134,6 +135,8 @@ def _submit(state: State, event: e.JobSubmitted, at_ms: int) -> None:
         ),
     )
     assert job.row_starts[-1] == job.rows, "the blocks hold the job's rows"
+    if job.options.objective is Objective.CARBON:
+        state.carbon_jobs[job.job_id] = None
     account.jobs_unfinished += 1
     account.blocks_unfinished += len(job.blocks)
     state.bundles[event.bundle_digest].jobs[job.job_id] = None
@@ -163,25 +166,29 @@ def _forget_old_keys(state: State, at_ms: int) -> None:
 def _move(state: State, event: e.JobStateChanged, at_ms: int) -> None:
     job = state.jobs[event.job_id]
     assert event.state in JOB_MOVES[job.state], f"no move from {job.state} to {event.state}"
-    could_cut, can_cut = job.state in CUTTABLE, event.state in CUTTABLE
+    could_cut, stood = job.state in CUTTABLE, wants_cutting(job)
     job.state, job.reason, job.reason_code = event.state, event.reason, event.reason_code
-    if can_cut:
+    if event.state not in CUTTABLE:
+        forget_deferral(state, job)
+    if event.state in CUTTABLE:
         _set_cost(state, job)
     if event.state is JobState.PAUSED:
-        park(state, job)
-    elif job.parked:
+        if not job.parked:
+            park(state, job)
+    elif job.parked and not job.deferred_until_ms:
         unpark(state, job)
     if event.due_ms and not could_cut:
         job.due_ms = event.due_ms
-    if can_cut and not could_cut and job.next_row < job.rows:
+    if wants_cutting(job) and not stood:
         join_queue(state, job)
-    elif could_cut and not can_cut and job.next_row < job.rows:
+    elif stood and not wants_cutting(job):
         leave_queue(state, job)
     if event.state in JOB_STATES_FINAL:
         assert not job.tasks, "a finished job has no live tasks"
         assert event.state is not JobState.SUCCEEDED or len(job.done) == job.rows, "success means every row"
         job.finished_at_ms = at_ms
         state.finished[job.job_id] = state.sequence
+        state.carbon_jobs.pop(job.job_id, None)
         account = state.accounts[job.account_id]
         account.jobs_unfinished -= 1
         account.blocks_unfinished -= len(job.blocks)

@@ -221,6 +221,8 @@ def _commit(state: State, event: e.CommitmentRecorded, at_ms: int) -> None:
         failures=event.failures,
         rows_failed=event.rows_failed,
         node=event.usage.node,
+        millijoules=event.millijoules,
+        energy_measured=event.energy_measured,
     )
     if event.inline:
         return
@@ -329,6 +331,7 @@ def _settle(state: State, event: e.TaskSettled) -> None:
     worker = state.workers[lease.worker_id]
     worker.tasks_settled += 1
     worker.rows_settled += event.rows - event.rows_failed
+    worker.footprint = worker.footprint.plus(event.footprint)
     if task.job_id is None:
         return
     assert commitment is not None, "what settles was committed"
@@ -350,9 +353,13 @@ def _settle(state: State, event: e.TaskSettled) -> None:
             node=commitment.node,
             output_root=commitment.output_root,
             status=job.policy,
+            footprint=event.footprint,
         ),
     )
     job.tasks_settled += 1
+    job.footprint = job.footprint.plus(event.footprint)
+    account = state.accounts[job.account_id]
+    account.footprint = account.footprint.plus(event.footprint)
     job.microcredits += event.microcredits
 
 

@@ -10,7 +10,7 @@ from fallow.roles import Tier
 from fallow.session import Capability, DeviceLevel
 from fallow_coordinator.core.devices import measured
 from fallow_coordinator.core.limits import SLOTS_PER_WORKER_MAX, UNIT_MICROS
-from fallow_coordinator.core.needs import MARKET, Ability, ability_of, misfit
+from fallow_coordinator.core.needs import MARKET, Ability, Needs, ability_of, misfit
 from fallow_coordinator.core.state import NO_GROUP, Account, Lane, State, Worker, WorkerGroup
 
 
@@ -29,6 +29,11 @@ def ability_of_worker(state: State, worker: Worker) -> Ability:
         mode=state.pools[worker.pool_id].mode,
         measured=measured(worker),
     )
+
+
+def fits(needs: Needs, lane: Lane, group: WorkerGroup) -> bool:
+    """Whether a lane's work may go to a group now: it can do it, and stands in no region that is closed to it."""
+    return group.ability.region not in lane.regions_closed and misfit(needs, group.ability) is None
 
 
 def numbers_in(groups: int) -> Iterator[int]:
@@ -151,7 +156,7 @@ def _group_of(state: State, ability: Ability) -> WorkerGroup:
     group = state.groups[number] = WorkerGroup(number, ability)
     state.group_numbers[ability] = number
     for needs, lane in state.lanes.items():
-        if misfit(needs, ability) is None:
+        if fits(needs, lane, group):
             lane.groups |= 1 << number
     return group
 

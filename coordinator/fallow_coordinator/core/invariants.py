@@ -6,15 +6,15 @@ from collections import Counter
 
 from fallow.credits import PoolMode
 from fallow.ids import JobId
-from fallow.job import JOB_STATES_FINAL, JobState
+from fallow.job import JOB_STATES_FINAL, Footprint, JobState, Objective
 from fallow.limits import JOB_TASKS_MAX, LEASES_PER_WORKER_MAX, TASK_ATTEMPTS_MAX
 from fallow.ranges import RangeSet
 from fallow.roles import Tier
 from fallow.session import TaskKind
 from fallow_coordinator.core.devices import identity_of, measurable
-from fallow_coordinator.core.groups import ability_of_worker, duration_of_next_unit
+from fallow_coordinator.core.groups import ability_of_worker, duration_of_next_unit, fits
 from fallow_coordinator.core.holding import CLEARANCES_MAX
-from fallow_coordinator.core.lanes import CUTTABLE
+from fallow_coordinator.core.lanes import CUTTABLE, wants_cutting
 from fallow_coordinator.core.ledger import BookKind
 from fallow_coordinator.core.ledger import held as held_by
 from fallow_coordinator.core.limits import (
@@ -23,7 +23,7 @@ from fallow_coordinator.core.limits import (
     LEASES_REMEMBERED_MAX,
     TASK_LOSSES_MAX,
 )
-from fallow_coordinator.core.needs import Ability, misfit
+from fallow_coordinator.core.needs import Ability
 from fallow_coordinator.core.postings import purse_of
 from fallow_coordinator.core.state import NO_GROUP, Job, LaneKey, State, TaskPhase, Worker
 
@@ -45,6 +45,7 @@ def check(state: State) -> None:
     _check_groups(state)
     _check_lanes(state)
     _check_own(state)
+    _check_carbon(state)
     _check_counts(state)
     check_ledger(state)
 
@@ -227,7 +228,7 @@ def _check_lanes(state: State) -> None:
     _must(dict(jobs) == {key: lane.jobs for key, lane in state.lanes.items()}, "a lane counts its work")
     _must({key for key, lane in state.lanes.items() if lane.ready} == set(state.open_lanes), "open lanes are known")
     for key, lane in state.lanes.items():
-        fitting = [group for group in state.groups.values() if misfit(key, group.ability) is None]
+        fitting = [group for group in state.groups.values() if fits(key, lane, group)]
         _must(lane.groups == sum(1 << group.number for group in fitting), "a lane knows who fits")
         _must(lane.window_total == sum(group.window_total for group in fitting), "a lane knows how many fit")
         tasks = [task for task in state.tasks.values() if task.lane == key]
@@ -240,7 +241,7 @@ def _check_lanes(state: State) -> None:
         _must(sorted(ready) == lane.ready, "ready tasks stand in their lane")
         cuttable: dict[str, list[tuple[int, int, str]]] = {}
         for job in state.jobs.values():
-            if job.lane == key and job.state in CUTTABLE and job.next_row < job.rows:
+            if job.lane == key and wants_cutting(job):
                 cuttable.setdefault(job.account_id, []).append((job.due_ms, job.number, job.job_id))
         queues = {account_id: sorted(entries) for account_id, entries in cuttable.items()}
         _must(queues == lane.accounts, "jobs with rows to cut stand in their lane")
@@ -274,6 +275,26 @@ def _check_own(state: State) -> None:
         _must((account_id in state.own_ready) == bool(account.ready and account.own_free), "own pairs are known")
         wanting = bool(account.lanes) and account.stock < account.own_ahead
         _must((account_id in state.own_wanting) == wanting, "own wants are known")
+
+
+def _check_carbon(state: State) -> None:
+    for job in state.jobs.values():
+        _must(not job.deferred_until_ms or (job.parked and job.state in CUTTABLE), "who waits could run and is parked")
+        _must(not job.parked or bool(job.deferred_until_ms) or job.state is JobState.PAUSED, "who is parked waits")
+        unfinished = job.state not in JOB_STATES_FINAL
+        wanted = unfinished and job.options.objective is Objective.CARBON
+        _must((job.job_id in state.carbon_jobs) == wanted, "jobs that want little carbon are known")
+        total = Footprint()
+        for result in job.results:
+            total = total.plus(result.footprint)
+        _must(bool(job.deleted_at_ms) or total == job.footprint, "a job's energy is that of its results")
+    deferred = sorted((job.deferred_until_ms, job.job_id) for job in state.jobs.values() if job.deferred_until_ms)
+    _must(deferred == state.deferred, "jobs that wait stand in the index")
+    footprints = [job.footprint for job in state.jobs.values()]
+    footprints += [worker.footprint for worker in state.workers.values()]
+    for footprint in footprints:
+        parts = (footprint.millijoules_measured, footprint.micrograms, footprint.millijoules_unplaced)
+        _must(min(parts) >= 0 and max(parts[0], parts[2]) <= footprint.millijoules, "energy is a quantity")
 
 
 def _check_counts(state: State) -> None:

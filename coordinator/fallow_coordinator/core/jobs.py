@@ -22,6 +22,7 @@ from fallow_coordinator.core import events as e
 from fallow_coordinator.core.admission import check_admitted
 from fallow_coordinator.core.answers import Decision, JobAccepted
 from fallow_coordinator.core.bundles import account_of, usable_bundle
+from fallow_coordinator.core.deferral import held_back
 from fallow_coordinator.core.draft import Draft, shortened
 from fallow_coordinator.core.limits import (
     ARCHIVED_PER_COMMAND_MAX,
@@ -125,6 +126,7 @@ def submit_map_job(state: State, command: c.SubmitMapJob, now_ms: int, names: Na
         needs = needs_of_job(options, pool_id=pool_id, data_class=command.data_class, mode=state.pools[pool_id].mode)
         blocks, report = command.blocks, bundle.report
         events.append(queued(state, job_id, needs=needs, options=options, blocks=blocks, report=report, now_ms=now_ms))
+        events.extend(held_back(state, job_id, options.objective, now_ms))
     return Decision(tuple(events), JobAccepted(job_id, repeated=False))
 
 

@@ -6,8 +6,7 @@ from bisect import bisect_left, insort
 
 from fallow.ids import AccountId, TaskId
 from fallow.job import JobState
-from fallow_coordinator.core.groups import note, note_own
-from fallow_coordinator.core.needs import misfit
+from fallow_coordinator.core.groups import fits, note, note_own
 from fallow_coordinator.core.state import NO_GROUP, Account, Job, Lane, LaneKey, State, Task, TaskPhase
 
 CUTTABLE = frozenset({JobState.QUEUED, JobState.RUNNING})
@@ -20,10 +19,26 @@ def lane_of(state: State, key: LaneKey) -> Lane:
     if lane is None:
         lane = state.lanes[key] = Lane()
         for number, group in state.groups.items():
-            if misfit(key, group.ability) is None:
+            if fits(key, lane, group):
                 lane.groups |= 1 << number
                 lane.window_total += group.window_total
     return lane
+
+
+def close_regions(state: State, key: LaneKey, regions: frozenset[str]) -> None:
+    """Work of this lane goes to no worker of these regions from here on, and to all others again."""
+    lane = state.lanes[key]
+    lane.regions_closed = regions
+    lane.groups = lane.window_total = 0
+    for number, group in state.groups.items():
+        if fits(key, lane, group):
+            lane.groups |= 1 << number
+            lane.window_total += group.window_total
+
+
+def wants_cutting(job: Job) -> bool:
+    """Whether the job stands in the queue for its rows to be cut."""
+    return job.state in CUTTABLE and not job.deferred_until_ms and job.next_row < job.rows
 
 
 def release_lane(state: State, key: LaneKey) -> None:

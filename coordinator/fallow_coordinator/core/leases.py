@@ -13,6 +13,7 @@ from fallow_coordinator.core import measuring
 from fallow_coordinator.core.answers import Decision
 from fallow_coordinator.core.bundles import crash_report, fault_of_report, inspected
 from fallow_coordinator.core.draft import Draft, shortened
+from fallow_coordinator.core.footprints import believed_energy, footprint_of
 from fallow_coordinator.core.holding import blame_program
 from fallow_coordinator.core.names import Names
 from fallow_coordinator.core.state import CommitmentFacts, EndedLease, Lease, State, Task
@@ -20,7 +21,7 @@ from fallow_coordinator.core.state import CommitmentFacts, EndedLease, Lease, St
 COMMITTED_KINDS = frozenset({TaskKind.MAP, TaskKind.CHALLENGE})
 
 
-def commit(state: State, command: c.Commit) -> Decision:
+def commit(state: State, command: c.Commit, now_ms: int) -> Decision:
     """Records a commitment; an inline one settles at once, else the output is asked for.
 
     The same commitment again is harmless. Wrong content ends the lease as the worker's failure.
@@ -53,6 +54,7 @@ def commit(state: State, command: c.Commit) -> Decision:
         draft.end_lease(lease, e.LeaseOutcome.FAILED, Cause.WORKER, fault)
         return Decision(tuple(draft.events))
     rows_failed = command.stored.rows_failed if command.stored is not None else len(command.failures)
+    millijoules, measured = believed_energy(state, lease, command.usage, now_ms)
     draft.events.append(
         e.CommitmentRecorded(
             lease_id=command.lease_id,
@@ -67,16 +69,19 @@ def commit(state: State, command: c.Commit) -> Decision:
             message_digest=command.message_digest,
             signature=command.signature,
             sequence=command.sequence,
+            millijoules=millijoules,
+            energy_measured=measured,
         )
     )
     if task.kind is TaskKind.CHALLENGE:
         draft.events.append(measuring.answered(state, task, command))
     if command.inline:
-        draft.settle(task, lease, rows_failed=rows_failed)
+        footprint = footprint_of(state, lease, millijoules, measured=measured, now_ms=now_ms)
+        draft.settle(task, lease, rows_failed=rows_failed, footprint=footprint)
     return Decision(tuple(draft.events))
 
 
-def deliver(state: State, command: c.Deliver) -> Decision:
+def deliver(state: State, command: c.Deliver, now_ms: int) -> Decision:
     """Settles a committed lease with the blob service's receipt; another root than the committed one fails the lease.
 
     Raises SESSION_REPLACED, LEASE_UNKNOWN, LEASE_ENDED, FENCE_STALE, FIELD_INVALID.
@@ -95,7 +100,9 @@ def deliver(state: State, command: c.Deliver) -> Decision:
     if fault:
         draft.end_lease(lease, e.LeaseOutcome.FAILED, Cause.WORKER, fault)
     else:
-        draft.settle(task, lease, rows_failed=command.stored.rows_failed)
+        committed = lease.commitment
+        footprint = footprint_of(state, lease, committed.millijoules, measured=committed.energy_measured, now_ms=now_ms)
+        draft.settle(task, lease, rows_failed=command.stored.rows_failed, footprint=footprint)
     return Decision(tuple(draft.events))
 
 

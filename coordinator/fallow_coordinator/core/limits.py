@@ -135,6 +135,25 @@ CHALLENGE_RETRY_MS_MAX = HOUR_MS
 CHALLENGE_RETRY_BLAMED_MS_MIN = 10 * MINUTE_MS
 CHALLENGE_RETRY_BLAMED_MS_MAX = DAY_MS
 """The same after a wrong or late answer."""
+WATTS_PER_NODE_MAX = 10_000
+"""What one machine of a worker may spend, at most: more is not believed."""
+NODES_BELIEVED_MAX = 1_000
+"""Machines of one worker of which energy is believed."""
+FORECAST_HOURS_MAX = 48
+FORECAST_REGIONS_MAX = 64
+FORECAST_GRAMS_PER_KWH_MAX = 3_000
+PLANNED_JOBS_MAX = 1_000
+"""Jobs of one lane that are planned for, those due first; the others do not wait."""
+PLAN_EVERY_MS = MINUTE_MS
+"""How often waiting for clean hours is planned anew, while jobs may wait."""
+CARBON_PATIENCE_MS = DAY_MS
+"""How long a job that asks for little carbon may wait when it names no deadline."""
+CARBON_MARGIN_MS_MIN = 15 * MINUTE_MS
+CARBON_MARGIN_PERCENT = 10
+"""How long before its deadline a job that waited shall be done."""
+CARBON_CAPACITY_PERCENT = 50
+"""How much of what workers could do a plan counts on: others may come, and speeds are not known."""
+
 PRIORITY_MAX = 9
 """Highest priority of a job among those of its account; each step is an hour in the queue."""
 SHARE_HALF_LIFE_MS = DAY_MS

@@ -16,6 +16,7 @@ from fallow.job import JobState, Objective
 from fallow.roles import Tier
 from fallow.session import TaskKind
 from fallow_coordinator.core import events as e
+from fallow_coordinator.core.carbon import grams_at
 from fallow_coordinator.core.cutting import Layout, cost_of, cut_size, unit_micros
 from fallow_coordinator.core.evolve_tasks import submitter_of
 from fallow_coordinator.core.funding import Shortage, lease_terms, paused
@@ -32,7 +33,7 @@ from fallow_coordinator.core.limits import (
     UNIT_MICROS,
 )
 from fallow_coordinator.core.names import Names
-from fallow_coordinator.core.needs import INSPECTION, Needs, fits_own
+from fallow_coordinator.core.needs import INSPECTION, Needs, fits_own, misfit
 from fallow_coordinator.core.shares import share_key_after
 from fallow_coordinator.core.state import NO_GROUP, Account, Job, Lane, State, Task, Worker, WorkerGroup
 
@@ -71,9 +72,15 @@ def _own_pair(state: State) -> _Pair | None:
             task = state.tasks[task_id]
             for worker_id in islice(account.own_free, OWN_WORKERS_LOOKED_AT_MAX):
                 worker = state.workers[worker_id]
-                if fits_own(task.lane, state.groups[worker.group].ability) and worker_id not in task.avoid:
+                if _may_take_own(state, task.lane, worker) and worker_id not in task.avoid:
                     return _Pair(task, worker)
     return None
+
+
+def _may_take_own(state: State, key: Needs, worker: Worker) -> bool:
+    """Whether such work of its own account may go to a worker now."""
+    ability = state.groups[worker.group].ability
+    return ability.region not in state.lanes[key].regions_closed and fits_own(key, ability)
 
 
 def _inspection_pair(state: State, now_ms: int) -> _Pair | None:
@@ -121,23 +128,17 @@ def _pair_of(state: State, key: Needs, lane: Lane, task: Task) -> _Pair | None:
     A worker on which the task failed gets it again only when no other takes work.
     """
     limit = state.jobs[task.job_id].options.limit_microcredits_per_unit if key.paid and task.job_id else 0
-    best: tuple[int, int, int, PartyId] | None = None
-    for group in _free_groups(state, lane):
-        entries = group.fastest if key.objective is Objective.SPEED else group.cheapest
-        for first, second, worker_id in entries:
-            worker = state.workers[worker_id]
-            if worker.ask_microcredits_per_unit > limit:
-                if entries is group.cheapest:
-                    break
-            elif worker_id not in task.avoid:
-                rank = (first, second, _TIER_RANK[group.ability.tier], worker_id)
-                best = rank if best is None or rank < best else best
-                break
+    fitting = _cleanest_groups(state, lane) if key.objective is Objective.CARBON else lane.groups & state.free_groups
+    best = _best_in(state, key, task, fitting, limit)
+    if best is None and key.objective is Objective.CARBON:
+        # What failed in the clean regions may go anywhere: clean rows are worth less than rows.
+        fitting = (_groups_wherever(state, key) if task.avoid else lane.groups) & state.free_groups
+        best = _best_in(state, key, task, fitting, limit)
     if best is not None:
-        holder_id = _holder(state, lane, task, best) if key.objective is not Objective.SPEED else None
+        holder_id = _holder(state, fitting, task, best) if key.objective is not Objective.SPEED else None
         worker = state.workers[holder_id or best[3]]
         return _Pair(task, worker, _runner_up_ask(state, lane, worker) if key.paid else None)
-    if not task.avoid or _somebody_else_takes_work(state, lane, task):
+    if not task.avoid or _somebody_else_takes_work(state, key, lane, task):
         return None
     for group in _free_groups(state, lane):
         for _, _, worker_id in group.cheapest:
@@ -148,27 +149,66 @@ def _pair_of(state: State, key: Needs, lane: Lane, task: Task) -> _Pair | None:
     return None
 
 
+def _best_in(state: State, key: Needs, task: Task, fitting: int, limit: int) -> tuple[int, int, int, PartyId] | None:
+    """The best free worker of these groups on which the task has not failed: what counts, tier rank, identifier."""
+    best: tuple[int, int, int, PartyId] | None = None
+    for number in numbers_in(fitting):
+        group = state.groups[number]
+        entries = group.fastest if key.objective is Objective.SPEED else group.cheapest
+        for first, second, worker_id in entries:
+            worker = state.workers[worker_id]
+            if worker.ask_microcredits_per_unit > limit:
+                if entries is group.cheapest:
+                    break
+            elif worker_id not in task.avoid:
+                rank = (first, second, _TIER_RANK[group.ability.tier], worker_id)
+                best = rank if best is None or rank < best else best
+                break
+    return best
+
+
 def _free_groups(state: State, lane: Lane) -> Iterator[WorkerGroup]:
     return (state.groups[number] for number in numbers_in(lane.groups & state.free_groups))
 
 
-def _somebody_else_takes_work(state: State, lane: Lane, task: Task) -> bool:
+def _cleanest_groups(state: State, lane: Lane) -> int:
+    """Of the groups with free window that fit, those whose electricity is the cleanest in this hour."""
+    found, lowest = 0, None
+    for number in numbers_in(lane.groups & state.free_groups):
+        grams = grams_at(state.forecasts, state.groups[number].ability.region, state.clock_ms) or 0
+        if lowest is None or grams < lowest:
+            found, lowest = 0, grams
+        if grams == lowest:
+            found |= 1 << number
+    return found
+
+
+def _groups_wherever(state: State, key: Needs) -> int:
+    """The groups that fit, those of closed regions too."""
+    return sum(1 << group.number for group in state.groups.values() if misfit(key, group.ability) is None)
+
+
+def _somebody_else_takes_work(state: State, key: Needs, lane: Lane, task: Task) -> bool:
     """Whether a worker that fits, busy or not, has not failed at the task."""
+    fitting, rooms = lane.groups, lane.window_total
+    if lane.regions_closed:
+        fitting = _groups_wherever(state, key)
+        rooms = sum(state.groups[number].window_total for number in numbers_in(fitting))
     avoided = 0
     for worker_id in task.avoid:
         worker = state.workers[worker_id]
-        if worker.group != NO_GROUP and lane.groups >> worker.group & 1:
+        if worker.group != NO_GROUP and fitting >> worker.group & 1:
             avoided += worker.room
-    return lane.window_total > avoided
+    return rooms > avoided
 
 
-def _holder(state: State, lane: Lane, task: Task, best: tuple[int, int, int, PartyId]) -> PartyId | None:
+def _holder(state: State, fitting: int, task: Task, best: tuple[int, int, int, PartyId]) -> PartyId | None:
     """Among workers as good as the best one: who has the bundle loaded, or at least on its disk."""
     ask, load, tier_rank, _ = best
     found: tuple[bool, int, PartyId] | None = None
     for worker_id in state.bundles[task.bundle_digest].holders:
         worker = state.workers[worker_id]
-        if not worker.free or not lane.groups >> worker.group & 1 or worker_id in task.avoid:
+        if not worker.free or not fitting >> worker.group & 1 or worker_id in task.avoid:
             continue
         as_good = worker.load <= load or worker.load < _ALL_SLOTS
         if worker.ask_microcredits_per_unit == ask and as_good and _TIER_RANK[worker.tier] <= tier_rank:
@@ -229,7 +269,7 @@ def _next_job(state: State, key: Needs, lane: Lane, wanting: int) -> tuple[tuple
 def _serves_own(state: State, account: Account, key: Needs) -> bool:
     """Whether one of the account's own workers fits the lane."""
     return any(
-        fits_own(key, state.groups[state.workers[worker_id].group].ability)
+        _may_take_own(state, key, state.workers[worker_id])
         for worker_id in islice(account.own_workers, OWN_WORKERS_LOOKED_AT_MAX)
     )
 

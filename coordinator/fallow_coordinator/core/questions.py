@@ -15,6 +15,7 @@ from fallow.job import JOB_STATES_FINAL, JobProgress, JobState, JobStatus, TaskR
 from fallow.limits import BLOCK_BYTES_MAX
 from fallow.roles import TIERS_ALLOWED, Tier
 from fallow.session import BlobReference, Capability, DeviceStanding, TaskKind
+from fallow_coordinator.core.deferral import why_deferred
 from fallow_coordinator.core.devices import certificate_of, challenge_of
 from fallow_coordinator.core.evolve_tasks import MEASURING_KINDS
 from fallow_coordinator.core.needs import INSPECTION, Misfit, misfit
@@ -74,6 +75,8 @@ def job_status(state: State, job_id: JobId) -> JobStatus | None:
         spent_microcredits=job.microcredits,
         reserved_microcredits=job.reserved_microcredits,
         warnings=budget_warnings(job),
+        footprint=job.footprint,
+        deferred_until_ms=job.deferred_until_ms,
     )
 
 
@@ -112,6 +115,7 @@ NO_WORKER = "NO_WORKER"
 BUSY = "BUSY"
 PACKING = "PACKING"
 LIMIT_BELOW_ASKS = "LIMIT_BELOW_ASKS"
+DEFERRED = "DEFERRED"
 
 
 def waiting_reason(state: State, job_id: JobId) -> tuple[str, str]:
@@ -119,7 +123,11 @@ def waiting_reason(state: State, job_id: JobId) -> tuple[str, str]:
     job = state.jobs[job_id]
     if job.state is JobState.PENDING:
         return _why_pending(state, job)
-    if job.state not in _WAITING or job.rows_leased:
+    if job.state not in _WAITING:
+        return "", ""
+    if job.deferred_until_ms:
+        return why_deferred(state, job, state.clock_ms), DEFERRED
+    if job.rows_leased:
         return "", ""
     sentence, code = _why_waiting(state, job)
     failures = (state.tasks[task_id].last_reason for task_id in job.tasks)

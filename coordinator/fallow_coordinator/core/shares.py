@@ -13,8 +13,9 @@ from __future__ import annotations
 
 from math import exp2, log2
 
-from fallow.job import JobOptions
+from fallow.job import JobOptions, Objective
 from fallow_coordinator.core.limits import (
+    CARBON_PATIENCE_MS,
     DAY_MS,
     HOUR_MS,
     PRIORITY_MAX,
@@ -52,6 +53,9 @@ def due_ms(options: JobOptions, *, now_ms: int, run_ms: int) -> int:
     An hour for each step of priority below the highest, or early enough for its deadline if it runs for `run_ms`.
     The moment does not move, so whatever waits long enough comes before everything new: nothing starves.
     """
+    if options.objective is Objective.CARBON:
+        # It may wait until its deadline and says so: when clean hours come, whoever must be done first goes first.
+        return max(1, (options.deadline_ms or now_ms + CARBON_PATIENCE_MS) - run_ms)
     due = now_ms + (PRIORITY_MAX - options.priority) * HOUR_MS
     if options.deadline_ms:
         due = min(due, options.deadline_ms - run_ms)

@@ -10,10 +10,11 @@ from fallow.bundle import InspectionReport
 from fallow.challenge import ChallengePlan
 from fallow.credits import PoolMode
 from fallow.ids import AccountId, Digest, JobId, KeyFingerprint, LeaseId, PartyId, PoolId, SessionId, TaskId, TokenId
-from fallow.job import DatasetBlock, JobOptions, JobState, TaskResult
+from fallow.job import DatasetBlock, Footprint, JobOptions, JobState, TaskResult
 from fallow.ranges import RangeSet
 from fallow.roles import DataClass, Role, Tier
 from fallow.session import BlobReference, Capability, Cause, RowFailure, TaskKind
+from fallow_coordinator.core.carbon import Forecast
 from fallow_coordinator.core.commands import StoredBlob
 from fallow_coordinator.core.events import LeaseOutcome
 from fallow_coordinator.core.ledger import Ledger
@@ -45,6 +46,8 @@ class Account:
     blocks_unfinished: int = 0
     """Dataset blocks of its unfinished jobs."""
     idempotency_keys: int = 0
+    footprint: Footprint = Footprint()  # noqa: RUF009 - frozen
+    """Of its jobs' settled tasks."""
     inspected_last: int = 0
     """Journal sequence at which a bundle of its own was last leased for inspection; 0: never."""
     share_key: int = 0
@@ -208,6 +211,8 @@ class Worker:
     leases: dict[LeaseId, None] = field(default_factory=dict[LeaseId, None])
     """All live leases it holds, and no other."""
     unit_micros_held: int = 0
+    footprint: Footprint = Footprint()  # noqa: RUF009 - frozen
+    """Of the tasks it settled."""
     rows_settled: int = 0
     tasks_settled: int = 0
     free_since_ms: int = 0
@@ -346,6 +351,10 @@ class Job:
     deleted_at_ms: int = 0
     """0: its results, dataset and kept columns are there."""
     deleted_reason: str = ""
+    footprint: Footprint = Footprint()  # noqa: RUF009 - frozen
+    """Of its settled tasks."""
+    deferred_until_ms: int = 0
+    """It waits for clean electricity until then, or until the plan changes; 0: it does not."""
     parked: bool = False
     """Its waiting and ready tasks stand outside the lane; changed by `parking` alone."""
     number: int = 0
@@ -416,6 +425,8 @@ class CommitmentFacts:
     failures: tuple[RowFailure, ...]
     rows_failed: int
     node: int
+    millijoules: int = 0
+    energy_measured: bool = False
 
 
 @dataclass(slots=True)
@@ -468,6 +479,8 @@ class Lane:
     """The groups that fit, one bit each."""
     window_total: int = 0
     """Sum of their windows."""
+    regions_closed: frozenset[str] = frozenset()
+    """Regions whose electricity is too dirty for this work in this hour; their groups are left out above."""
     queue: list[tuple[int, AccountId]] = field(default_factory=list[tuple[int, AccountId]])
     """(share key, account) of those with uncut rows here, sorted: whose turn it is stands first."""
     accounts: dict[AccountId, list[tuple[int, int, JobId]]] = field(
@@ -544,4 +557,13 @@ class State:
     """Accounts with ready tasks and free workers of their own."""
     own_wanting: dict[AccountId, None] = field(default_factory=dict[AccountId, None])
     """Accounts with rows to cut and less in stock than their own workers could take."""
+    forecasts: dict[str, Forecast] = field(default_factory=dict[str, Forecast])
+    """Grams of CO₂ per kWh to come, by region; `carbon.ELSEWHERE` for all others."""
+    forecast_source: str = ""
+    carbon_jobs: dict[JobId, None] = field(default_factory=dict[JobId, None])
+    """Unfinished jobs whose objective is little carbon."""
+    deferred: list[tuple[int, JobId]] = field(default_factory=list[tuple[int, JobId]])
+    """(until, job) of every job that waits for clean electricity, sorted."""
+    carbon_planned_at_ms: int = 0
+    """When waiting for clean electricity was last planned."""
     tasks_created: int = 0

@@ -7,6 +7,7 @@ from fallow_coordinator.core import commands as c
 from fallow_coordinator.core import events as e
 from fallow_coordinator.core import measuring
 from fallow_coordinator.core.answers import Decision
+from fallow_coordinator.core.deferral import planned
 from fallow_coordinator.core.draft import Draft
 from fallow_coordinator.core.limits import DUE_PER_TICK_MAX, PACK_PATIENCE_MS
 from fallow_coordinator.core.names import Names
@@ -43,6 +44,8 @@ def tick(state: State, command: c.Tick, now_ms: int, names: Names) -> Decision:
             if task_id not in gone:
                 draft.events.append(e.PackRequested(task_id=task_id, pack_number=task.pack_number + 1))
     draft.events.extend(renewals_due(state, now_ms))
+    ended = {event.job_id for event in draft.events if isinstance(event, e.JobStateChanged)}
+    draft.events += [event for event in planned(state, now_ms) if event.job_id not in ended]
     if draft.events or command.measuring is None:
         # What ends now may free whom it would challenge: devices have time until the next tick.
         return Decision(tuple(draft.events))

@@ -11,7 +11,14 @@ from google.protobuf.message import DecodeError
 from fallow.ids import Digest
 from fallow.journal.v1 import journal_pb2 as pb
 from fallow_coordinator.core.events import Event
-from fallow_coordinator.store import credit_events, device_events, door_events, identity_events, work_events
+from fallow_coordinator.store import (
+    carbon_events,
+    credit_events,
+    device_events,
+    door_events,
+    identity_events,
+    work_events,
+)
 from fallow_coordinator.store.event_kind import AnyKind
 
 SALT_BYTES = 16
@@ -23,6 +30,7 @@ KINDS: tuple[AnyKind, ...] = (
     *work_events.KINDS,
     *credit_events.KINDS,
     *device_events.KINDS,
+    *carbon_events.KINDS,
     *door_events.KINDS,
 )
 """Every kind of event; complete, or importing this module fails."""

@@ -340,6 +340,7 @@ def status_of(job: Job) -> JobStatus:
         spent_microcredits=job.microcredits,
         reserved_microcredits=job.reserved_microcredits,
         warnings=budget_warnings(job),
+        footprint=job.footprint,
     )
 
 

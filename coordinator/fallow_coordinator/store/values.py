@@ -13,7 +13,7 @@ from typing import Generic, TypeVar
 from fallow.bundle import InspectionReport, Precision
 from fallow.cost import CostCurve, CostKnot
 from fallow.ids import Digest
-from fallow.job import JobOptions, JobState, Objective
+from fallow.job import Footprint, JobOptions, JobState, Objective
 from fallow.roles import DataClass, Role, Tier
 from fallow.session import (
     BlobReference,
@@ -22,6 +22,7 @@ from fallow.session import (
     Device,
     DeviceKind,
     DeviceLevel,
+    EnergySource,
     RowFailure,
     SandboxLevel,
     TaskKind,
@@ -68,6 +69,7 @@ JOB_STATES = EnumTable(JobState, job_pb2.JobState.Value, "JOB_STATE")
 OBJECTIVES = EnumTable(Objective, job_pb2.Objective.Value, "OBJECTIVE")
 PRECISIONS = EnumTable(Precision, bundle_pb2.Precision.Value, "PRECISION")
 TASK_KINDS = EnumTable(TaskKind, session_pb2.TaskKind.Value, "TASK_KIND")
+ENERGY_SOURCES = EnumTable(EnergySource, session_pb2.EnergySource.Value, "ENERGY_SOURCE")
 CAUSES = EnumTable(Cause, session_pb2.Cause.Value, "CAUSE")
 DEVICE_KINDS = EnumTable(DeviceKind, capability_pb2.DeviceKind.Value, "DEVICE_KIND")
 DEVICE_LEVELS = EnumTable(DeviceLevel, capability_pb2.DeviceLevel.Value, "DEVICE_LEVEL")
@@ -105,6 +107,7 @@ def usage_to_message(usage: Usage) -> session_pb2.Usage:
         energy_joules=usage.energy_joules,
         tokens=usage.tokens,
         node=usage.node,
+        energy_source=ENERGY_SOURCES.number(usage.energy_source),
     )
 
 
@@ -116,6 +119,24 @@ def usage_from_message(message: session_pb2.Usage) -> Usage:
         energy_joules=message.energy_joules,
         tokens=message.tokens,
         node=message.node,
+        energy_source=ENERGY_SOURCES.member_or_none(message.energy_source),
+    )
+
+
+def footprint_to_message(footprint: Footprint) -> job_pb2.Footprint | None:
+    if footprint == Footprint():
+        return None
+    return job_pb2.Footprint(
+        millijoules=footprint.millijoules,
+        millijoules_measured=footprint.millijoules_measured,
+        micrograms=footprint.micrograms,
+        millijoules_unplaced=footprint.millijoules_unplaced,
+    )
+
+
+def footprint_from_message(message: job_pb2.Footprint) -> Footprint:
+    return Footprint(
+        message.millijoules, message.millijoules_measured, message.micrograms, message.millijoules_unplaced
     )
 
 

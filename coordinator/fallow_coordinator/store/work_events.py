@@ -195,6 +195,8 @@ def _commitment_recorded_to(event: ev.CommitmentRecorded) -> pb.CommitmentRecord
         message_digest=event.message_digest,
         signature=event.signature,
         sequence=event.sequence,
+        millijoules=event.millijoules,
+        energy_measured=event.energy_measured,
     )
 
 
@@ -212,6 +214,8 @@ def _commitment_recorded_from(message: pb.CommitmentRecorded) -> ev.CommitmentRe
         message_digest=Digest(message.message_digest),
         signature=message.signature,
         sequence=message.sequence,
+        millijoules=message.millijoules,
+        energy_measured=message.energy_measured,
     )
 
 
@@ -357,6 +361,7 @@ KINDS: tuple[AnyKind, ...] = (
             microcredits=event.microcredits,
             released=event.released,
             contribution_microcredits=event.contribution_microcredits,
+            footprint=values.footprint_to_message(event.footprint),
         ),
         lambda message: ev.TaskSettled(
             task_id=TaskId(message.task_id),
@@ -367,6 +372,7 @@ KINDS: tuple[AnyKind, ...] = (
             microcredits=message.microcredits,
             released=message.released,
             contribution_microcredits=message.contribution_microcredits,
+            footprint=values.footprint_from_message(message.footprint),
         ),
     ),
     Kind(

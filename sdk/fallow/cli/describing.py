@@ -48,7 +48,32 @@ def status_facts(status: JobStatus) -> dict[str, Any]:
         "progress": status.progress,
         "results": status.results,
         "deleted_at_ms": status.deleted_at_ms,
+        "energy": energy_facts(status),
+        "deferred_until_ms": status.deferred_until_ms,
     }
+
+
+def energy_facts(status: JobStatus) -> dict[str, Any]:
+    """What a job's settled rows spent and emitted, for JSON."""
+    footprint, rows = status.footprint, status.progress.rows_done
+    return {
+        "joules": footprint.millijoules / 1_000,
+        "joules_per_1000_rows": footprint.joules_per_1000_rows(rows),
+        "share_measured": footprint.share_measured,
+        "grams_co2": footprint.micrograms / 1_000_000,
+        "joules_of_unknown_carbon": footprint.millijoules_unplaced / 1_000,
+    }
+
+
+def _energy_text(status: JobStatus) -> str:
+    """What a job's settled rows spent and emitted, in words; empty while nothing is known."""
+    footprint = status.footprint
+    if not footprint.millijoules:
+        return ""
+    each = footprint.joules_per_1000_rows(status.progress.rows_done)
+    known = f"{footprint.share_measured:.0%} measured" if footprint.millijoules_measured else "estimated"
+    grams = f", {footprint.micrograms / 1_000_000:.3g} g CO2" if footprint.micrograms else ""
+    return f"{footprint.millijoules / 1_000:.3g} J ({each:.3g} J for 1,000 rows, {known}){grams}"
 
 
 def status_line(status: JobStatus) -> str:
@@ -74,6 +99,10 @@ def status_text(status: JobStatus) -> str:
         "account": status.account_id,
         "pool": status.pool_id,
         "policy": status.policy,
+        "energy": _energy_text(status),
+        "waits": f"for cleaner electricity until {_moment(status.deferred_until_ms)}"
+        if status.deferred_until_ms
+        else "",
         "price": f"{status.price_microcredits / 1_000_000:g} credits",
         "submitted": _moment(status.submitted_at_ms),
         "finished": _moment(status.finished_at_ms) if status.finished_at_ms else "",

@@ -251,6 +251,7 @@ class TaskResult(_message.Message):
     OUTPUT_ROOT_FIELD_NUMBER: _builtins.int
     STATUS_FIELD_NUMBER: _builtins.int
     CORRECTS_FIELD_NUMBER: _builtins.int
+    FOOTPRINT_FIELD_NUMBER: _builtins.int
     cursor: _builtins.int
     """Counts results of the job from 1; pass it as cursor to resume."""
     inline_output: _builtins.bytes
@@ -272,6 +273,10 @@ class TaskResult(_message.Message):
     def failures(self) -> _containers.RepeatedCompositeFieldContainer[Global___JobRowFailure]:
         """Rows that failed; `row` is the position in the job."""
 
+    @_builtins.property
+    def footprint(self) -> Global___Footprint:
+        """Unset: nobody knows its energy."""
+
     def __init__(
         self,
         *,
@@ -285,14 +290,49 @@ class TaskResult(_message.Message):
         output_root: _builtins.bytes = ...,
         status: _builtins.str = ...,
         corrects: _builtins.int = ...,
+        footprint: Global___Footprint | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["output", b"output"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["footprint", b"footprint", "output", b"output"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["corrects", b"corrects", "cursor", b"cursor", "failures", b"failures", "inline_output", b"inline_output", "node", b"node", "output", b"output", "output_root", b"output_root", "spans", b"spans", "status", b"status", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["corrects", b"corrects", "cursor", b"cursor", "failures", b"failures", "footprint", b"footprint", "inline_output", b"inline_output", "node", b"node", "output", b"output", "output_root", b"output_root", "spans", b"spans", "status", b"status", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___TaskResult: _TypeAlias = TaskResult  # noqa: Y015
+
+@_typing.final
+class Footprint(_message.Message):
+    """Energy and what it emitted. What workers say of energy is bounded and not checked."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MILLIJOULES_FIELD_NUMBER: _builtins.int
+    MILLIJOULES_MEASURED_FIELD_NUMBER: _builtins.int
+    MICROGRAMS_FIELD_NUMBER: _builtins.int
+    MILLIJOULES_UNPLACED_FIELD_NUMBER: _builtins.int
+    millijoules: _builtins.int
+    """Beyond what machines spend at rest."""
+    millijoules_measured: _builtins.int
+    """The part that sensors counted; the rest was estimated by CPU time."""
+    micrograms: _builtins.int
+    """CO2 equivalents, by the coordinator's carbon table for region and hour."""
+    millijoules_unplaced: _builtins.int
+    """The part of which nobody knows what it emitted."""
+    def __init__(
+        self,
+        *,
+        millijoules: _builtins.int = ...,
+        millijoules_measured: _builtins.int = ...,
+        micrograms: _builtins.int = ...,
+        millijoules_unplaced: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["micrograms", b"micrograms", "millijoules", b"millijoules", "millijoules_measured", b"millijoules_measured", "millijoules_unplaced", b"millijoules_unplaced"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Footprint: _TypeAlias = Footprint  # noqa: Y015
 
 @_typing.final
 class JobRowFailure(_message.Message):
@@ -386,6 +426,8 @@ class JobStatus(_message.Message):
     SPENT_MICROCREDITS_FIELD_NUMBER: _builtins.int
     RESERVED_MICROCREDITS_FIELD_NUMBER: _builtins.int
     WARNINGS_FIELD_NUMBER: _builtins.int
+    FOOTPRINT_FIELD_NUMBER: _builtins.int
+    DEFERRED_UNTIL_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     account_id: _builtins.str
     pool_id: _builtins.str
@@ -430,6 +472,14 @@ class JobStatus(_message.Message):
     def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """What its owner should know, for people; at most 8."""
 
+    @_builtins.property
+    def footprint(self) -> Global___Footprint:
+        """Of all its tasks that are settled."""
+
+    @_builtins.property
+    def deferred_until(self) -> _timestamp_pb2.Timestamp:
+        """It waits for cleaner electricity until then, or until the plan changes; unset: it does not."""
+
     def __init__(
         self,
         *,
@@ -456,10 +506,12 @@ class JobStatus(_message.Message):
         spent_microcredits: _builtins.int = ...,
         reserved_microcredits: _builtins.int = ...,
         warnings: _abc.Iterable[_builtins.str] | None = ...,
+        footprint: Global___Footprint | None = ...,
+        deferred_until: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["deleted_at", b"deleted_at", "finished_at", b"finished_at", "kept", b"kept", "progress", b"progress", "submitted_at", b"submitted_at"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["deferred_until", b"deferred_until", "deleted_at", b"deleted_at", "finished_at", b"finished_at", "footprint", b"footprint", "kept", b"kept", "progress", b"progress", "submitted_at", b"submitted_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_id", b"account_id", "budget_microcredits", b"budget_microcredits", "bundle_digest", b"bundle_digest", "data_class", b"data_class", "deleted_at", b"deleted_at", "finished_at", b"finished_at", "job_id", b"job_id", "kept", b"kept", "output_schema", b"output_schema", "policy", b"policy", "pool_id", b"pool_id", "pool_mode", b"pool_mode", "price_microcredits", b"price_microcredits", "progress", b"progress", "reason", b"reason", "reason_code", b"reason_code", "reserved_microcredits", b"reserved_microcredits", "results", b"results", "spent_microcredits", b"spent_microcredits", "state", b"state", "submitted_at", b"submitted_at", "title", b"title", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_id", b"account_id", "budget_microcredits", b"budget_microcredits", "bundle_digest", b"bundle_digest", "data_class", b"data_class", "deferred_until", b"deferred_until", "deleted_at", b"deleted_at", "finished_at", b"finished_at", "footprint", b"footprint", "job_id", b"job_id", "kept", b"kept", "output_schema", b"output_schema", "policy", b"policy", "pool_id", b"pool_id", "pool_mode", b"pool_mode", "price_microcredits", b"price_microcredits", "progress", b"progress", "reason", b"reason", "reason_code", b"reason_code", "reserved_microcredits", b"reserved_microcredits", "results", b"results", "spent_microcredits", b"spent_microcredits", "state", b"state", "submitted_at", b"submitted_at", "title", b"title", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

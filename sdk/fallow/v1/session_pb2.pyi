@@ -83,6 +83,28 @@ CAUSE_PLATFORM: Cause.ValueType  # 4
 CAUSE_OWNER_PREEMPT: Cause.ValueType  # 5
 Global___Cause: _TypeAlias = Cause  # noqa: Y015
 
+class _EnergySource:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _EnergySourceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EnergySource.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ENERGY_SOURCE_UNSPECIFIED: _EnergySource.ValueType  # 0
+    ENERGY_SOURCE_MEASURED: _EnergySource.ValueType  # 1
+    """By sensors of the machine."""
+    ENERGY_SOURCE_ESTIMATED: _EnergySource.ValueType  # 2
+    """By CPU time and a model of the processor."""
+
+class EnergySource(_EnergySource, metaclass=_EnergySourceEnumTypeWrapper):
+    """How a worker knows what a task spent."""
+
+ENERGY_SOURCE_UNSPECIFIED: EnergySource.ValueType  # 0
+ENERGY_SOURCE_MEASURED: EnergySource.ValueType  # 1
+"""By sensors of the machine."""
+ENERGY_SOURCE_ESTIMATED: EnergySource.ValueType  # 2
+"""By CPU time and a model of the processor."""
+Global___EnergySource: _TypeAlias = EnergySource  # noqa: Y015
+
 class _ChallengeKind:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -293,15 +315,18 @@ class Usage(_message.Message):
     ENERGY_JOULES_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
     NODE_FIELD_NUMBER: _builtins.int
+    ENERGY_SOURCE_FIELD_NUMBER: _builtins.int
     wall_microseconds: _builtins.int
     cpu_microseconds: _builtins.int
     memory_bytes_peak: _builtins.int
     energy_joules: _builtins.float
-    """Joules measured by the machine; 0: not measured."""
+    """Joules beyond what the machine spends at rest; see `energy_source`."""
     tokens: _builtins.int
     """Tokens made, for programs that make tokens."""
     node: _builtins.int
     """Node of the owner's cluster that did the work, as an ordinal."""
+    energy_source: Global___EnergySource.ValueType
+    """Unset: nobody knows its energy."""
     def __init__(
         self,
         *,
@@ -311,10 +336,11 @@ class Usage(_message.Message):
         energy_joules: _builtins.float = ...,
         tokens: _builtins.int = ...,
         node: _builtins.int = ...,
+        energy_source: Global___EnergySource.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpu_microseconds", b"cpu_microseconds", "energy_joules", b"energy_joules", "memory_bytes_peak", b"memory_bytes_peak", "node", b"node", "tokens", b"tokens", "wall_microseconds", b"wall_microseconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpu_microseconds", b"cpu_microseconds", "energy_joules", b"energy_joules", "energy_source", b"energy_source", "memory_bytes_peak", b"memory_bytes_peak", "node", b"node", "tokens", b"tokens", "wall_microseconds", b"wall_microseconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -10,7 +10,7 @@ from fallow.challenge import ChallengeKind
 from fallow.errors import FallowError, Reason
 from fallow.job import JobState, Objective
 from fallow.roles import DataClass, Role, Tier
-from fallow.session import Cause, DeviceKind, DeviceLevel, SandboxLevel, TaskKind
+from fallow.session import Cause, DeviceKind, DeviceLevel, EnergySource, SandboxLevel, TaskKind
 from fallow.v1 import bundle_pb2, capability_pb2, identity_pb2, job_pb2, session_pb2
 
 Value = TypeVar("Value", bound=StrEnum)
@@ -53,6 +53,7 @@ TIERS = EnumTable(Tier, identity_pb2.Tier, "TIER")
 PRECISIONS = EnumTable(Precision, bundle_pb2.Precision, "PRECISION")
 PROGRAM_FORMATS = EnumTable(ProgramFormat, bundle_pb2.ProgramFormat, "PROGRAM_FORMAT")
 TASK_KINDS = EnumTable(TaskKind, session_pb2.TaskKind, "TASK_KIND")
+ENERGY_SOURCES = EnumTable(EnergySource, session_pb2.EnergySource, "ENERGY_SOURCE")
 CAUSES = EnumTable(Cause, session_pb2.Cause, "CAUSE")
 CHALLENGE_KINDS = EnumTable(ChallengeKind, session_pb2.ChallengeKind, "CHALLENGE_KIND")
 DEVICE_KINDS = EnumTable(DeviceKind, capability_pb2.DeviceKind, "DEVICE_KIND")

@@ -7,6 +7,7 @@ from fallow.errors import FallowError, Reason
 from fallow.ids import Digest, JobId
 from fallow.job import (
     DatasetBlock,
+    Footprint,
     JobOptions,
     JobProgress,
     JobRowFailure,
@@ -85,6 +86,25 @@ def block_from_message(message: job_pb2.DatasetBlock, field: str) -> tuple[Datas
     return DatasetBlock(blob, message.rows, inline=bool(message.inline_block)), message.inline_block
 
 
+def footprint_to_message(footprint: Footprint) -> job_pb2.Footprint | None:
+    """The protobuf form of a footprint; None for none."""
+    if footprint == Footprint():
+        return None
+    return job_pb2.Footprint(
+        millijoules=footprint.millijoules,
+        millijoules_measured=footprint.millijoules_measured,
+        micrograms=footprint.micrograms,
+        millijoules_unplaced=footprint.millijoules_unplaced,
+    )
+
+
+def footprint_from_message(message: job_pb2.Footprint) -> Footprint:
+    """The footprint a message describes."""
+    return Footprint(
+        message.millijoules, message.millijoules_measured, message.micrograms, message.millijoules_unplaced
+    )
+
+
 def result_to_message(result: TaskResult, inline_output: bytes) -> job_pb2.TaskResult:
     """The protobuf form of a result; `inline_output` is empty when the block lies in the blob service."""
     return job_pb2.TaskResult(
@@ -101,6 +121,7 @@ def result_to_message(result: TaskResult, inline_output: bytes) -> job_pb2.TaskR
         output_root=result.output_root or b"",
         status=result.status,
         corrects=result.corrects,
+        footprint=footprint_to_message(result.footprint),
     )
 
 
@@ -119,6 +140,7 @@ def result_from_message(message: job_pb2.TaskResult) -> tuple[TaskResult, bytes]
         output_root=digest_from(message.output_root, "result.output_root") if message.output_root else None,
         status=message.status,
         corrects=message.corrects,
+        footprint=footprint_from_message(message.footprint),
     )
     return result, message.inline_output
 
@@ -157,6 +179,8 @@ def status_to_message(status: JobStatus) -> job_pb2.JobStatus:
         spent_microcredits=status.spent_microcredits,
         reserved_microcredits=status.reserved_microcredits,
         warnings=status.warnings,
+        footprint=footprint_to_message(status.footprint),
+        deferred_until=moment_to_message(status.deferred_until_ms) if status.deferred_until_ms else None,
     )
 
 
@@ -186,6 +210,8 @@ def status_from_message(message: job_pb2.JobStatus) -> JobStatus:
         spent_microcredits=message.spent_microcredits,
         reserved_microcredits=message.reserved_microcredits,
         warnings=tuple(message.warnings),
+        footprint=footprint_from_message(message.footprint),
+        deferred_until_ms=moment_from_message(message.deferred_until),
         progress=JobProgress(
             rows_total=progress.rows_total,
             rows_done=progress.rows_done,

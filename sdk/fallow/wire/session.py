@@ -69,7 +69,7 @@ from fallow.wire.challenge import (
     standing_from_message,
     standing_to_message,
 )
-from fallow.wire.enums import CAUSES, PRECISIONS, TASK_KINDS
+from fallow.wire.enums import CAUSES, ENERGY_SOURCES, PRECISIONS, TASK_KINDS
 from fallow.wire.moments import duration_from_message, duration_to_message, moment_from_message, moment_to_message
 
 
@@ -140,6 +140,7 @@ def usage_to_message(usage: Usage) -> session_pb2.Usage:
         energy_joules=usage.energy_joules,
         tokens=usage.tokens,
         node=usage.node,
+        energy_source=ENERGY_SOURCES.number(usage.energy_source),
     )
 
 
@@ -159,6 +160,7 @@ def usage_from_message(message: session_pb2.Usage) -> Usage:
         energy_joules=message.energy_joules,
         tokens=message.tokens,
         node=message.node,
+        energy_source=ENERGY_SOURCES.optional(message.energy_source, "usage.energy_source"),
     )
 
 

@@ -169,6 +169,8 @@ def _union(plain: Any, options: tuple[Any, ...], path: str) -> Any:
     for option in options:
         if option is int and isinstance(plain, int):
             return _value(plain, int, path)
+        if isinstance(option, type) and issubclass(option, Enum) and isinstance(plain, str):
+            return option(plain)
     raise FrameError(f"{path} is of no kind that the contract knows here")
 
 

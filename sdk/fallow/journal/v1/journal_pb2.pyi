@@ -153,6 +153,10 @@ class Event(_message.Message):
     DEVICE_MEASURED_FIELD_NUMBER: _builtins.int
     DEVICE_CERTIFICATE_ENDED_FIELD_NUMBER: _builtins.int
     CHALLENGE_ENDED_FIELD_NUMBER: _builtins.int
+    FORECASTS_RECORDED_FIELD_NUMBER: _builtins.int
+    CARBON_PLANNED_FIELD_NUMBER: _builtins.int
+    JOB_DEFERRED_FIELD_NUMBER: _builtins.int
+    JOB_RESUMED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def task_created(self) -> Global___TaskCreated: ...
     @_builtins.property
@@ -253,6 +257,14 @@ class Event(_message.Message):
     def device_certificate_ended(self) -> Global___DeviceCertificateEnded: ...
     @_builtins.property
     def challenge_ended(self) -> Global___ChallengeEnded: ...
+    @_builtins.property
+    def forecasts_recorded(self) -> Global___ForecastsRecorded: ...
+    @_builtins.property
+    def carbon_planned(self) -> Global___CarbonPlanned: ...
+    @_builtins.property
+    def job_deferred(self) -> Global___JobDeferred: ...
+    @_builtins.property
+    def job_resumed(self) -> Global___JobResumed: ...
     def __init__(
         self,
         *,
@@ -306,12 +318,16 @@ class Event(_message.Message):
         device_measured: Global___DeviceMeasured | None = ...,
         device_certificate_ended: Global___DeviceCertificateEnded | None = ...,
         challenge_ended: Global___ChallengeEnded | None = ...,
+        forecasts_recorded: Global___ForecastsRecorded | None = ...,
+        carbon_planned: Global___CarbonPlanned | None = ...,
+        job_deferred: Global___JobDeferred | None = ...,
+        job_resumed: Global___JobResumed | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["account_admitted", b"account_admitted", "account_created", b"account_created", "account_expelled", b"account_expelled", "allotment_renewed", b"allotment_renewed", "allotment_set", b"allotment_set", "blob_quota_set", b"blob_quota_set", "blob_recorded", b"blob_recorded", "blobs_forgotten", b"blobs_forgotten", "bundle_cleared", b"bundle_cleared", "bundle_crashed", b"bundle_crashed", "bundle_held", b"bundle_held", "bundle_inspected", b"bundle_inspected", "bundle_registered", b"bundle_registered", "bundle_released", b"bundle_released", "capability_reported", b"capability_reported", "certificate_issued", b"certificate_issued", "challenge_answered", b"challenge_answered", "challenge_ended", b"challenge_ended", "challenge_issued", b"challenge_issued", "commitment_recorded", b"commitment_recorded", "credits_granted", b"credits_granted", "credits_released", b"credits_released", "device_certificate_ended", b"device_certificate_ended", "device_measured", b"device_measured", "job_archived", b"job_archived", "job_deleted", b"job_deleted", "job_funded", b"job_funded", "job_state_changed", b"job_state_changed", "job_submitted", b"job_submitted", "journal_started", b"journal_started", "kind", b"kind", "lease_ended", b"lease_ended", "lease_granted", b"lease_granted", "pack_requested", b"pack_requested", "packing_failed", b"packing_failed", "party_enrolled", b"party_enrolled", "party_revoked", b"party_revoked", "pool_created", b"pool_created", "pool_mode_changed", b"pool_mode_changed", "restarted", b"restarted", "session_closed", b"session_closed", "session_opened", b"session_opened", "task_abandoned", b"task_abandoned", "task_created", b"task_created", "task_dropped", b"task_dropped", "task_input_packed", b"task_input_packed", "task_settled", b"task_settled", "token_issued", b"token_issued", "token_revoked", b"token_revoked", "worker_quarantined", b"worker_quarantined", "worker_released", b"worker_released"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["account_admitted", b"account_admitted", "account_created", b"account_created", "account_expelled", b"account_expelled", "allotment_renewed", b"allotment_renewed", "allotment_set", b"allotment_set", "blob_quota_set", b"blob_quota_set", "blob_recorded", b"blob_recorded", "blobs_forgotten", b"blobs_forgotten", "bundle_cleared", b"bundle_cleared", "bundle_crashed", b"bundle_crashed", "bundle_held", b"bundle_held", "bundle_inspected", b"bundle_inspected", "bundle_registered", b"bundle_registered", "bundle_released", b"bundle_released", "capability_reported", b"capability_reported", "carbon_planned", b"carbon_planned", "certificate_issued", b"certificate_issued", "challenge_answered", b"challenge_answered", "challenge_ended", b"challenge_ended", "challenge_issued", b"challenge_issued", "commitment_recorded", b"commitment_recorded", "credits_granted", b"credits_granted", "credits_released", b"credits_released", "device_certificate_ended", b"device_certificate_ended", "device_measured", b"device_measured", "forecasts_recorded", b"forecasts_recorded", "job_archived", b"job_archived", "job_deferred", b"job_deferred", "job_deleted", b"job_deleted", "job_funded", b"job_funded", "job_resumed", b"job_resumed", "job_state_changed", b"job_state_changed", "job_submitted", b"job_submitted", "journal_started", b"journal_started", "kind", b"kind", "lease_ended", b"lease_ended", "lease_granted", b"lease_granted", "pack_requested", b"pack_requested", "packing_failed", b"packing_failed", "party_enrolled", b"party_enrolled", "party_revoked", b"party_revoked", "pool_created", b"pool_created", "pool_mode_changed", b"pool_mode_changed", "restarted", b"restarted", "session_closed", b"session_closed", "session_opened", b"session_opened", "task_abandoned", b"task_abandoned", "task_created", b"task_created", "task_dropped", b"task_dropped", "task_input_packed", b"task_input_packed", "task_settled", b"task_settled", "token_issued", b"token_issued", "token_revoked", b"token_revoked", "worker_quarantined", b"worker_quarantined", "worker_released", b"worker_released"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_admitted", b"account_admitted", "account_created", b"account_created", "account_expelled", b"account_expelled", "allotment_renewed", b"allotment_renewed", "allotment_set", b"allotment_set", "blob_quota_set", b"blob_quota_set", "blob_recorded", b"blob_recorded", "blobs_forgotten", b"blobs_forgotten", "bundle_cleared", b"bundle_cleared", "bundle_crashed", b"bundle_crashed", "bundle_held", b"bundle_held", "bundle_inspected", b"bundle_inspected", "bundle_registered", b"bundle_registered", "bundle_released", b"bundle_released", "capability_reported", b"capability_reported", "certificate_issued", b"certificate_issued", "challenge_answered", b"challenge_answered", "challenge_ended", b"challenge_ended", "challenge_issued", b"challenge_issued", "commitment_recorded", b"commitment_recorded", "credits_granted", b"credits_granted", "credits_released", b"credits_released", "device_certificate_ended", b"device_certificate_ended", "device_measured", b"device_measured", "job_archived", b"job_archived", "job_deleted", b"job_deleted", "job_funded", b"job_funded", "job_state_changed", b"job_state_changed", "job_submitted", b"job_submitted", "journal_started", b"journal_started", "kind", b"kind", "lease_ended", b"lease_ended", "lease_granted", b"lease_granted", "pack_requested", b"pack_requested", "packing_failed", b"packing_failed", "party_enrolled", b"party_enrolled", "party_revoked", b"party_revoked", "pool_created", b"pool_created", "pool_mode_changed", b"pool_mode_changed", "restarted", b"restarted", "session_closed", b"session_closed", "session_opened", b"session_opened", "task_abandoned", b"task_abandoned", "task_created", b"task_created", "task_dropped", b"task_dropped", "task_input_packed", b"task_input_packed", "task_settled", b"task_settled", "token_issued", b"token_issued", "token_revoked", b"token_revoked", "worker_quarantined", b"worker_quarantined", "worker_released", b"worker_released"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_admitted", b"account_admitted", "account_created", b"account_created", "account_expelled", b"account_expelled", "allotment_renewed", b"allotment_renewed", "allotment_set", b"allotment_set", "blob_quota_set", b"blob_quota_set", "blob_recorded", b"blob_recorded", "blobs_forgotten", b"blobs_forgotten", "bundle_cleared", b"bundle_cleared", "bundle_crashed", b"bundle_crashed", "bundle_held", b"bundle_held", "bundle_inspected", b"bundle_inspected", "bundle_registered", b"bundle_registered", "bundle_released", b"bundle_released", "capability_reported", b"capability_reported", "carbon_planned", b"carbon_planned", "certificate_issued", b"certificate_issued", "challenge_answered", b"challenge_answered", "challenge_ended", b"challenge_ended", "challenge_issued", b"challenge_issued", "commitment_recorded", b"commitment_recorded", "credits_granted", b"credits_granted", "credits_released", b"credits_released", "device_certificate_ended", b"device_certificate_ended", "device_measured", b"device_measured", "forecasts_recorded", b"forecasts_recorded", "job_archived", b"job_archived", "job_deferred", b"job_deferred", "job_deleted", b"job_deleted", "job_funded", b"job_funded", "job_resumed", b"job_resumed", "job_state_changed", b"job_state_changed", "job_submitted", b"job_submitted", "journal_started", b"journal_started", "kind", b"kind", "lease_ended", b"lease_ended", "lease_granted", b"lease_granted", "pack_requested", b"pack_requested", "packing_failed", b"packing_failed", "party_enrolled", b"party_enrolled", "party_revoked", b"party_revoked", "pool_created", b"pool_created", "pool_mode_changed", b"pool_mode_changed", "restarted", b"restarted", "session_closed", b"session_closed", "session_opened", b"session_opened", "task_abandoned", b"task_abandoned", "task_created", b"task_created", "task_dropped", b"task_dropped", "task_input_packed", b"task_input_packed", "task_settled", b"task_settled", "token_issued", b"token_issued", "token_revoked", b"token_revoked", "worker_quarantined", b"worker_quarantined", "worker_released", b"worker_released"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["task_created", "pack_requested", "task_input_packed", "lease_granted", "lease_ended", "commitment_recorded", "task_settled", "task_abandoned", "task_dropped", "job_submitted", "job_state_changed", "job_archived", "blob_recorded", "packing_failed", "session_opened", "session_closed", "capability_reported", "journal_started", "restarted", "account_created", "pool_created", "token_issued", "token_revoked", "party_enrolled", "certificate_issued", "party_revoked", "worker_quarantined", "worker_released", "bundle_registered", "bundle_inspected", "bundle_held", "bundle_crashed", "job_deleted", "blobs_forgotten", "blob_quota_set", "account_admitted", "account_expelled", "bundle_cleared", "bundle_released", "pool_mode_changed", "credits_granted", "credits_released", "allotment_set", "allotment_renewed", "job_funded", "challenge_issued", "challenge_answered", "device_measured", "device_certificate_ended", "challenge_ended"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["task_created", "pack_requested", "task_input_packed", "lease_granted", "lease_ended", "commitment_recorded", "task_settled", "task_abandoned", "task_dropped", "job_submitted", "job_state_changed", "job_archived", "blob_recorded", "packing_failed", "session_opened", "session_closed", "capability_reported", "journal_started", "restarted", "account_created", "pool_created", "token_issued", "token_revoked", "party_enrolled", "certificate_issued", "party_revoked", "worker_quarantined", "worker_released", "bundle_registered", "bundle_inspected", "bundle_held", "bundle_crashed", "job_deleted", "blobs_forgotten", "blob_quota_set", "account_admitted", "account_expelled", "bundle_cleared", "bundle_released", "pool_mode_changed", "credits_granted", "credits_released", "allotment_set", "allotment_renewed", "job_funded", "challenge_issued", "challenge_answered", "device_measured", "device_certificate_ended", "challenge_ended", "forecasts_recorded", "carbon_planned", "job_deferred", "job_resumed"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -1445,6 +1461,8 @@ class CommitmentRecorded(_message.Message):
     MESSAGE_DIGEST_FIELD_NUMBER: _builtins.int
     SIGNATURE_FIELD_NUMBER: _builtins.int
     SEQUENCE_FIELD_NUMBER: _builtins.int
+    MILLIJOULES_FIELD_NUMBER: _builtins.int
+    ENERGY_MEASURED_FIELD_NUMBER: _builtins.int
     lease_id: _builtins.str
     output_root: _builtins.bytes
     """Merkle root over the output rows."""
@@ -1458,6 +1476,9 @@ class CommitmentRecorded(_message.Message):
     signature: _builtins.bytes
     sequence: _builtins.int
     """The message's number in its session: part of what was signed."""
+    millijoules: _builtins.int
+    """What is believed of the usage's energy."""
+    energy_measured: _builtins.bool
     @_builtins.property
     def output(self) -> _blob_pb2.BlobReference: ...
     @_builtins.property
@@ -1479,10 +1500,12 @@ class CommitmentRecorded(_message.Message):
         message_digest: _builtins.bytes = ...,
         signature: _builtins.bytes = ...,
         sequence: _builtins.int = ...,
+        millijoules: _builtins.int = ...,
+        energy_measured: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["output", b"output", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["execution_class", b"execution_class", "failures", b"failures", "inline", b"inline", "lease_id", b"lease_id", "message_digest", b"message_digest", "output", b"output", "output_root", b"output_root", "rows", b"rows", "rows_failed", b"rows_failed", "sequence", b"sequence", "signature", b"signature", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["energy_measured", b"energy_measured", "execution_class", b"execution_class", "failures", b"failures", "inline", b"inline", "lease_id", b"lease_id", "message_digest", b"message_digest", "millijoules", b"millijoules", "output", b"output", "output_root", b"output_root", "rows", b"rows", "rows_failed", b"rows_failed", "sequence", b"sequence", "signature", b"signature", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1502,6 +1525,7 @@ class TaskSettled(_message.Message):
     MICROCREDITS_FIELD_NUMBER: _builtins.int
     RELEASED_FIELD_NUMBER: _builtins.int
     CONTRIBUTION_MICROCREDITS_FIELD_NUMBER: _builtins.int
+    FOOTPRINT_FIELD_NUMBER: _builtins.int
     task_id: _builtins.str
     lease_id: _builtins.str
     cursor: _builtins.int
@@ -1514,6 +1538,10 @@ class TaskSettled(_message.Message):
     """True: the worker's account may spend it at once; false: it is pending."""
     contribution_microcredits: _builtins.int
     """Recorded for the worker's account where nobody pays."""
+    @_builtins.property
+    def footprint(self) -> _job_pb2.Footprint:
+        """Unset: nobody knows its energy."""
+
     def __init__(
         self,
         *,
@@ -1525,10 +1553,11 @@ class TaskSettled(_message.Message):
         microcredits: _builtins.int = ...,
         released: _builtins.bool = ...,
         contribution_microcredits: _builtins.int = ...,
+        footprint: _job_pb2.Footprint | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["footprint", b"footprint"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["contribution_microcredits", b"contribution_microcredits", "cursor", b"cursor", "lease_id", b"lease_id", "microcredits", b"microcredits", "released", b"released", "rows", b"rows", "rows_failed", b"rows_failed", "task_id", b"task_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["contribution_microcredits", b"contribution_microcredits", "cursor", b"cursor", "footprint", b"footprint", "lease_id", b"lease_id", "microcredits", b"microcredits", "released", b"released", "rows", b"rows", "rows_failed", b"rows_failed", "task_id", b"task_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -2035,3 +2064,129 @@ class ChallengeEnded(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ChallengeEnded: _TypeAlias = ChallengeEnded  # noqa: Y015
+
+@_typing.final
+class RegionForecast(_message.Message):
+    """Grams of CO2 equivalents per kWh in a region, hour by hour."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REGION_FIELD_NUMBER: _builtins.int
+    GRAMS_PER_KWH_FIELD_NUMBER: _builtins.int
+    region: _builtins.str
+    """Lower case; empty: every region that is not listed."""
+    @_builtins.property
+    def grams_per_kwh(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        region: _builtins.str = ...,
+        grams_per_kwh: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["grams_per_kwh", b"grams_per_kwh", "region", b"region"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RegionForecast: _TypeAlias = RegionForecast  # noqa: Y015
+
+@_typing.final
+class ForecastsRecorded(_message.Message):
+    """What electricity will emit where workers are; replaces what was known."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FROM_MS_FIELD_NUMBER: _builtins.int
+    FORECASTS_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
+    from_ms: _builtins.int
+    """Begins an hour."""
+    source: _builtins.str
+    """For people: where the figures come from."""
+    @_builtins.property
+    def forecasts(self) -> _containers.RepeatedCompositeFieldContainer[Global___RegionForecast]: ...
+    def __init__(
+        self,
+        *,
+        from_ms: _builtins.int = ...,
+        forecasts: _abc.Iterable[Global___RegionForecast] | None = ...,
+        source: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["forecasts", b"forecasts", "from_ms", b"from_ms", "source", b"source"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ForecastsRecorded: _TypeAlias = ForecastsRecorded  # noqa: Y015
+
+@_typing.final
+class CarbonPlanned(_message.Message):
+    """Work of the same lane as this job's goes to no worker of these regions until the next plan."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    REGIONS_CLOSED_FIELD_NUMBER: _builtins.int
+    job_id: _builtins.str
+    @_builtins.property
+    def regions_closed(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        job_id: _builtins.str = ...,
+        regions_closed: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id", "regions_closed", b"regions_closed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CarbonPlanned: _TypeAlias = CarbonPlanned  # noqa: Y015
+
+@_typing.final
+class JobDeferred(_message.Message):
+    """The job waits for cleaner electricity; a later one of the same job replaces it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    UNTIL_MS_FIELD_NUMBER: _builtins.int
+    job_id: _builtins.str
+    until_ms: _builtins.int
+    def __init__(
+        self,
+        *,
+        job_id: _builtins.str = ...,
+        until_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id", "until_ms", b"until_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___JobDeferred: _TypeAlias = JobDeferred  # noqa: Y015
+
+@_typing.final
+class JobResumed(_message.Message):
+    """The job waits no more."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    job_id: _builtins.str
+    def __init__(
+        self,
+        *,
+        job_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___JobResumed: _TypeAlias = JobResumed  # noqa: Y015

@@ -16,10 +16,10 @@ def main() -> None:
     """Answers the question in the first argument."""
     question = json.loads(sys.argv[1])
     sys.path += [path for path in question["search_paths"] if path not in sys.path]
-    print(json.dumps(_answer()), flush=True)  # noqa: T201 - this is the answer
+    print(json.dumps(_answer(energy=bool(question.get("energy")))), flush=True)  # noqa: T201 - this is the answer
 
 
-def _answer() -> dict[str, Any]:
+def _answer(*, energy: bool) -> dict[str, Any]:
     try:
         nvml: Any = importlib.import_module("pynvml")
     except ImportError:
@@ -32,6 +32,8 @@ def _answer() -> dict[str, Any]:
         return {"error": str(error)}
     gpus: list[dict[str, Any]] = []
     trouble = ""
+    if energy:
+        return {"energies": [_energy(nvml, index) for index in range(count)], "trouble": ""}
     for index in range(count):
         try:
             gpus.append({**_gpu(nvml, nvml.nvmlDeviceGetHandleByIndex(index)), "driver": driver})
@@ -58,6 +60,19 @@ def _gpu(nvml: Any, handle: Any) -> dict[str, Any]:
             facts["obstacle"] = "cut into MIG instances, which Fallow does not drive: `sudo nvidia-smi -mig 0`"
     except nvml.NVMLError:
         pass  # most GPUs cannot be cut
+    return facts
+
+
+def _energy(nvml: Any, index: int) -> dict[str, Any]:
+    """What a GPU has spent since its driver was loaded, or spends now; neither from one that tells neither."""
+    facts: dict[str, Any] = {}
+    try:
+        handle = nvml.nvmlDeviceGetHandleByIndex(index)
+        facts["address"] = _text(nvml.nvmlDeviceGetPciInfo(handle).busId)
+        facts["milliwatts"] = int(nvml.nvmlDeviceGetPowerUsage(handle))
+        facts["millijoules"] = int(nvml.nvmlDeviceGetTotalEnergyConsumption(handle))
+    except nvml.NVMLError:
+        pass  # GPUs before Volta count no energy, some laptops' tell nothing
     return facts
 
 
