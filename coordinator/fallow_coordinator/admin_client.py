@@ -13,7 +13,7 @@ from fallow.channel import control_channel
 from fallow.credentials import Credentials
 from fallow.errors import FallowError, Reason
 from fallow.places import local_client_folder
-from fallow.v1 import admin_service_pb2_grpc
+from fallow.v1 import admin_service_pb2_grpc, ledger_service_pb2_grpc
 from fallow.wire.errors import error_from_rpc
 
 CALL_TIME_MAX_S: Final = 20.0
@@ -22,6 +22,19 @@ CALL_TIME_MAX_S: Final = 20.0
 @asynccontextmanager
 async def admin_stub(state: Path) -> AsyncGenerator[admin_service_pb2_grpc.AdminServiceAsyncStub, None]:
     """A stub for the coordinator on this state folder. Raises FallowError, of its own calls and of the block's."""
+    async with _channel(state) as channel:
+        yield admin_service_pb2_grpc.AdminServiceStub(channel)
+
+
+@asynccontextmanager
+async def ledger_stub(state: Path) -> AsyncGenerator[ledger_service_pb2_grpc.LedgerServiceAsyncStub, None]:
+    """As `admin_stub`, for the ledger service."""
+    async with _channel(state) as channel:
+        yield ledger_service_pb2_grpc.LedgerServiceStub(channel)
+
+
+@asynccontextmanager
+async def _channel(state: Path) -> AsyncGenerator[grpc.aio.Channel, None]:
     try:
         credentials = Credentials.load(local_client_folder(state))
     except FallowError:
@@ -33,6 +46,6 @@ async def admin_stub(state: Path) -> AsyncGenerator[admin_service_pb2_grpc.Admin
         ) from None
     async with control_channel(credentials) as channel:
         try:
-            yield admin_service_pb2_grpc.AdminServiceStub(channel)
+            yield channel
         except grpc.aio.AioRpcError as failure:
             raise error_from_rpc(failure) from None

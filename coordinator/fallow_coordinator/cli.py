@@ -22,7 +22,7 @@ from fallow.identity import write_private
 from fallow.places import coordinator_folder
 from fallow.shown_text import log_to_stderr, shown
 from fallow.v1 import admin_service_pb2 as pb
-from fallow.v1 import admin_service_pb2_grpc, identity_pb2
+from fallow.v1 import admin_service_pb2_grpc, identity_pb2, session_pb2
 from fallow.wire.moments import duration_to_message, moment_from_message
 from fallow_coordinator.admin_client import CALL_TIME_MAX_S, admin_stub
 from fallow_coordinator.config import EXIT_LEDGER_UNSOUND
@@ -53,6 +53,9 @@ class DurationType(click.ParamType):  # type: ignore[type-arg]  # generic in new
 
 def main() -> None:
     """Runs the command line; errors that a person can act on come as one line on standard error."""
+    from fallow_coordinator import ledger_cli
+
+    ledger_cli.register(commands, pool)
     try:
         commands(prog_name="fallow-coordinator")
     except (FallowError, StorageFailed) as error:
@@ -138,6 +141,37 @@ def commands() -> None:
     help="How long an upload stays that no job or bundle uses.",
 )
 @click.option(
+    "--measure/--no-measure",
+    default=True,
+    help="Challenge devices to show their speed and memory; only measured ones get paid work.",
+)
+@click.option(
+    "--measure-after",
+    "measure_after_ms",
+    type=DurationType(),
+    default="60s",
+    show_default=True,
+    help="How long a worker of a donation pool must have been idle; in other pools a second is enough.",
+)
+@click.option(
+    "--measure-for",
+    "measure_for_ms",
+    type=click.IntRange(10, 60_000),
+    default=1_500,
+    show_default=True,
+    metavar="MS",
+    help="How long a challenge takes a device that is as fast as it says, in milliseconds.",
+)
+@click.option(
+    "--measure-memory",
+    "measure_memory_mib",
+    type=click.IntRange(1, 16_384),
+    default=512,
+    show_default=True,
+    metavar="MIB",
+    help="Most memory that a challenge fills, in MiB; never more than a quarter of what is free.",
+)
+@click.option(
     "--carbon",
     type=click.Path(path_type=Path, dir_okay=False),
     help="Grams of CO2 per kWh by region and hour (CSV). Default: carbon.csv in the state folder, else synthetic.",
@@ -159,14 +193,19 @@ def start(
     collect_ms: int,
     blob_grace_ms: int,
     upload_grace_ms: int,
+    measure: bool,
+    measure_after_ms: int,
+    measure_for_ms: int,
+    measure_memory_mib: int,
     carbon: Path | None,
     ready_file: Path | None,
     log_level: str,
     as_json: bool,
 ) -> None:
     """Starts a coordinator; the first start makes its keys and journal. Ctrl-C stops it and everything it started."""
-    from fallow_coordinator.config import CollectionSettings
+    from fallow_coordinator.config import MIB, CollectionSettings
     from fallow_coordinator.coordinator import StartOptions
+    from fallow_coordinator.core.commands import MeasuringRules
 
     log_to_stderr(log_level, "%(asctime)s %(levelname)s %(name)s %(message)s")
     gc.set_threshold(*COLLECTOR_THRESHOLDS)
@@ -178,6 +217,11 @@ def start(
         operator_worker=operator_worker,
         heartbeat_interval_ms=heartbeat_ms,
         collection=CollectionSettings(collect_ms, blob_grace_ms, upload_grace_ms),
+        measuring=MeasuringRules(
+            idle_ms=measure_after_ms, target_ms=measure_for_ms, fill_bytes_max=measure_memory_mib * MIB
+        )
+        if measure
+        else None,
         carbon=carbon.expanduser().absolute() if carbon is not None else None,
     )
     asyncio.run(_run(options, ready_file, as_json))
@@ -315,10 +359,19 @@ def worker_list(state: Path, as_json: bool) -> None:
             "quarantined" if one.quarantined else "connected" if one.connected else "away",
             str(one.leases),
             str(one.rows_settled),
+            "; ".join(map(_standing, one.device_standings)) or "no",
         )
         for one in found.workers
     ]
-    _tell(found, as_json, _table(("WORKER", "NAME", "TIER", "POOL", "STATE", "LEASES", "ROWS"), rows))
+    _tell(found, as_json, _table(("WORKER", "NAME", "TIER", "POOL", "STATE", "LEASES", "ROWS", "MEASURED"), rows))
+
+
+def _standing(device: session_pb2.DeviceStanding) -> str:
+    """What is known of a device, in a few words."""
+    if not device.units_milli_per_s:
+        return f"{device.device_id}: no ({device.reason})"
+    memory = device.memory_bytes // 1024**2
+    return f"{device.device_id}: {device.units_milli_per_s / 1_000:.2f} units/s, {memory} MiB"
 
 
 @worker.command("quarantine")
@@ -583,3 +636,7 @@ def _moment(at_ms: int) -> str:
     import datetime
 
     return datetime.datetime.fromtimestamp(at_ms / 1000).astimezone().strftime("%Y-%m-%d %H:%M:%S %Z")
+
+
+tell, table, moment = _tell, _table, _moment
+"""For the commands of `ledger_cli`."""

@@ -25,9 +25,9 @@ from fallow_coordinator.blob_keeping import RemoteBlobs
 from fallow_coordinator.carbon.keeper import CarbonKeeper
 from fallow_coordinator.children import ChildCommand, Children
 from fallow_coordinator.collector import BlobCollector, EffectSinks
-from fallow_coordinator.config import CollectionSettings
+from fallow_coordinator.config import CollectionSettings, EngineSettings
 from fallow_coordinator.core.answers import CertificateGranted
-from fallow_coordinator.core.commands import EnrollLocal, RenewCertificate, StartJournal
+from fallow_coordinator.core.commands import EnrollLocal, MeasuringRules, RenewCertificate, StartJournal
 from fallow_coordinator.engine import Engine, wall_clock_ms
 from fallow_coordinator.packing import BlobPacker
 from fallow_coordinator.service.admin import AdminService
@@ -39,6 +39,7 @@ from fallow_coordinator.service.grants import Grants
 from fallow_coordinator.service.job_reads import JobReads
 from fallow_coordinator.service.jobs import JobService
 from fallow_coordinator.service.lease_messages import LeaseMessages
+from fallow_coordinator.service.ledger import LedgerService
 from fallow_coordinator.service.live_streams import LiveStreams
 from fallow_coordinator.service.outbox import Outbox
 from fallow_coordinator.service.rate_limit import RateLimit
@@ -55,6 +56,7 @@ from fallow_coordinator.service.server import (
 )
 from fallow_coordinator.service.workers import WorkerService
 from fallow_coordinator.state_folder import Ports, StateFolder, port_taken
+from fallow_coordinator.store.ledger_views import SqliteLedgerViews
 from fallow_coordinator.store.snapshots import JournalSnapshots
 from fallow_coordinator.store.sqlite import SqliteStore
 from fallow_coordinator.store.views import SqliteViews
@@ -92,6 +94,8 @@ class StartOptions:
     operator_worker: bool
     heartbeat_interval_ms: int = 10_000
     collection: CollectionSettings = CollectionSettings()  # noqa: RUF009 - frozen
+    measuring: MeasuringRules | None = MeasuringRules()  # noqa: RUF009 - frozen
+    """None: no device is challenged."""
     carbon: Path | None = None
     """The carbon table; None: `carbon.csv` in the state folder, or the synthetic default."""
 
@@ -128,6 +132,7 @@ class Coordinator:
         self._write_public_files()
         self._store = SqliteStore(folder.journal)
         self._views = SqliteViews(folder.journal)
+        self._ledger_views = SqliteLedgerViews(folder.journal)
         self._packer = BlobPacker(
             self._local_endpoints.blobs, self._authority.certificate_pem, self._key, self._certificate
         )
@@ -142,6 +147,7 @@ class Coordinator:
             packer=self._packer,
             views=self._views,
             snapshots=JournalSnapshots(folder.journal),
+            settings=EngineSettings(measuring=options.measuring),
         )
         self._doorkeeper = Doorkeeper(self._engine, wall_clock_ms)
         self._carbon = CarbonKeeper(options.carbon or folder.carbon_table, required=options.carbon is not None)
@@ -186,6 +192,13 @@ class Coordinator:
             now_ms=wall_clock_ms,
             collection=self._options.collection,
         )
+        ledger = LedgerService(
+            engine=self._engine,
+            reads=JobReads(self._engine, self._views),
+            views=self._ledger_views,
+            doorkeeper=self._doorkeeper,
+            now_ms=wall_clock_ms,
+        )
         enrollment = EnrollmentService(
             engine=self._engine,
             authority=self._authority,
@@ -198,8 +211,18 @@ class Coordinator:
             per_s=ENROLLMENT_CALLS_PER_S, burst=ENROLLMENT_CALLS_BURST, peers_max=RATE_PEERS_MAX, clock=loop_clock
         )
         self._control_server = RpcServer(
-            handlers=(self._workers.handlers(calls), jobs.handlers(calls), self.admin.handlers(calls)),
-            service_names=("fallow.v1.WorkerService", "fallow.v1.JobService", "fallow.v1.AdminService"),
+            handlers=(
+                self._workers.handlers(calls),
+                jobs.handlers(calls),
+                ledger.handlers(calls),
+                self.admin.handlers(calls),
+            ),
+            service_names=(
+                "fallow.v1.WorkerService",
+                "fallow.v1.JobService",
+                "fallow.v1.LedgerService",
+                "fallow.v1.AdminService",
+            ),
             message_bytes_max=CONTROL_MESSAGE_BYTES_MAX,
             idle_ms_max=CONTROL_IDLE_MS_MAX,
             connections_share=CONTROL_CONNECTIONS_SHARE,
@@ -322,7 +345,7 @@ class Coordinator:
             "--executor",
             "process",
             "--task-kinds",
-            "inspect",
+            "inspect,check",
         )
         log = self._folder.logs / "operator-worker.log"
         self._children.start(ChildCommand("operator-worker", "fallow_worker", arguments, log))

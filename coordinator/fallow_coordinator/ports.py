@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from fallow.ids import AccountId, Digest, JobId
+from fallow.ids import AccountId, Digest, JobId, PartyId
 from fallow.job import JobStatus, TaskResult
 from fallow.session import BlobReference
 from fallow_coordinator.core.effects import Effect
 from fallow_coordinator.core.events import Event, JobSubmitted
+from fallow_coordinator.core.prices import PricePoint
 from fallow_coordinator.core.state import State
 
 
@@ -130,6 +131,65 @@ class Views(Protocol):
 
     def expired_jobs(self, now_ms: int, limit: int) -> Sequence[tuple[AccountId, JobId]]:
         """Jobs whose retention is over and that are not deleted, the longest overdue first."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class StatementRow:
+    """What one event, or all work of one worker for one job, did to one book of an account."""
+
+    first_at_ms: int
+    last_at_ms: int
+    what: str
+    book: str
+    microcredits: int
+    job_id: str
+    worker_id: str
+    pool_id: str
+    note: str
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class StatementPage:
+    """Some rows of a statement, and what the books had before and after all of it."""
+
+    rows: Sequence[StatementRow]
+    opening: Mapping[str, int]
+    closing: Mapping[str, int]
+    sequence: int
+
+
+@dataclass(frozen=True, slots=True)
+class EarningsRow:
+    """What a worker did on one day (UTC) in one pool."""
+
+    day_ms: int
+    pool_id: str
+    tasks: int
+    rows: int
+    rows_failed: int
+    unit_micros: int
+    microcredits: int
+    contribution_microcredits: int
+    energy_millijoules: int
+
+
+class LedgerViews(Protocol):
+    """What the follower knows of credits, for statements. Read-only, other thread."""
+
+    def statement(
+        self, account_id: AccountId, *, since_ms: int, until_ms: int, offset: int, limit: int
+    ) -> StatementPage:
+        """Rows from `since_ms` to before `until_ms`, the oldest first."""
+        ...
+
+    def earnings(self, worker_id: PartyId, *, since_ms: int) -> tuple[int, Sequence[EarningsRow]]:
+        """(view_sequence, days, the newest first)."""
+        ...
+
+    def prices(self, *, since_ms: int) -> Mapping[str, Sequence[PricePoint]]:
+        """What was paid, by class of devices, each rising by price."""
         ...
 
 

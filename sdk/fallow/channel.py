@@ -7,6 +7,7 @@ import grpc
 from fallow.credentials import Credentials
 from fallow.identity import BLOBS_NAME, CONTROL_NAME, ENROLLMENT_NAME
 from fallow.limits import BLOB_CHUNK_BYTES, CONTROL_MESSAGE_BYTES_MAX, KIB
+from fallow.proxy import proxy_for
 
 KEEPALIVE_INTERVAL_MS = 30_000
 KEEPALIVE_TIMEOUT_MS = 10_000
@@ -15,19 +16,19 @@ RECONNECT_BACKOFF_MS_MAX = 5_000
 
 def control_channel(credentials: Credentials) -> grpc.aio.Channel:
     """A channel to the control endpoint, mTLS."""
-    options = _options(CONTROL_NAME, CONTROL_MESSAGE_BYTES_MAX)
+    options = _options(CONTROL_NAME, CONTROL_MESSAGE_BYTES_MAX, credentials.control_endpoint)
     return grpc.aio.secure_channel(credentials.control_endpoint, _mutual(credentials), options)
 
 
 def blob_channel(credentials: Credentials) -> grpc.aio.Channel:
     """A channel to the blob service, mTLS."""
-    options = _options(BLOBS_NAME, BLOB_CHUNK_BYTES + 64 * KIB)
+    options = _options(BLOBS_NAME, BLOB_CHUNK_BYTES + 64 * KIB, credentials.blob_endpoint)
     return grpc.aio.secure_channel(credentials.blob_endpoint, _mutual(credentials), options)
 
 
 def enrollment_channel(endpoint: str, authority_pem: bytes) -> grpc.aio.Channel:
     """A channel to the enrolment endpoint: server TLS under the pinned authority."""
-    options = _options(ENROLLMENT_NAME, 64 * KIB)
+    options = _options(ENROLLMENT_NAME, 64 * KIB, endpoint)
     return grpc.aio.secure_channel(endpoint, grpc.ssl_channel_credentials(authority_pem), options)
 
 
@@ -35,8 +36,12 @@ def _mutual(credentials: Credentials) -> grpc.ChannelCredentials:
     return grpc.ssl_channel_credentials(credentials.authority_pem, credentials.key.pem, credentials.certificate_pem)
 
 
-def _options(server_name: str, message_bytes_max: int) -> list[tuple[str, str | int]]:
+def _options(server_name: str, message_bytes_max: int, endpoint: str) -> list[tuple[str, str | int]]:
+    # Chosen here and not by gRPC, so that whoever looks why a connection fails goes the same way.
+    proxy = proxy_for(endpoint)
+    way: tuple[str, str | int] = ("grpc.enable_http_proxy", 0) if proxy is None else ("grpc.http_proxy", proxy.url)
     return [
+        way,
         ("grpc.ssl_target_name_override", server_name),
         ("grpc.max_receive_message_length", message_bytes_max),
         ("grpc.max_send_message_length", message_bytes_max),

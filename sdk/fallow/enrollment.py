@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import datetime
 import hashlib
 import hmac
-import ssl
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,9 +15,10 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from fallow.channel import enrollment_channel
 from fallow.credentials import Credentials, key_of_folder, pem_of
+from fallow.diagnosis import explained, fault_of_server, foreign_server, server_certificate
 from fallow.envelope import Domain, sign_payload, transcript
 from fallow.errors import FallowError, Reason
-from fallow.identity import AUTHORITY_EXTENSION, load_certificate
+from fallow.identity import AUTHORITY_EXTENSION, ENROLLMENT_NAME, load_certificate
 from fallow.ids import AccountId, Digest, KeyFingerprint, PartyId, PoolId, digest_of
 from fallow.join_line import JoinLine
 from fallow.limits import PROTOCOL_VERSION, PROTOCOL_VERSION_MIN_SUPPORTED
@@ -67,7 +68,9 @@ async def join(line: JoinLine, folder: Path, name: str) -> Credentials:
                 timeout=CALL_TIMEOUT_S,
             )
         except grpc.aio.AioRpcError as failure:
-            raise error_from_rpc(failure) from None
+            error = error_from_rpc(failure)
+            raise await _explained(error, line.enrollment_endpoint, authority_pem) from None
+    _check_clock(answer.certificate)
     credentials = Credentials(
         folder=folder,
         key=key,
@@ -90,7 +93,9 @@ async def join(line: JoinLine, folder: Path, name: str) -> Credentials:
 async def renew(credentials: Credentials) -> Credentials:
     """A fresh certificate for the same key, by a signed nonce; the old certificate is not needed. Saves and returns it.
 
-    Raises WORKER_UNKNOWN when the key was never enrolled there, PARTY_REVOKED, COORDINATOR_UNREACHABLE.
+    An expired certificate is renewed for 90 days after its end. Raises WORKER_UNKNOWN when the key was never enrolled
+    there, CERTIFICATE_EXPIRED when those are over or a clock is wrong, CERTIFICATE_FOREIGN, PARTY_REVOKED,
+    COORDINATOR_UNREACHABLE.
     """
     key = credentials.key
     request = key.certificate_request(credentials.party_id)
@@ -115,10 +120,16 @@ async def renew(credentials: Credentials) -> Credentials:
                 timeout=CALL_TIMEOUT_S,
             )
         except grpc.aio.AioRpcError as failure:
-            raise error_from_rpc(failure) from None
+            error = error_from_rpc(failure)
+            raise await _explained(error, credentials.enrollment_endpoint, credentials.authority_pem) from None
+    _check_clock(answer.certificate)
     renewed = replace(credentials, certificate_pem=pem_of(answer.certificate))
     renewed.save()
     return renewed
+
+
+async def _explained(error: FallowError, endpoint: str, authority_pem: bytes) -> FallowError:
+    return await explained(error, endpoint=endpoint, server_name=ENROLLMENT_NAME, authority_pem=authority_pem)
 
 
 def _protocol() -> identity_pb2.ProtocolVersion:
@@ -127,29 +138,35 @@ def _protocol() -> identity_pb2.ProtocolVersion:
 
 def _pinned_authority(endpoint: str, fingerprint: Digest) -> bytes:
     """PEM of the authority, taken from the server's certificate and compared with the join line's fingerprint."""
-    host, _, port = endpoint.rpartition(":")
-    try:
-        leaf = load_certificate(
-            ssl.get_server_certificate((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).encode()
-        )
-    except (OSError, ValueError) as error:
-        raise FallowError(
-            Reason.COORDINATOR_UNREACHABLE,
-            f"nothing answers at {endpoint}: {error}",
-            hint="is the coordinator running, and is its address reachable from here?",
-        ) from None
+    leaf = server_certificate(endpoint, ENROLLMENT_NAME, timeout_s=CONNECT_TIMEOUT_S)
     try:
         extension = leaf.extensions.get_extension_for_oid(AUTHORITY_EXTENSION).value
-    except x509.ExtensionNotFound:
-        raise _foreign(endpoint) from None
+    except (x509.ExtensionNotFound, ValueError):
+        raise foreign_server(leaf, endpoint) from None
     if not isinstance(extension, x509.UnrecognizedExtension) or digest_of(extension.value) != fingerprint:
-        raise _foreign(endpoint)
-    return load_certificate(extension.value).public_bytes(Encoding.PEM)
+        raise FallowError(
+            Reason.CERTIFICATE_FOREIGN,
+            f"the server at {endpoint} is not under the authority that the join line names",
+            hint="another coordinator listens there, or this one was set up anew: ask its operator for a new join line",
+        )
+    authority = load_certificate(extension.value)
+    fault = fault_of_server(leaf, authority, endpoint, ENROLLMENT_NAME, datetime.datetime.now(datetime.UTC))
+    if fault is not None:
+        raise fault
+    return authority.public_bytes(Encoding.PEM)
 
 
-def _foreign(endpoint: str) -> FallowError:
-    return FallowError(
-        Reason.CERTIFICATE_FOREIGN,
-        f"the server at {endpoint} is not under the authority that the join line names",
-        hint="ask the operator for a new join line; if it is the same, something between here and there intercepts TLS",
+def _check_clock(certificate_der: bytes) -> None:
+    """Returns when a certificate issued just now is valid by this machine's clock. Raises CERTIFICATE_EXPIRED."""
+    certificate = load_certificate(certificate_der)
+    now = datetime.datetime.now(datetime.UTC)
+    if certificate.not_valid_before_utc <= now <= certificate.not_valid_after_utc:
+        return
+    theirs = certificate.not_valid_before_utc
+    direction = "behind" if now < theirs else "ahead of"
+    raise FallowError(
+        Reason.CERTIFICATE_EXPIRED,
+        f"this machine's clock says {now:%Y-%m-%d %H:%M} UTC and is {direction} the coordinator's, which is about"
+        f" {theirs:%Y-%m-%d %H:%M}: the certificate that it has just issued does not count here",
+        hint="set this machine's clock, for instance with `timedatectl set-ntp true`",
     )

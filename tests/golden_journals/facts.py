@@ -29,7 +29,9 @@ def facts_of(records: Iterable[Record]) -> Facts:
 
 
 def _key(table: str, row: Row) -> str:
-    parts = row[:2] if table in {"results", "bundles", "job_blobs", "job_payloads", "pool_members"} else row[:1]
+    parts = (
+        row[:2] if table in {"results", "bundles", "job_blobs", "postings", "job_payloads", "pool_members"} else row[:1]
+    )
     return " ".join(str(_plain(part)) for part in parts)
 
 

@@ -115,7 +115,7 @@ async def test_a_signal_ends_an_idle_worker_cleanly(coordinator: ScriptedCoordin
         code, errors = await process.ended()
         assert code == 0, errors
         assert "Traceback" not in errors
-        assert "offers map on cpu" in errors
+        assert "offers challenge, map on cpu" in errors
 
 
 async def test_a_worker_ends_with_whoever_holds_its_life_descriptor(coordinator: ScriptedCoordinator) -> None:

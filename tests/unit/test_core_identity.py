@@ -57,6 +57,23 @@ def test_equal_entropy_gives_equal_decisions_and_other_entropy_other_names() -> 
     assert first != other
 
 
+def test_a_key_renews_its_certificate_for_90_days_after_its_end_and_no_longer() -> None:
+    world = World().start()
+    granted = world.enroll("v", valid_for_ms=86_400_000)
+    renewal = c.RenewCertificate(fingerprint("v"), 86_400_000)
+    world.now_ms = granted.not_after_ms + 90 * 86_400_000 - 1
+    again = world.ask(renewal)
+    assert isinstance(again, CertificateGranted) and again.party_id == granted.party_id
+    world.now_ms = again.not_after_ms + 90 * 86_400_000
+    error = refused(world, renewal)
+    assert error.reason is Reason.CERTIFICATE_EXPIRED
+    assert "ended 90 days ago" in error.message and "new join line" in error.hint
+    # The operator's own keys lie beside the journal.
+    world.enroll_local("own", Role.CLIENT)
+    world.now_ms += 400 * 86_400_000
+    world.ask(c.RenewCertificate(fingerprint("own"), 86_400_000))
+
+
 def test_a_token_makes_an_account_for_each_joiner_unless_it_names_one() -> None:
     world = World().start()
     alone = world.enroll("alone")

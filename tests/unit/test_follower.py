@@ -45,6 +45,7 @@ async def a_life(store: SqliteStore) -> World:
     await world.tell(c.CancelJob(world.operator_account_id, cancelled))
     pool = await world.ask(PoolMade, c.CreatePool("lab pool", world.operator_account_id, closed=True))
     await world.tell(c.AdmitAccount(pool.pool_id, other.account_id))
+    await world.tell(c.GrantCredits(world.operator_account_id, 5_000_000, "a gift", world.entropy(16)))
     await world.tell(c.QuarantineWorker(other.worker_id, "odd results"))
     await world.tell(c.ArchiveJobs(world.engine.state.sequence))
     assert done not in world.engine.state.jobs

@@ -1,4 +1,4 @@
-"""The command line of a worker: join, start, status, probe."""
+"""The command line of a worker: join, start, status, ask, earnings, probe."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import platform
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from fallow.errors import FallowError, Reason
 from fallow.limits import GIB, LEASES_PER_WORKER_MAX
@@ -101,6 +102,7 @@ def _start(options: argparse.Namespace) -> int:
         idle_release_ms=int(options.idle_release * 1000),
         drain_run_grace_ms=None if options.drain_grace is None else int(options.drain_grace * 1000),
         region=options.region or "",
+        ask_microcredits_per_unit=None if options.ask is None else _ask_of(options.ask, "--ask"),
         cache_bytes_max=int(options.cache_gib * GIB),
         life_fd=options.life_fd,
     )
@@ -113,6 +115,7 @@ def _start(options: argparse.Namespace) -> int:
 
 
 def _status(options: argparse.Namespace) -> int:
+    from fallow_worker.probe_report import standing_words
     from fallow_worker.start import joined, print_json
     from fallow_worker.state_folder import StateFolder
 
@@ -140,17 +143,62 @@ def _status(options: argparse.Namespace) -> int:
     if pid is not None:
         lines += [f"offer        {status.get('offer', '')}", f"leases       {status.get('leases', {})}"]
         lines += [f"so far       {status.get('counts', {})}"]
+        standings: Any = status.get("standings", {})
+        lines += [f"measured     {name}: {standing_words(standing)}" for name, standing in standings.items()]
         error = status.get("last_error")
         lines += [f"last error   {error['message']}"] if isinstance(error, dict) else []
     sys.stdout.write(shown("\n".join(lines) + "\n"))
     return 0
 
 
-def _probe(options: argparse.Namespace) -> int:
-    from fallow_worker.probe_report import report_in_time, report_text
+def _ask(options: argparse.Namespace) -> int:
+    from fallow.credits import credits_text, price_per_hour
     from fallow_worker.start import print_json
+    from fallow_worker.state_folder import StateFolder
 
-    report = report_in_time()
+    folder = StateFolder(_state(options))
+    if options.ask is not None:
+        folder.write_ask(_ask_of(options.ask, "CREDITS"))
+    asked = folder.read_ask()
+    if options.json:
+        print_json({"ask_microcredits_per_unit": asked, "running": folder.running_pid() is not None})
+        return 0
+    changed = "; the running worker says so within seconds" if options.ask and folder.running_pid() else ""
+    sys.stdout.write(f"{credits_text(price_per_hour(asked))} credits for an hour of a reference core{changed}\n")
+    return 0
+
+
+def _ask_of(text: str, field: str) -> int:
+    from fallow.credits import ASK_MICROCREDITS_PER_UNIT_MAX, ask_per_unit, parse_credits, price_per_hour
+
+    return ask_per_unit(parse_credits(text, field, price_per_hour(ASK_MICROCREDITS_PER_UNIT_MAX)))
+
+
+def _earnings(options: argparse.Namespace) -> int:
+    from fallow.credits import parse_credits
+    from fallow_worker import earnings
+    from fallow_worker.start import joined, print_json
+    from fallow_worker.state_folder import StateFolder
+
+    tariff = parse_credits(options.tariff, "--tariff")
+    credentials = joined(StateFolder(_state(options)))
+    found = asyncio.run(earnings.earnings_of(credentials, options.days))
+    if options.json:
+        print_json(earnings.facts(found, tariff))
+    elif options.csv:
+        sys.stdout.write(earnings.csv_text(found))
+    else:
+        sys.stdout.write(shown(earnings.text(found, options.days, tariff) + "\n"))
+    return 0
+
+
+def _probe(options: argparse.Namespace) -> int:
+    from fallow_worker.probe_report import report_in_time, report_text, with_standings
+    from fallow_worker.start import print_json
+    from fallow_worker.state_folder import StateFolder
+
+    standings: Any = StateFolder(_state(options)).read_status().get("standings", {})
+    report = with_standings(report_in_time(), standings)
     if options.json:
         print_json(report)
     else:
@@ -185,7 +233,11 @@ def _parser() -> argparse.ArgumentParser:
     start.add_argument("--cpus", type=_count, default=0, metavar="N", help="cores to lend; default: all of them")
     start.add_argument("--slots", type=_slots, default=0, metavar="N", help="leases at once; default: by device")
     start.add_argument(
-        "--tasks", "--task-kinds", default="map", metavar="KIND[,KIND…]", help="kinds of tasks to take; default: map"
+        "--tasks",
+        "--task-kinds",
+        default="map,challenge",
+        metavar="KIND[,KIND…]",
+        help="kinds of tasks to take; default: map,challenge (without challenge: no paid work)",
     )
     start.add_argument(
         "--accept-weaker-sandbox",
@@ -203,10 +255,30 @@ def _parser() -> argparse.ArgumentParser:
     start.add_argument(
         "--region", type=_region, default=None, metavar="NAME", help="where this machine stands, if you like"
     )
+    start.add_argument(
+        "--ask",
+        default=None,
+        metavar="CREDITS",
+        help="what you ask in market pools for an hour of one reference core (3,600 units); default: as before, or 0",
+    )
     start.add_argument("--cache-gib", type=_positive, default=20.0, metavar="GIB", help="disk for bundles; default: 20")
     start.add_argument("--life-fd", type=int, default=None, metavar="FD", help=argparse.SUPPRESS)
 
     command("status", "how the worker on this folder fares", _status)
+    ask = command("ask", "what you ask in market pools: shown, or changed also while the worker runs", _ask)
+    ask.add_argument(
+        "ask",
+        nargs="?",
+        default=None,
+        metavar="CREDITS",
+        help="credits for an hour of one reference core (3,600 units)",
+    )
+    earned = command("earnings", "what this worker earned, and what it might ask", _earnings)
+    earned.add_argument("--days", type=_days, default=30, metavar="N", help="how far back; default: 30")
+    earned.add_argument(
+        "--tariff", default="0", metavar="CREDITS", help="what a kWh costs you, in credits as they are worth to you"
+    )
+    earned.add_argument("--csv", action="store_true", help="one line for each day and pool")
     command("probe", "what this machine could offer", _probe)
     return parser
 
@@ -233,6 +305,13 @@ def _count(text: str) -> int:
     value = int(text)
     if value < 0:
         raise argparse.ArgumentTypeError("at least 0")
+    return value
+
+
+def _days(text: str) -> int:
+    value = int(text)
+    if not 1 <= value <= 366:
+        raise argparse.ArgumentTypeError("between 1 and 366 days")
     return value
 
 

@@ -29,7 +29,7 @@ class WorkerConfig:
     """Cores to lend; 0: all that this process may use."""
     slots: int = 0
     """Leases that run at once; 0: as many as the executor has."""
-    task_kinds: frozenset[TaskKind] = frozenset({TaskKind.MAP})
+    task_kinds: frozenset[TaskKind] = frozenset({TaskKind.MAP, TaskKind.CHALLENGE})
     weakest_sandbox: SandboxLevel = SandboxLevel.FULL
     """Strangers' programs are refused below this."""
     idle_release_ms: int = IDLE_RELEASE_MS_DEFAULT
@@ -37,6 +37,8 @@ class WorkerConfig:
     """How long runs may go on when the worker is to stop; None: by tier."""
     region: str = ""
     """Where the machine stands, by the owner's word; empty: not told."""
+    ask_microcredits_per_unit: int | None = None
+    """What the owner asks in market pools; None: as said last, at first nothing."""
     cache_bytes_max: int = CACHE_BYTES_MAX_DEFAULT
     life_fd: int | None = None
     """A descriptor that closes when whoever started this worker ends."""

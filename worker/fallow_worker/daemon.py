@@ -25,9 +25,11 @@ from fallow.session import (
     Heartbeat,
     Lease,
     LeaseProgress,
+    LeaseSeen,
     Refused,
     Settled,
     SignedBytes,
+    TaskKind,
     Welcome,
     WorkerMessage,
 )
@@ -356,6 +358,8 @@ class Daemon:
                 self._changed()
             case Lease():
                 self.counts.leases += 1
+                if message.kind is TaskKind.CHALLENGE:
+                    self._say(LeaseSeen(message.lease_id, message.fence))
                 self._happened(Received(message))
             case _:
                 self._happened(Received(message))
@@ -489,6 +493,7 @@ class Daemon:
             runtime_max_ms=lease.runtime_max_ms,
             buckets=lease.buckets,
             slots=lease.slots,
+            challenge=lease.challenge,
         )
         del inputs
         if self._release is not None:

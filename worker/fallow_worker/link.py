@@ -13,10 +13,11 @@ from typing import Final
 
 import grpc
 
+from fallow import diagnosis
 from fallow.channel import control_channel
 from fallow.credentials import Credentials
 from fallow.errors import FallowError, Reason
-from fallow.identity import write_private
+from fallow.identity import CONTROL_NAME, write_private
 from fallow.ids import SessionId
 from fallow.limits import (
     LEASES_PER_WORKER_MAX,
@@ -219,13 +220,23 @@ class Session:
             # A call that has ended says so to whoever reads; here it is only too late.
             await self._call.write(request)
 
+    async def _looked_into(self, error: FallowError) -> FallowError:
+        """A failed connection in better words, where a look at the server gives them."""
+        return await diagnosis.explained(
+            error,
+            endpoint=self._credentials.control_endpoint,
+            server_name=CONTROL_NAME,
+            authority_pem=self._credentials.authority_pem,
+            certificate_pem=self._credentials.certificate_pem,
+        )
+
     async def _read(self) -> CoordinatorMessage:
         if self._unread:
             return self._unread.popleft()
         try:
             response = await self._call.read()
         except grpc.aio.AioRpcError as failure:
-            raise explained(failure, self._credentials) from None
+            raise await self._looked_into(explained(failure, self._credentials)) from None
         except asyncio.CancelledError:
             if not self._call.cancelled():
                 raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import Final
 
 from fallow.errors import FallowError, Reason
@@ -14,7 +15,7 @@ from fallow.limits import (
     ROW_FAILURES_LISTED_PER_TASK_MAX,
 )
 from fallow.row_block import RowBlock
-from fallow.session import BlobReference, Cause, Commitment, Inspection, Lease, RowFailure
+from fallow.session import BlobReference, Cause, Checked, Commitment, Inspection, Lease, RowFailure
 from fallow_worker.executor import WorkFailed
 from fallow_worker.ports import Outcome
 
@@ -22,8 +23,11 @@ _HASHED_ON_THE_SPOT_BYTES: Final = 64 * KIB
 """Smaller blocks are hashed faster than a thread is asked to."""
 
 
-async def told(lease: Lease, outcome: Outcome) -> Commitment | Inspection:
-    """What to say of an outcome: a commitment over its output block, or its report. Raises WorkFailed."""
+async def told(lease: Lease, outcome: Outcome) -> Commitment | Inspection | Checked:
+    """What to say of an outcome: a commitment over its output block, its report or verdict. Raises WorkFailed."""
+    if outcome.verdict is not None:
+        verdict = replace(outcome.verdict, reason=clipped(outcome.verdict.reason))
+        return Checked(lease.lease_id, lease.fence, verdict)
     if outcome.report is not None:
         return Inspection(lease.lease_id, lease.fence, outcome.report, outcome.usage)
     if len(outcome.output_block) <= _HASHED_ON_THE_SPOT_BYTES:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from fallow.bundle import InspectionReport
+from fallow.challenge import ChallengePlan, ChallengeVerdict
 from fallow.ids import Digest, LeaseId
 from fallow.session import Capability, RowFailure, TaskKind, Usage
 
@@ -41,17 +42,20 @@ class Work:
     runtime_max_ms: int
     buckets: tuple[int, ...] = ()
     slots: tuple[int, ...] = ()
+    challenge: ChallengePlan | None = None
+    """Of a challenge, and of the check of an answer, which then is `input_block`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Output rows and what they took. Only one of `output_block` and `report` is set."""
+    """Output rows and what they took. Only one of `output_block`, `report` and `verdict` is set."""
 
     output_block: bytes
     failures: tuple[RowFailure, ...]
     usage: Usage
     execution_class: str
     report: InspectionReport | None = None
+    verdict: ChallengeVerdict | None = None
 
 
 class Executor(Protocol):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 import threading
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Final
 
@@ -41,6 +42,26 @@ def report_of(machine: Machine = HERE, *, lock_down: bool = True) -> dict[str, A
         "energy": _energy_facts(machine),
         "took_ms": found.took_ms,
     }
+
+
+def with_standings(report: dict[str, Any], standings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The report with what a coordinator said of the devices to the worker on the same folder."""
+    devices: list[dict[str, Any]] = []
+    for device in report["devices"]:
+        standing = standings.get(device["device_id"], {})
+        measured = bool(standing.get("units_milli_per_s"))
+        level = (
+            DeviceLevel.MEASURED.value if measured and device["level"] == DeviceLevel.USABLE.value else device["level"]
+        )
+        devices.append({**device, "level": level, "standing": dict(standing)})
+    return {**report, "devices": devices}
+
+
+def standing_words(standing: Mapping[str, Any]) -> str:
+    """What is known of a device, for people."""
+    if not standing["units_milli_per_s"]:
+        return f"no: {standing['reason']}" if standing["reason"] else "no"
+    return f"{standing['units_milli_per_s'] / 1_000:.2f} units/s, {_size(standing['memory_bytes'])}"
 
 
 def report_in_time() -> dict[str, Any]:
@@ -157,8 +178,13 @@ def _row(device: dict[str, Any]) -> tuple[str, ...]:
     marks = ["yes" if reached >= rank else "no" for rank in range(len(levels))]
     if device["providers"]:
         marks[1] = ", ".join(str(name).removesuffix("ExecutionProvider") for name in device["providers"])
+    standing = device.get("standing", {})
     if reached == 1:
         marks[2] = "not yet" if device["offered"] else "no"
+        if device["offered"] and standing.get("reason"):
+            marks[2] = f"no: {standing['reason']}"
+    elif reached == len(levels) - 1 and standing:
+        marks[2] = standing_words(standing)
     return (str(device["device_id"]), ", ".join(filter(None, what)), *marks)
 
 

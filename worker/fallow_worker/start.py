@@ -126,6 +126,8 @@ async def work(config: WorkerConfig, *, told: Callable[[dict[str, object]], None
     credentials = joined(folder)
     wait_s = PREDECESSOR_WAIT_S if credentials.tier is Tier.OPERATOR or config.life_fd is not None else 0.0
     with folder.locked(wait_s=wait_s):
+        if config.ask_microcredits_per_unit is not None:
+            folder.write_ask(config.ask_microcredits_per_unit)
         return await _work_alone(config, folder, credentials, told)
 
 
@@ -135,7 +137,7 @@ async def _work_alone(
     chosen, choice = executor_for(config, credentials.tier)
     executor = MeteredExecutor(chosen, EnergyMeter(owns_devices=not config.ray_address))
     try:
-        surroundings = Surroundings(region=config.region, owns_devices=not config.ray_address)
+        surroundings = Surroundings(region=config.region, ask=folder.read_ask, owns_devices=not config.ray_address)
         capability = await surroundings.now(await capability_of(executor, config))
     except BaseException:
         await executor.stop()

@@ -11,6 +11,7 @@ from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Final
 
+from fallow.credits import ASK_MICROCREDITS_PER_UNIT_MAX
 from fallow.errors import FallowError, Reason
 
 STATE_VARIABLE: Final = "FALLOW_WORKER_STATE"
@@ -62,6 +63,10 @@ class StateFolder:
         return self.folder / "lock"
 
     @property
+    def _ask(self) -> Path:
+        return self.folder / "ask"
+
+    @property
     def _status(self) -> Path:
         return self.folder / "status.json"
 
@@ -99,6 +104,21 @@ class StateFolder:
             return None if _try_lock(descriptor) else _read_pid(descriptor)
         finally:
             os.close(descriptor)
+
+    def read_ask(self) -> int:
+        """What the owner asks for a unit, in micro-credits; 0 when nothing, or nothing readable, was said."""
+        try:
+            text = self._ask.read_text().strip()
+        except OSError:
+            return 0
+        # A file that somebody damaged must not make a machine dearer than anything, nor stop it.
+        return int(text) if text.isdecimal() and int(text[:20]) <= ASK_MICROCREDITS_PER_UNIT_MAX else 0
+
+    def write_ask(self, microcredits_per_unit: int) -> None:
+        """Remembers what the owner asks; a running worker takes it up at its next look."""
+        temporary = self.folder / f".ask.{os.getpid()}.new"
+        temporary.write_text(f"{microcredits_per_unit}\n")
+        temporary.replace(self._ask)
 
     def write_status(self, status: Status) -> None:
         """Leaves word for `fallow-worker status`: whole or not at all, not worth an fsync."""

@@ -63,6 +63,7 @@ def capability_facts(capability: Capability) -> dict[str, object]:
         "operating_system": capability.operating_system,
         "region": capability.region,
         "on_battery": capability.on_battery,
+        "ask_microcredits_per_unit": capability.ask_microcredits_per_unit,
         "task_kinds": sorted(kind.value for kind in capability.task_kinds),
         "devices": [device_facts(device) for device in capability.devices],
     }
@@ -93,6 +94,7 @@ def _told(daemon: Daemon) -> dict[str, object]:
     return {
         "session": _session_word(world),
         "capability": capability_facts(world.capability),
+        "standings": {name: asdict(standing) for name, standing in sorted(daemon.standings.items())},
         "draining": world.drain.reason if world.drain else "",
         "trouble": world.trouble.failures if world.trouble else 0,
         "leases": dict(Counter(type(held.phase).__name__.lower() for held in world.leases.values())),

@@ -45,12 +45,17 @@ class Surroundings:
         machine: Machine = HERE,
         *,
         region: str = "",
+        ask: Callable[[], int] = lambda: 0,
         owns_devices: bool = True,
         every_s: float = LOOK_EVERY_S,
     ) -> None:
-        """`owns_devices`: false when the executor's nodes are other machines."""
+        """`ask` tells what the owner asks for a unit, now.
+
+        `owns_devices`: false when the executor's nodes are other machines.
+        """
         self._machine = machine
         self._region = region
+        self._ask = ask
         self._owns_devices = owns_devices
         self._every_s = every_s
         self._seen: frozenset[str] = frozenset()
@@ -91,6 +96,7 @@ class Surroundings:
             on_battery=glance.on_battery,
             memory_bytes_free=glance.memory_bytes_free if self._owns_devices else capability.memory_bytes_free,
             region=self._region,
+            ask_microcredits_per_unit=self._ask(),
         )
 
     def _leave_out(self, gone: frozenset[str]) -> None:

@@ -106,7 +106,12 @@ class Transfers:
     async def fetch(self, lease: Lease, offer: BundleOffer) -> Inputs:
         """Bundle and input of a lease, all digests checked. Raises FallowError; `trouble_of` says what to do then."""
         async with self._in_use() as blobs:
-            bundle = await self._cache.bundle(offer, blobs, lease.lease_id)
+            if lease.challenge is not None:
+                bundle = LoadedBundle(
+                    offer.bundle_digest, offer.manifest, {}, 0, slot_dependent=False, memory_bytes_peak=0
+                )
+            else:
+                bundle = await self._cache.bundle(offer, blobs, lease.lease_id)
             return Inputs(bundle, await self._input(lease, blobs))
 
     async def upload(self, grant: SignedBytes, output: bytes) -> SignedBytes:

@@ -15,9 +15,11 @@ from fallow_coordinator.core.draft import Draft, shortened
 from fallow_coordinator.core.limits import (
     ACCOUNTS_MAX,
     CERTIFICATE_VALID_MS_MAX,
+    DAY_MS,
     NAME_BYTES_MAX,
     PARTIES_MAX,
     POOLS_MAX,
+    RENEWAL_GRACE_MS,
     TAGS_MAX,
     TOKEN_VALID_MS_MAX,
     TOKENS_MAX,
@@ -212,7 +214,10 @@ def enroll_local(state: State, command: c.EnrollLocal, now_ms: int, names: Names
 
 
 def renew_certificate(state: State, command: c.RenewCertificate, now_ms: int, names: Names) -> Decision:
-    """A fresh certificate for a known key. Raises UNAUTHENTICATED, PARTY_REVOKED, PARTY_QUARANTINED, LIMIT_EXCEEDED."""
+    """A fresh certificate for a known key, until 90 days after the end of its last.
+
+    Raises UNAUTHENTICATED, PARTY_REVOKED, PARTY_QUARANTINED, CERTIFICATE_EXPIRED.
+    """
     _check_validity(command.certificate_valid_for_ms)
     party = _party_of_key(state, command.key_fingerprint)
     if party is None:
@@ -222,6 +227,16 @@ def renew_certificate(state: State, command: c.RenewCertificate, now_ms: int, na
     worker = state.workers.get(party.party_id)
     if worker is not None and worker.quarantined:
         raise quarantined(worker)
+    # The operator's own parties are on the coordinator's machine, which may have been off for a year.
+    if party.token_id is not None and party.not_after_ms + RENEWAL_GRACE_MS <= now_ms:
+        days = (now_ms - party.not_after_ms) // DAY_MS
+        raise FallowError(
+            Reason.CERTIFICATE_EXPIRED,
+            f"the certificate of {party.party_id} ended {days} days ago, too long for its key to renew it",
+            field="public_key",
+            limit=f"{RENEWAL_GRACE_MS // DAY_MS} days after its end",
+            hint="ask the operator for a new join line, and join in a fresh folder, which makes a new key",
+        )
     return _certificate(party, command.certificate_valid_for_ms, now_ms, names)
 
 

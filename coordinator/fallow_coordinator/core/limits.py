@@ -19,6 +19,8 @@ NAME_BYTES_MAX = 200
 TAGS_MAX = 32
 TOKEN_VALID_MS_MAX = 365 * DAY_MS
 CERTIFICATE_VALID_MS_MAX = 30 * DAY_MS
+RENEWAL_GRACE_MS = 90 * DAY_MS
+"""How long after the end of its certificate a key renews it by itself."""
 
 SESSION_GRACE_MS = 15 * SECOND_MS
 """How long leases outlive their closed session, so that an honest reconnect keeps them."""

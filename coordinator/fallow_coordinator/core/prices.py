@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 from fallow.credits import MICROCREDITS_PER_CREDIT
+from fallow.session import Capability, DeviceKind, DeviceLevel
 from fallow_coordinator.core.limits import UNIT_MICROS
 
 QUOTA_MICROCREDITS_PER_UNIT = MICROCREDITS_PER_CREDIT
@@ -38,3 +42,34 @@ def pay(reserved: int, *, rows: int, rows_failed: int) -> int:
     """
     assert 0 <= rows_failed <= rows and rows > 0, "failed rows are some of the rows"
     return reserved * (rows - rows_failed) // rows
+
+
+_CLASSES = (DeviceKind.GPU, DeviceKind.NPU, DeviceKind.CPU)
+LOW_PERCENT, MEDIAN_PERCENT, HIGH_PERCENT = 10, 50, 90
+
+
+def device_class(capability: Capability) -> str:
+    """The class under which a worker's prices are told: the kind of its best usable device."""
+    usable = {device.kind for device in capability.devices if device.level is not DeviceLevel.PRESENT}
+    return next((kind.value for kind in _CLASSES if kind in usable), DeviceKind.CPU.value)
+
+
+@dataclass(frozen=True, slots=True)
+class PricePoint:
+    """Work that was paid at one price."""
+
+    price_microcredits_per_unit: int
+    tasks: int
+    unit_micros: int
+    microcredits: int
+
+
+def price_at(points: Sequence[PricePoint], percent: int) -> int:
+    """The lowest price at or below which so much of the work was paid; 0 for no work. `points` rise by price."""
+    total = sum(point.unit_micros for point in points)
+    reached = 0
+    for point in points:
+        reached += point.unit_micros
+        if reached * 100 >= total * percent:
+            return point.price_microcredits_per_unit
+    return 0

@@ -351,7 +351,8 @@ def device_standing(state: State, worker_id: PartyId, device_id: str) -> DeviceS
     if held is not None:
         return DeviceStanding(device_id, held.units_milli_per_s, held.memory_bytes, held.expires_at_ms)
     record = worker.challenged.get(device_id)
-    return DeviceStanding(device_id, reason=record.reason if record is not None else "")
+    half = "" if device_id not in worker.certificates else "speed and memory are measured one after the other"
+    return DeviceStanding(device_id, reason=record.reason if record is not None else half)
 
 
 def _measurement_to_send(state: State, lease: Lease, task: Task) -> LeaseToSend:

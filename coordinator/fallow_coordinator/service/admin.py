@@ -18,6 +18,7 @@ from fallow.limits import TOKEN_USES_MAX
 from fallow.roles import Role, Tier
 from fallow.v1 import admin_service_pb2 as pb
 from fallow.wire.capability import capability_to_message
+from fallow.wire.challenge import standing_to_message
 from fallow.wire.enums import ROLES, TIERS
 from fallow.wire.moments import duration_from_message, moment_to_message
 from fallow_coordinator.core.answers import AccountMade, PoolMade, TokenMade
@@ -35,6 +36,7 @@ from fallow_coordinator.core.commands import (
     RevokeToken,
     SetBlobQuota,
 )
+from fallow_coordinator.core.questions import device_standing
 from fallow_coordinator.core.state import State, Worker
 from fallow_coordinator.engine import Engine
 from fallow_coordinator.ports import Views
@@ -339,6 +341,10 @@ def _worker(state: State, worker: Worker) -> pb.Worker:
         leases=len(worker.leases),
         rows_settled=worker.rows_settled,
         certificate_not_after=moment_to_message(party.not_after_ms),
+        device_standings=[
+            standing_to_message(device_standing(state, worker.worker_id, device_id))
+            for device_id in dict.fromkeys((*worker.certificates, *worker.challenged))
+        ],
     )
 
 

@@ -13,6 +13,7 @@ from fallow_coordinator.core.limits import RETENTION_MS_DEFAULT
 from fallow_coordinator.core.questions import budget_warnings
 from fallow_coordinator.core.state import Bundle, Job, State
 from fallow_coordinator.ports import Record
+from fallow_coordinator.store.ledger_rows import posting_rows, settlement_row
 from fallow_coordinator.store.work_events import encode_submission
 
 Row = tuple[object, ...]
@@ -48,6 +49,8 @@ class _Touched:
     pool_members: dict[tuple[PoolId, AccountId], Row] = field(default_factory=dict[tuple[PoolId, AccountId], Row])
     retained_jobs: dict[JobId, Row] = field(default_factory=dict[JobId, Row])
     deleted_jobs: dict[JobId, Row] = field(default_factory=dict[JobId, Row])
+    postings: list[Row] = field(default_factory=list[Row])
+    settlements: list[Row] = field(default_factory=list[Row])
 
 
 class Projection:
@@ -69,6 +72,10 @@ class Projection:
         """Folds the next record and notes what it touches."""
         event = record.event
         self._before(event)
+        self._touched.postings += posting_rows(self.state, event, record.sequence, record.at_ms)
+        if isinstance(event, ev.TaskSettled):
+            settled = settlement_row(self.state, event, record.sequence, record.at_ms)
+            self._touched.settlements += [settled] if settled is not None else []
         job_id = self._delivered_to(event)
         evolve(self.state, event, record.at_ms)
         self._after(event, record.at_ms)
@@ -97,6 +104,8 @@ class Projection:
             "pool_members": list(touched.pool_members.values()),
             "retained_jobs": list(touched.retained_jobs.values()),
             "deleted_jobs": list(touched.deleted_jobs.values()),
+            "postings": touched.postings,
+            "settlements": touched.settlements,
         }
         return Changes({table: rows for table, rows in tables.items() if rows}, list(touched.deleted_jobs))
 
@@ -130,9 +139,11 @@ class Projection:
                 self._touch_task(event.task_id)
             case ev.JobSubmitted() | ev.JobStateChanged() | ev.JobDeleted():
                 self._after_job(event, at_ms)
+            case ev.JobFunded():
+                touched.jobs[event.job_id] = None
             case ev.AccountCreated():
                 touched.accounts[event.account_id] = None
-            case ev.PoolCreated():
+            case ev.PoolCreated() | ev.PoolModeChanged():
                 touched.pools[event.pool_id] = None
             case ev.AccountAdmitted() | ev.AccountExpelled():
                 member = (event.pool_id, event.account_id)

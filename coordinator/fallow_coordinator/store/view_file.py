@@ -39,6 +39,12 @@ _TABLES: dict[str, str] = {
     "job_submissions": "job_id TEXT PRIMARY KEY, account_id TEXT, submission BLOB",
     "job_payloads": "job_id TEXT, digest BLOB, PRIMARY KEY (job_id, digest)",
     "retained_jobs": "job_id TEXT PRIMARY KEY, account_id TEXT, keep_until_ms INTEGER",
+    "postings": """sequence INTEGER, number INTEGER, at_ms INTEGER, what TEXT, book TEXT, purse TEXT, account_id TEXT,
+        pool_id TEXT, job_id TEXT, worker_id TEXT, note TEXT, microcredits INTEGER, PRIMARY KEY (sequence, number)""",
+    "settlements": """sequence INTEGER PRIMARY KEY, at_ms INTEGER, pool_id TEXT, job_id TEXT, account_id TEXT,
+        worker_account_id TEXT, worker_id TEXT, device_class TEXT, rows INTEGER, rows_failed INTEGER,
+        unit_micros INTEGER, price_microcredits_per_unit INTEGER, microcredits INTEGER,
+        contribution_microcredits INTEGER, energy_millijoules INTEGER""",
     "deleted_jobs": "job_id TEXT PRIMARY KEY, account_id TEXT, deleted_at_ms INTEGER, reason TEXT",
 }
 """Columns of each table; a row of `Changes` has its values in this order. Whatever belongs to somebody says to whom."""
@@ -51,6 +57,9 @@ _EXTRAS = (
     "CREATE INDEX payloads_of_jobs ON job_payloads (digest)",
     "CREATE INDEX ends_of_retention ON retained_jobs (keep_until_ms)",
     "CREATE INDEX jobs_of_account ON jobs (account_id, submitted_at_ms, job_id)",
+    "CREATE INDEX postings_of_account ON postings (account_id, at_ms)",
+    "CREATE INDEX settlements_of_worker ON settlements (worker_id, at_ms)",
+    "CREATE INDEX settlements_in_time ON settlements (at_ms)",
     """CREATE VIEW rows_by_worker AS
         SELECT account_id, job_id, worker_id, node, count(*) AS tasks, sum(rows) AS rows,
             sum(rows_failed) AS rows_failed

@@ -7,6 +7,7 @@ from typing import Any
 
 from fallow.cli.output import counted
 from fallow.client.tables import Saved
+from fallow.credits import PoolMode, credits_text
 from fallow.job import JobStatus
 
 
@@ -43,6 +44,11 @@ def status_facts(status: JobStatus) -> dict[str, Any]:
         "bundle_digest": status.bundle_digest,
         "policy": status.policy,
         "price_microcredits": status.price_microcredits,
+        "pool_mode": status.pool_mode,
+        "budget_microcredits": status.budget_microcredits,
+        "spent_microcredits": status.spent_microcredits,
+        "reserved_microcredits": status.reserved_microcredits,
+        "warnings": status.warnings,
         "submitted_at_ms": status.submitted_at_ms,
         "finished_at_ms": status.finished_at_ms,
         "progress": status.progress,
@@ -85,6 +91,16 @@ def status_line(status: JobStatus) -> str:
     return f"{status.job_id}  {status.state.value:<10} {done}{failed}{title}"
 
 
+def price_text(status: JobStatus) -> str:
+    """What the job cost so far, and of how much."""
+    what = "units of allotment" if status.pool_mode is PoolMode.QUOTA else "credits"
+    spent = f"{credits_text(status.spent_microcredits)} {what}"
+    if not status.budget_microcredits:
+        return spent
+    reserved = f", {credits_text(status.reserved_microcredits)} reserved" if status.reserved_microcredits else ""
+    return f"{spent} of {credits_text(status.budget_microcredits)}{reserved}"
+
+
 def status_text(status: JobStatus) -> str:
     """A status in full."""
     progress = status.progress
@@ -103,7 +119,8 @@ def status_text(status: JobStatus) -> str:
         "waits": f"for cleaner electricity until {_moment(status.deferred_until_ms)}"
         if status.deferred_until_ms
         else "",
-        "price": f"{status.price_microcredits / 1_000_000:g} credits",
+        "price": price_text(status),
+        "warning": "; ".join(status.warnings),
         "submitted": _moment(status.submitted_at_ms),
         "finished": _moment(status.finished_at_ms) if status.finished_at_ms else "",
     }

@@ -15,6 +15,7 @@ from fallow.cli.submitting import attended, submit_command
 from fallow.client.client import JOBS_PER_PAGE, connect_async
 from fallow.client.job import AsyncJob
 from fallow.client.tables import check_result_path
+from fallow.credits import credits_text, parse_credits
 
 
 @click.group("job")
@@ -161,6 +162,27 @@ def retry_command(job_id: str, failed: bool, login: Path | None, as_json: bool) 
             retried = await (await client.job(job_id)).retry_failed()
             rows = (await retried.status()).progress.rows_total
         output.result({"job_id": retried.id, "retried_job_id": job_id, "rows": rows}, retried.id)
+
+    run(output, work())
+
+
+@job_group.command("topup")
+@click.argument("job_id")
+@click.argument("credits_added", metavar="CREDITS")
+@login_option
+@json_option
+def topup_command(job_id: str, credits_added: str, login: Path | None, as_json: bool) -> None:
+    """Add CREDITS to a job's budget; one that was out of it goes on."""
+    output = Output(as_json=as_json)
+
+    async def work() -> None:
+        parse_credits(credits_added, "CREDITS")
+        async with await connect_async(login) as client:
+            status = await (await client.job(job_id)).top_up(credits_added)
+        budget, spent = credits_text(status.budget_microcredits), credits_text(status.spent_microcredits)
+        output.result(
+            status_facts(status), f"job {job_id}: {status.state.value}, {spent} of {budget} credits are spent"
+        )
 
     run(output, work())
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import click
 
+from fallow.cli.accounts import account_group
 from fallow.cli.bundles import bundle_group
 from fallow.cli.jobs import job_group
 from fallow.cli.options import json_option, run
@@ -55,4 +56,5 @@ def login_command(line: str, name: str | None, folder: Path | None, as_json: boo
 
 fallow.add_command(map_command)
 fallow.add_command(job_group)
+fallow.add_command(account_group)
 fallow.add_command(bundle_group)

@@ -31,6 +31,7 @@ from fallow.cli.progress import JobBar, job_bar
 from fallow.client.client import AsyncClient, connect_async
 from fallow.client.job import AsyncJob
 from fallow.client.tables import Saved, check_result_path
+from fallow.credits import credits_text
 from fallow.errors import FallowError, Reason
 from fallow.job import JobOptions, JobStatus
 from fallow.limits import FAILED_ROWS_MAX_DEFAULT
@@ -226,6 +227,6 @@ def _summary(job: AsyncJob, status: JobStatus, saved: Saved, seconds: float) -> 
     rate = (saved.rows + saved.failed_rows) / seconds if seconds > 0 else 0
     lines = [saved_text(saved)]
     lines += [f"  {share.rows:>10,}  {share.worker_id} node {share.node}" for share in saved.shares]
-    price = status.price_microcredits / 1_000_000
-    lines.append(f"job {job.id}: {seconds:.1f} s, {rate:,.0f} rows/s, policy {status.policy}, price {price:g} credits")
+    price = credits_text(status.spent_microcredits)
+    lines.append(f"job {job.id}: {seconds:.1f} s, {rate:,.0f} rows/s, policy {status.policy}, price {price} credits")
     return "\n".join(lines)

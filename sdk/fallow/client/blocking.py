@@ -16,6 +16,7 @@ from types import TracebackType
 import pyarrow as pa
 
 from fallow.bundle_file import Bundle
+from fallow.client.account import Balances, Statement
 from fallow.client.client import JOBS_PER_PAGE, AsyncClient, BundleState, Session, connect_async
 from fallow.client.job import AsyncJob, Order
 from fallow.client.loop_thread import LoopThread
@@ -102,6 +103,14 @@ class Client:
         """The account's jobs, newest first, at most `limit`."""
         return self._loop.run(self._client.jobs(limit))
 
+    def balances(self) -> Balances:
+        """What the account has now."""
+        return self._loop.run(self._client.balances())
+
+    def statement(self, *, since_ms: int = 0, until_ms: int = 0) -> Statement:
+        """What came and went, the oldest first; see `AsyncClient.statement`."""
+        return self._loop.run(self._client.statement(since_ms=since_ms, until_ms=until_ms))
+
     def register(self, bundle: Bundle) -> None:
         """Makes `bundle` known to the coordinator, which has it inspected; `map` does it by itself."""
         self._loop.run(self._client.register(bundle))
@@ -148,6 +157,10 @@ class Job:
     def cancel(self) -> JobStatus:
         """Ends the job; rows that are done stay readable. Cancelling a finished job changes nothing."""
         return self._loop.run(self._job.cancel())
+
+    def top_up(self, amount: str | int) -> JobStatus:
+        """Adds so many credits to the budget; a job that was out of it goes on."""
+        return self._loop.run(self._job.top_up(amount))
 
     def delete(self) -> JobStatus:
         """Lets go of the job's results, dataset and kept columns, for good; see `AsyncJob.delete`."""

@@ -19,6 +19,7 @@ from typing import Final
 
 from fallow.bundle import InspectionReport
 from fallow.bundle_file import Bundle, bundle_file
+from fallow.client.account import Balances, Statement, StatementLine, balances_from, lines_from
 from fallow.client.blobs import BlobTransfers, Upload
 from fallow.client.connection import CALL_TIMEOUT_S, Connection
 from fallow.client.job import AsyncJob
@@ -42,10 +43,11 @@ from fallow.places import STATE_VARIABLE, coordinator_folder, local_client_folde
 from fallow.roles import DataClass
 from fallow.session import BlobReference
 from fallow.sources import Rows
-from fallow.v1 import identity_pb2, job_service_pb2
+from fallow.v1 import identity_pb2, job_service_pb2, ledger_service_pb2
 from fallow.wire.blob import BlobKind
 from fallow.wire.bundle import report_from_message
 from fallow.wire.job import status_from_message
+from fallow.wire.moments import moment_to_message
 from fallow.wire.schema import encode_schema
 
 CONNECT_PATIENCE_S: Final = 15.0
@@ -231,6 +233,36 @@ class AsyncClient:
             if not token:
                 break
         return found
+
+    async def balances(self) -> Balances:
+        """What the account has now."""
+        request = ledger_service_pb2.GetBalancesRequest()
+        answer = await self._connection.call_ledger(lambda ledger: ledger.GetBalances(request, timeout=CALL_TIMEOUT_S))
+        return balances_from(answer.balances)
+
+    async def statement(self, *, since_ms: int = 0, until_ms: int = 0) -> Statement:
+        """What came and went from `since_ms` (0: the beginning) to before `until_ms` (0: now), the oldest first."""
+        lines: list[StatementLine] = []
+        token = ""
+        while True:
+            request = ledger_service_pb2.GetStatementRequest(
+                since=moment_to_message(since_ms) if since_ms else None,
+                until=moment_to_message(until_ms) if until_ms else None,
+                page_token=token,
+            )
+            answer = await self._connection.call_ledger(
+                lambda ledger: ledger.GetStatement(request, timeout=CALL_TIMEOUT_S)  # noqa: B023
+            )
+            lines += lines_from(answer)
+            token = answer.next_page_token
+            if not token:
+                break
+        return Statement(
+            lines=tuple(lines),
+            opening={one.book: one.microcredits for one in answer.opening},
+            closing={one.book: one.microcredits for one in answer.closing},
+            sequence=answer.sequence,
+        )
 
     async def register(self, bundle: Bundle) -> None:
         """Makes `bundle` known to the coordinator, which has it inspected; `map` does it by itself.

@@ -16,11 +16,12 @@ from fallow.client.retry import PATIENCE_S, TRANSIENT_REASONS, Backoff, is_trans
 from fallow.credentials import Credentials
 from fallow.enrollment import renew
 from fallow.errors import FallowError, Reason
-from fallow.v1 import job_service_pb2_grpc
+from fallow.v1 import job_service_pb2_grpc, ledger_service_pb2_grpc
 from fallow.wire.errors import error_from_rpc
 
 if TYPE_CHECKING:
     from fallow.v1.job_service_pb2_grpc import JobServiceAsyncStub
+    from fallow.v1.ledger_service_pb2_grpc import LedgerServiceAsyncStub
 
 _log = logging.getLogger(__name__)
 
@@ -61,11 +62,18 @@ class Connection:
 
         Raises what the coordinator answers, and COORDINATOR_UNREACHABLE when patience is over.
         """
+        return await self._repeated(lambda: make(self._jobs))
+
+    async def call_ledger(self, make: Callable[[LedgerServiceAsyncStub], Awaitable[Answer]]) -> Answer:
+        """As `call`, for the ledger service."""
+        return await self._repeated(lambda: make(self._ledger))
+
+    async def _repeated(self, make: Callable[[], Awaitable[Answer]]) -> Answer:
         backoff = self.backoff()
         while True:
             await self.keep_fresh()
             try:
-                return await make(self._jobs)
+                return await make()
             except grpc.aio.AioRpcError as failure:
                 await self.recover(failure, backoff)
 
@@ -155,4 +163,5 @@ class Connection:
         self._control = control_channel(self.credentials)
         self._blobs = blob_channel(self.credentials)
         self._jobs = job_service_pb2_grpc.JobServiceStub(self._control)
+        self._ledger: LedgerServiceAsyncStub = ledger_service_pb2_grpc.LedgerServiceStub(self._control)
         self._renew_at_ms = (self.credentials.not_before_ms + self.credentials.not_after_ms) / 2

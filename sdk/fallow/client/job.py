@@ -18,6 +18,7 @@ from typing import Final, Literal, get_args
 
 import pyarrow as pa
 
+from fallow.client.account import new_transfer_id
 from fallow.client.blobs import BlobTransfers
 from fallow.client.connection import CALL_TIMEOUT_S, Connection
 from fallow.client.kept import KeptColumns
@@ -32,10 +33,11 @@ from fallow.client.stream import (
     watch,
 )
 from fallow.client.tables import ResultFile, ResultTables, Saved, WorkerShare
+from fallow.credits import parse_credits
 from fallow.errors import FallowError, Reason
 from fallow.ids import JobId
 from fallow.job import JOB_STATES_FINAL, JobProgress, JobState, JobStatus, RowSpan, TaskResult
-from fallow.v1 import job_service_pb2
+from fallow.v1 import job_service_pb2, ledger_service_pb2
 from fallow.wire.job import status_from_message
 
 Order = Literal["row", "any"]
@@ -160,6 +162,17 @@ class AsyncJob:
             kept=kept,
             has_kept=True,
         )
+
+    async def top_up(self, amount: str | int) -> JobStatus:
+        """Adds so many credits to the budget; a job that was out of it goes on. `"0.5"` and whole numbers are exact.
+
+        Raises INSUFFICIENT_CREDITS, JOB_FINISHED, and FIELD_INVALID when the job has no budget.
+        """
+        request = ledger_service_pb2.TopUpJobRequest(
+            job_id=self.id, microcredits=parse_credits(str(amount), "amount"), transfer_id=new_transfer_id()
+        )
+        answer = await self._connection.call_ledger(lambda ledger: ledger.TopUpJob(request, timeout=CALL_TIMEOUT_S))
+        return self._seen(status_from_message(answer.job))
 
     async def results(self, order: Order = "row") -> AsyncGenerator[RowResult, None]:
         """Every row of the job, while it runs: values, or why there are none.

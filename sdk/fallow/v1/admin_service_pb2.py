@@ -24,77 +24,78 @@ _sym_db = _symbol_database.Default()
 
 from fallow.v1 import capability_pb2 as fallow_dot_v1_dot_capability__pb2
 from fallow.v1 import identity_pb2 as fallow_dot_v1_dot_identity__pb2
+from fallow.v1 import session_pb2 as fallow_dot_v1_dot_session__pb2
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x66\x61llow/v1/admin_service.proto\x12\tfallow.v1\x1a\x1a\x66\x61llow/v1/capability.proto\x1a\x18\x66\x61llow/v1/identity.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xc5\x01\n\x12\x43reateTokenRequest\x12\x12\n\naccount_id\x18\x01 \x01(\t\x12\x1d\n\x04role\x18\x02 \x01(\x0e\x32\x0f.fallow.v1.Role\x12\x1d\n\x04tier\x18\x03 \x01(\x0e\x32\x0f.fallow.v1.Tier\x12\x0f\n\x07pool_id\x18\x04 \x01(\t\x12\x10\n\x08uses_max\x18\x05 \x01(\r\x12,\n\tvalid_for\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0c\n\x04tags\x18\x07 \x03(\t\"j\n\x13\x43reateTokenResponse\x12\x10\n\x08token_id\x18\x01 \x01(\t\x12\x11\n\tjoin_line\x18\x02 \x01(\t\x12.\n\nexpires_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x13\n\x11ListTokensRequest\"\xda\x01\n\x05Token\x12\x10\n\x08token_id\x18\x01 \x01(\t\x12\x12\n\naccount_id\x18\x02 \x01(\t\x12\x1d\n\x04role\x18\x03 \x01(\x0e\x32\x0f.fallow.v1.Role\x12\x1d\n\x04tier\x18\x04 \x01(\x0e\x32\x0f.fallow.v1.Tier\x12\x0f\n\x07pool_id\x18\x05 \x01(\t\x12\x10\n\x08uses_max\x18\x06 \x01(\r\x12\x0c\n\x04uses\x18\x07 \x01(\r\x12.\n\nexpires_at\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04tags\x18\t \x03(\t\"6\n\x12ListTokensResponse\x12 \n\x06tokens\x18\x01 \x03(\x0b\x32\x10.fallow.v1.Token\"&\n\x12RevokeTokenRequest\x12\x10\n\x08token_id\x18\x01 \x01(\t\"\x15\n\x13RevokeTokenResponse\"$\n\x14\x43reateAccountRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"+\n\x15\x43reateAccountResponse\x12\x12\n\naccount_id\x18\x01 \x01(\t\"<\n\x13SetBlobQuotaRequest\x12\x12\n\naccount_id\x18\x01 \x01(\t\x12\x11\n\tbytes_max\x18\x02 \x01(\x04\"A\n\x14SetBlobQuotaResponse\x12\x16\n\x0e\x62ytes_recorded\x18\x01 \x01(\x04\x12\x11\n\tbytes_max\x18\x02 \x01(\x04\"C\n\x11\x43reatePoolRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\naccount_id\x18\x02 \x01(\t\x12\x0c\n\x04open\x18K \x01(\x08\"%\n\x12\x43reatePoolResponse\x12\x0f\n\x07pool_id\x18\x01 \x01(\t\":\n\x13\x41\x64mitAccountRequest\x12\x0f\n\x07pool_id\x18\x01 \x01(\t\x12\x12\n\naccount_id\x18\x02 \x01(\t\"\x16\n\x14\x41\x64mitAccountResponse\":\n\x13\x45xpelAccountRequest\x12\x0f\n\x07pool_id\x18\x01 \x01(\t\x12\x12\n\naccount_id\x18\x02 \x01(\t\"\x16\n\x14\x45xpelAccountResponse\"-\n\x14ReleaseBundleRequest\x12\x15\n\rbundle_digest\x18\x01 \x01(\t\".\n\x15ReleaseBundleResponse\x12\x15\n\rbundle_digest\x18\x01 \x01(\x0c\"\x14\n\x12ListWorkersRequest\"\xa1\x02\n\x06Worker\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x12\n\naccount_id\x18\x02 \x01(\t\x12\x0f\n\x07pool_id\x18\x03 \x01(\t\x12\x1d\n\x04tier\x18\x04 \x01(\x0e\x32\x0f.fallow.v1.Tier\x12\x0c\n\x04name\x18\x05 \x01(\t\x12\x11\n\tconnected\x18\x06 \x01(\x08\x12\x13\n\x0bquarantined\x18\x07 \x01(\x08\x12)\n\ncapability\x18\x08 \x01(\x0b\x32\x15.fallow.v1.Capability\x12\x0e\n\x06leases\x18\t \x01(\r\x12\x14\n\x0crows_settled\x18\n \x01(\x04\x12\x39\n\x15\x63\x65rtificate_not_after\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"9\n\x13ListWorkersResponse\x12\"\n\x07workers\x18\x01 \x03(\x0b\x32\x11.fallow.v1.Worker\"<\n\x17QuarantineWorkerRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x1a\n\x18QuarantineWorkerResponse\")\n\x14ReleaseWorkerRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\"\x17\n\x15ReleaseWorkerResponse\"6\n\x12RevokePartyRequest\x12\x10\n\x08party_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x15\n\x13RevokePartyResponse\"\x12\n\x10GetStatusRequest\"\xf6\x02\n\x11GetStatusResponse\x12,\n\x08protocol\x18\x01 \x01(\x0b\x32\x1a.fallow.v1.ProtocolVersion\x12\x18\n\x10journal_sequence\x18\x02 \x01(\x04\x12\x15\n\rview_sequence\x18\x03 \x01(\x04\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12\x19\n\x11workers_connected\x18\x05 \x01(\r\x12\x17\n\x0fjobs_unfinished\x18\x06 \x01(\r\x12\x0e\n\x06leases\x18\x07 \x01(\r\x12\x16\n\x0eresident_bytes\x18\x08 \x01(\x04\x12.\n\nstarted_at\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x13\n\x0b\x63ommitments\x18\n \x01(\x04\x12\x0f\n\x07\x63ommits\x18\x0b \x01(\x04\x12\x1a\n\x12signatures_checked\x18< \x01(\x04\x12\x16\n\x0e\x61ssign_buckets\x18= \x03(\x04\x12\r\n\x05tasks\x18> \x01(\r2\xf0\x08\n\x0c\x41\x64minService\x12L\n\x0b\x43reateToken\x12\x1d.fallow.v1.CreateTokenRequest\x1a\x1e.fallow.v1.CreateTokenResponse\x12I\n\nListTokens\x12\x1c.fallow.v1.ListTokensRequest\x1a\x1d.fallow.v1.ListTokensResponse\x12L\n\x0bRevokeToken\x12\x1d.fallow.v1.RevokeTokenRequest\x1a\x1e.fallow.v1.RevokeTokenResponse\x12R\n\rCreateAccount\x12\x1f.fallow.v1.CreateAccountRequest\x1a .fallow.v1.CreateAccountResponse\x12O\n\x0cSetBlobQuota\x12\x1e.fallow.v1.SetBlobQuotaRequest\x1a\x1f.fallow.v1.SetBlobQuotaResponse\x12I\n\nCreatePool\x12\x1c.fallow.v1.CreatePoolRequest\x1a\x1d.fallow.v1.CreatePoolResponse\x12O\n\x0c\x41\x64mitAccount\x12\x1e.fallow.v1.AdmitAccountRequest\x1a\x1f.fallow.v1.AdmitAccountResponse\x12O\n\x0c\x45xpelAccount\x12\x1e.fallow.v1.ExpelAccountRequest\x1a\x1f.fallow.v1.ExpelAccountResponse\x12R\n\rReleaseBundle\x12\x1f.fallow.v1.ReleaseBundleRequest\x1a .fallow.v1.ReleaseBundleResponse\x12L\n\x0bListWorkers\x12\x1d.fallow.v1.ListWorkersRequest\x1a\x1e.fallow.v1.ListWorkersResponse\x12[\n\x10QuarantineWorker\x12\".fallow.v1.QuarantineWorkerRequest\x1a#.fallow.v1.QuarantineWorkerResponse\x12R\n\rReleaseWorker\x12\x1f.fallow.v1.ReleaseWorkerRequest\x1a .fallow.v1.ReleaseWorkerResponse\x12L\n\x0bRevokeParty\x12\x1d.fallow.v1.RevokePartyRequest\x1a\x1e.fallow.v1.RevokePartyResponse\x12\x46\n\tGetStatus\x12\x1b.fallow.v1.GetStatusRequest\x1a\x1c.fallow.v1.GetStatusResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x66\x61llow/v1/admin_service.proto\x12\tfallow.v1\x1a\x1a\x66\x61llow/v1/capability.proto\x1a\x18\x66\x61llow/v1/identity.proto\x1a\x17\x66\x61llow/v1/session.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xc5\x01\n\x12\x43reateTokenRequest\x12\x12\n\naccount_id\x18\x01 \x01(\t\x12\x1d\n\x04role\x18\x02 \x01(\x0e\x32\x0f.fallow.v1.Role\x12\x1d\n\x04tier\x18\x03 \x01(\x0e\x32\x0f.fallow.v1.Tier\x12\x0f\n\x07pool_id\x18\x04 \x01(\t\x12\x10\n\x08uses_max\x18\x05 \x01(\r\x12,\n\tvalid_for\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0c\n\x04tags\x18\x07 \x03(\t\"j\n\x13\x43reateTokenResponse\x12\x10\n\x08token_id\x18\x01 \x01(\t\x12\x11\n\tjoin_line\x18\x02 \x01(\t\x12.\n\nexpires_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x13\n\x11ListTokensRequest\"\xda\x01\n\x05Token\x12\x10\n\x08token_id\x18\x01 \x01(\t\x12\x12\n\naccount_id\x18\x02 \x01(\t\x12\x1d\n\x04role\x18\x03 \x01(\x0e\x32\x0f.fallow.v1.Role\x12\x1d\n\x04tier\x18\x04 \x01(\x0e\x32\x0f.fallow.v1.Tier\x12\x0f\n\x07pool_id\x18\x05 \x01(\t\x12\x10\n\x08uses_max\x18\x06 \x01(\r\x12\x0c\n\x04uses\x18\x07 \x01(\r\x12.\n\nexpires_at\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04tags\x18\t \x03(\t\"6\n\x12ListTokensResponse\x12 \n\x06tokens\x18\x01 \x03(\x0b\x32\x10.fallow.v1.Token\"&\n\x12RevokeTokenRequest\x12\x10\n\x08token_id\x18\x01 \x01(\t\"\x15\n\x13RevokeTokenResponse\"$\n\x14\x43reateAccountRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"+\n\x15\x43reateAccountResponse\x12\x12\n\naccount_id\x18\x01 \x01(\t\"<\n\x13SetBlobQuotaRequest\x12\x12\n\naccount_id\x18\x01 \x01(\t\x12\x11\n\tbytes_max\x18\x02 \x01(\x04\"A\n\x14SetBlobQuotaResponse\x12\x16\n\x0e\x62ytes_recorded\x18\x01 \x01(\x04\x12\x11\n\tbytes_max\x18\x02 \x01(\x04\"C\n\x11\x43reatePoolRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\naccount_id\x18\x02 \x01(\t\x12\x0c\n\x04open\x18K \x01(\x08\"%\n\x12\x43reatePoolResponse\x12\x0f\n\x07pool_id\x18\x01 \x01(\t\":\n\x13\x41\x64mitAccountRequest\x12\x0f\n\x07pool_id\x18\x01 \x01(\t\x12\x12\n\naccount_id\x18\x02 \x01(\t\"\x16\n\x14\x41\x64mitAccountResponse\":\n\x13\x45xpelAccountRequest\x12\x0f\n\x07pool_id\x18\x01 \x01(\t\x12\x12\n\naccount_id\x18\x02 \x01(\t\"\x16\n\x14\x45xpelAccountResponse\"-\n\x14ReleaseBundleRequest\x12\x15\n\rbundle_digest\x18\x01 \x01(\t\".\n\x15ReleaseBundleResponse\x12\x15\n\rbundle_digest\x18\x01 \x01(\x0c\"\x14\n\x12ListWorkersRequest\"\xd6\x02\n\x06Worker\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x12\n\naccount_id\x18\x02 \x01(\t\x12\x0f\n\x07pool_id\x18\x03 \x01(\t\x12\x1d\n\x04tier\x18\x04 \x01(\x0e\x32\x0f.fallow.v1.Tier\x12\x0c\n\x04name\x18\x05 \x01(\t\x12\x11\n\tconnected\x18\x06 \x01(\x08\x12\x13\n\x0bquarantined\x18\x07 \x01(\x08\x12)\n\ncapability\x18\x08 \x01(\x0b\x32\x15.fallow.v1.Capability\x12\x0e\n\x06leases\x18\t \x01(\r\x12\x14\n\x0crows_settled\x18\n \x01(\x04\x12\x39\n\x15\x63\x65rtificate_not_after\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x33\n\x10\x64\x65vice_standings\x18\x1e \x03(\x0b\x32\x19.fallow.v1.DeviceStanding\"9\n\x13ListWorkersResponse\x12\"\n\x07workers\x18\x01 \x03(\x0b\x32\x11.fallow.v1.Worker\"<\n\x17QuarantineWorkerRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x1a\n\x18QuarantineWorkerResponse\")\n\x14ReleaseWorkerRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\"\x17\n\x15ReleaseWorkerResponse\"6\n\x12RevokePartyRequest\x12\x10\n\x08party_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x15\n\x13RevokePartyResponse\"\x12\n\x10GetStatusRequest\"\xf6\x02\n\x11GetStatusResponse\x12,\n\x08protocol\x18\x01 \x01(\x0b\x32\x1a.fallow.v1.ProtocolVersion\x12\x18\n\x10journal_sequence\x18\x02 \x01(\x04\x12\x15\n\rview_sequence\x18\x03 \x01(\x04\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12\x19\n\x11workers_connected\x18\x05 \x01(\r\x12\x17\n\x0fjobs_unfinished\x18\x06 \x01(\r\x12\x0e\n\x06leases\x18\x07 \x01(\r\x12\x16\n\x0eresident_bytes\x18\x08 \x01(\x04\x12.\n\nstarted_at\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x13\n\x0b\x63ommitments\x18\n \x01(\x04\x12\x0f\n\x07\x63ommits\x18\x0b \x01(\x04\x12\x1a\n\x12signatures_checked\x18< \x01(\x04\x12\x16\n\x0e\x61ssign_buckets\x18= \x03(\x04\x12\r\n\x05tasks\x18> \x01(\r2\xf0\x08\n\x0c\x41\x64minService\x12L\n\x0b\x43reateToken\x12\x1d.fallow.v1.CreateTokenRequest\x1a\x1e.fallow.v1.CreateTokenResponse\x12I\n\nListTokens\x12\x1c.fallow.v1.ListTokensRequest\x1a\x1d.fallow.v1.ListTokensResponse\x12L\n\x0bRevokeToken\x12\x1d.fallow.v1.RevokeTokenRequest\x1a\x1e.fallow.v1.RevokeTokenResponse\x12R\n\rCreateAccount\x12\x1f.fallow.v1.CreateAccountRequest\x1a .fallow.v1.CreateAccountResponse\x12O\n\x0cSetBlobQuota\x12\x1e.fallow.v1.SetBlobQuotaRequest\x1a\x1f.fallow.v1.SetBlobQuotaResponse\x12I\n\nCreatePool\x12\x1c.fallow.v1.CreatePoolRequest\x1a\x1d.fallow.v1.CreatePoolResponse\x12O\n\x0c\x41\x64mitAccount\x12\x1e.fallow.v1.AdmitAccountRequest\x1a\x1f.fallow.v1.AdmitAccountResponse\x12O\n\x0c\x45xpelAccount\x12\x1e.fallow.v1.ExpelAccountRequest\x1a\x1f.fallow.v1.ExpelAccountResponse\x12R\n\rReleaseBundle\x12\x1f.fallow.v1.ReleaseBundleRequest\x1a .fallow.v1.ReleaseBundleResponse\x12L\n\x0bListWorkers\x12\x1d.fallow.v1.ListWorkersRequest\x1a\x1e.fallow.v1.ListWorkersResponse\x12[\n\x10QuarantineWorker\x12\".fallow.v1.QuarantineWorkerRequest\x1a#.fallow.v1.QuarantineWorkerResponse\x12R\n\rReleaseWorker\x12\x1f.fallow.v1.ReleaseWorkerRequest\x1a .fallow.v1.ReleaseWorkerResponse\x12L\n\x0bRevokeParty\x12\x1d.fallow.v1.RevokePartyRequest\x1a\x1e.fallow.v1.RevokePartyResponse\x12\x46\n\tGetStatus\x12\x1b.fallow.v1.GetStatusRequest\x1a\x1c.fallow.v1.GetStatusResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'fallow.v1.admin_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CREATETOKENREQUEST']._serialized_start=164
-  _globals['_CREATETOKENREQUEST']._serialized_end=361
-  _globals['_CREATETOKENRESPONSE']._serialized_start=363
-  _globals['_CREATETOKENRESPONSE']._serialized_end=469
-  _globals['_LISTTOKENSREQUEST']._serialized_start=471
-  _globals['_LISTTOKENSREQUEST']._serialized_end=490
-  _globals['_TOKEN']._serialized_start=493
-  _globals['_TOKEN']._serialized_end=711
-  _globals['_LISTTOKENSRESPONSE']._serialized_start=713
-  _globals['_LISTTOKENSRESPONSE']._serialized_end=767
-  _globals['_REVOKETOKENREQUEST']._serialized_start=769
-  _globals['_REVOKETOKENREQUEST']._serialized_end=807
-  _globals['_REVOKETOKENRESPONSE']._serialized_start=809
-  _globals['_REVOKETOKENRESPONSE']._serialized_end=830
-  _globals['_CREATEACCOUNTREQUEST']._serialized_start=832
-  _globals['_CREATEACCOUNTREQUEST']._serialized_end=868
-  _globals['_CREATEACCOUNTRESPONSE']._serialized_start=870
-  _globals['_CREATEACCOUNTRESPONSE']._serialized_end=913
-  _globals['_SETBLOBQUOTAREQUEST']._serialized_start=915
-  _globals['_SETBLOBQUOTAREQUEST']._serialized_end=975
-  _globals['_SETBLOBQUOTARESPONSE']._serialized_start=977
-  _globals['_SETBLOBQUOTARESPONSE']._serialized_end=1042
-  _globals['_CREATEPOOLREQUEST']._serialized_start=1044
-  _globals['_CREATEPOOLREQUEST']._serialized_end=1111
-  _globals['_CREATEPOOLRESPONSE']._serialized_start=1113
-  _globals['_CREATEPOOLRESPONSE']._serialized_end=1150
-  _globals['_ADMITACCOUNTREQUEST']._serialized_start=1152
-  _globals['_ADMITACCOUNTREQUEST']._serialized_end=1210
-  _globals['_ADMITACCOUNTRESPONSE']._serialized_start=1212
-  _globals['_ADMITACCOUNTRESPONSE']._serialized_end=1234
-  _globals['_EXPELACCOUNTREQUEST']._serialized_start=1236
-  _globals['_EXPELACCOUNTREQUEST']._serialized_end=1294
-  _globals['_EXPELACCOUNTRESPONSE']._serialized_start=1296
-  _globals['_EXPELACCOUNTRESPONSE']._serialized_end=1318
-  _globals['_RELEASEBUNDLEREQUEST']._serialized_start=1320
-  _globals['_RELEASEBUNDLEREQUEST']._serialized_end=1365
-  _globals['_RELEASEBUNDLERESPONSE']._serialized_start=1367
-  _globals['_RELEASEBUNDLERESPONSE']._serialized_end=1413
-  _globals['_LISTWORKERSREQUEST']._serialized_start=1415
-  _globals['_LISTWORKERSREQUEST']._serialized_end=1435
-  _globals['_WORKER']._serialized_start=1438
-  _globals['_WORKER']._serialized_end=1727
-  _globals['_LISTWORKERSRESPONSE']._serialized_start=1729
-  _globals['_LISTWORKERSRESPONSE']._serialized_end=1786
-  _globals['_QUARANTINEWORKERREQUEST']._serialized_start=1788
-  _globals['_QUARANTINEWORKERREQUEST']._serialized_end=1848
-  _globals['_QUARANTINEWORKERRESPONSE']._serialized_start=1850
-  _globals['_QUARANTINEWORKERRESPONSE']._serialized_end=1876
-  _globals['_RELEASEWORKERREQUEST']._serialized_start=1878
-  _globals['_RELEASEWORKERREQUEST']._serialized_end=1919
-  _globals['_RELEASEWORKERRESPONSE']._serialized_start=1921
-  _globals['_RELEASEWORKERRESPONSE']._serialized_end=1944
-  _globals['_REVOKEPARTYREQUEST']._serialized_start=1946
-  _globals['_REVOKEPARTYREQUEST']._serialized_end=2000
-  _globals['_REVOKEPARTYRESPONSE']._serialized_start=2002
-  _globals['_REVOKEPARTYRESPONSE']._serialized_end=2023
-  _globals['_GETSTATUSREQUEST']._serialized_start=2025
-  _globals['_GETSTATUSREQUEST']._serialized_end=2043
-  _globals['_GETSTATUSRESPONSE']._serialized_start=2046
-  _globals['_GETSTATUSRESPONSE']._serialized_end=2420
-  _globals['_ADMINSERVICE']._serialized_start=2423
-  _globals['_ADMINSERVICE']._serialized_end=3559
+  _globals['_CREATETOKENREQUEST']._serialized_start=189
+  _globals['_CREATETOKENREQUEST']._serialized_end=386
+  _globals['_CREATETOKENRESPONSE']._serialized_start=388
+  _globals['_CREATETOKENRESPONSE']._serialized_end=494
+  _globals['_LISTTOKENSREQUEST']._serialized_start=496
+  _globals['_LISTTOKENSREQUEST']._serialized_end=515
+  _globals['_TOKEN']._serialized_start=518
+  _globals['_TOKEN']._serialized_end=736
+  _globals['_LISTTOKENSRESPONSE']._serialized_start=738
+  _globals['_LISTTOKENSRESPONSE']._serialized_end=792
+  _globals['_REVOKETOKENREQUEST']._serialized_start=794
+  _globals['_REVOKETOKENREQUEST']._serialized_end=832
+  _globals['_REVOKETOKENRESPONSE']._serialized_start=834
+  _globals['_REVOKETOKENRESPONSE']._serialized_end=855
+  _globals['_CREATEACCOUNTREQUEST']._serialized_start=857
+  _globals['_CREATEACCOUNTREQUEST']._serialized_end=893
+  _globals['_CREATEACCOUNTRESPONSE']._serialized_start=895
+  _globals['_CREATEACCOUNTRESPONSE']._serialized_end=938
+  _globals['_SETBLOBQUOTAREQUEST']._serialized_start=940
+  _globals['_SETBLOBQUOTAREQUEST']._serialized_end=1000
+  _globals['_SETBLOBQUOTARESPONSE']._serialized_start=1002
+  _globals['_SETBLOBQUOTARESPONSE']._serialized_end=1067
+  _globals['_CREATEPOOLREQUEST']._serialized_start=1069
+  _globals['_CREATEPOOLREQUEST']._serialized_end=1136
+  _globals['_CREATEPOOLRESPONSE']._serialized_start=1138
+  _globals['_CREATEPOOLRESPONSE']._serialized_end=1175
+  _globals['_ADMITACCOUNTREQUEST']._serialized_start=1177
+  _globals['_ADMITACCOUNTREQUEST']._serialized_end=1235
+  _globals['_ADMITACCOUNTRESPONSE']._serialized_start=1237
+  _globals['_ADMITACCOUNTRESPONSE']._serialized_end=1259
+  _globals['_EXPELACCOUNTREQUEST']._serialized_start=1261
+  _globals['_EXPELACCOUNTREQUEST']._serialized_end=1319
+  _globals['_EXPELACCOUNTRESPONSE']._serialized_start=1321
+  _globals['_EXPELACCOUNTRESPONSE']._serialized_end=1343
+  _globals['_RELEASEBUNDLEREQUEST']._serialized_start=1345
+  _globals['_RELEASEBUNDLEREQUEST']._serialized_end=1390
+  _globals['_RELEASEBUNDLERESPONSE']._serialized_start=1392
+  _globals['_RELEASEBUNDLERESPONSE']._serialized_end=1438
+  _globals['_LISTWORKERSREQUEST']._serialized_start=1440
+  _globals['_LISTWORKERSREQUEST']._serialized_end=1460
+  _globals['_WORKER']._serialized_start=1463
+  _globals['_WORKER']._serialized_end=1805
+  _globals['_LISTWORKERSRESPONSE']._serialized_start=1807
+  _globals['_LISTWORKERSRESPONSE']._serialized_end=1864
+  _globals['_QUARANTINEWORKERREQUEST']._serialized_start=1866
+  _globals['_QUARANTINEWORKERREQUEST']._serialized_end=1926
+  _globals['_QUARANTINEWORKERRESPONSE']._serialized_start=1928
+  _globals['_QUARANTINEWORKERRESPONSE']._serialized_end=1954
+  _globals['_RELEASEWORKERREQUEST']._serialized_start=1956
+  _globals['_RELEASEWORKERREQUEST']._serialized_end=1997
+  _globals['_RELEASEWORKERRESPONSE']._serialized_start=1999
+  _globals['_RELEASEWORKERRESPONSE']._serialized_end=2022
+  _globals['_REVOKEPARTYREQUEST']._serialized_start=2024
+  _globals['_REVOKEPARTYREQUEST']._serialized_end=2078
+  _globals['_REVOKEPARTYRESPONSE']._serialized_start=2080
+  _globals['_REVOKEPARTYRESPONSE']._serialized_end=2101
+  _globals['_GETSTATUSREQUEST']._serialized_start=2103
+  _globals['_GETSTATUSREQUEST']._serialized_end=2121
+  _globals['_GETSTATUSRESPONSE']._serialized_start=2124
+  _globals['_GETSTATUSRESPONSE']._serialized_end=2498
+  _globals['_ADMINSERVICE']._serialized_start=2501
+  _globals['_ADMINSERVICE']._serialized_end=3637
 # @@protoc_insertion_point(module_scope)

@@ -6,6 +6,7 @@ isort:skip_file
 from collections import abc as _abc
 from fallow.v1 import capability_pb2 as _capability_pb2
 from fallow.v1 import identity_pb2 as _identity_pb2
+from fallow.v1 import session_pb2 as _session_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
@@ -521,6 +522,7 @@ class Worker(_message.Message):
     LEASES_FIELD_NUMBER: _builtins.int
     ROWS_SETTLED_FIELD_NUMBER: _builtins.int
     CERTIFICATE_NOT_AFTER_FIELD_NUMBER: _builtins.int
+    DEVICE_STANDINGS_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     account_id: _builtins.str
     pool_id: _builtins.str
@@ -534,6 +536,10 @@ class Worker(_message.Message):
     def capability(self) -> _capability_pb2.Capability: ...
     @_builtins.property
     def certificate_not_after(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def device_standings(self) -> _containers.RepeatedCompositeFieldContainer[_session_pb2.DeviceStanding]:
+        """Devices that were measured, and those whose last challenge came to nothing."""
+
     def __init__(
         self,
         *,
@@ -548,10 +554,11 @@ class Worker(_message.Message):
         leases: _builtins.int = ...,
         rows_settled: _builtins.int = ...,
         certificate_not_after: _timestamp_pb2.Timestamp | None = ...,
+        device_standings: _abc.Iterable[_session_pb2.DeviceStanding] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["capability", b"capability", "certificate_not_after", b"certificate_not_after"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_id", b"account_id", "capability", b"capability", "certificate_not_after", b"certificate_not_after", "connected", b"connected", "leases", b"leases", "name", b"name", "pool_id", b"pool_id", "quarantined", b"quarantined", "rows_settled", b"rows_settled", "tier", b"tier", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_id", b"account_id", "capability", b"capability", "certificate_not_after", b"certificate_not_after", "connected", b"connected", "device_standings", b"device_standings", "leases", b"leases", "name", b"name", "pool_id", b"pool_id", "quarantined", b"quarantined", "rows_settled", b"rows_settled", "tier", b"tier", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

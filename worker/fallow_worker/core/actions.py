@@ -8,6 +8,7 @@ from fallow.ids import LeaseId
 from fallow.session import (
     BundleOffer,
     CapabilityChanged,
+    Checked,
     Commitment,
     Delivery,
     Draining,
@@ -30,7 +31,15 @@ class Say:
     """Send this message in the open session."""
 
     message: (
-        Commitment | Delivery | Inspection | TaskFailed | LeaseReturned | GrantsWanted | CapabilityChanged | Draining
+        Commitment
+        | Delivery
+        | Inspection
+        | Checked
+        | TaskFailed
+        | LeaseReturned
+        | GrantsWanted
+        | CapabilityChanged
+        | Draining
     )
 
 

@@ -9,6 +9,7 @@ from fallow.ids import LeaseId, SessionId
 from fallow.session import (
     Capability,
     Cause,
+    Checked,
     Commitment,
     GrantsRenewed,
     Inspection,
@@ -82,7 +83,7 @@ class Ran:
     """A run ended with rows or a report; the output's bytes lie with the daemon."""
 
     lease_id: LeaseId
-    message: Commitment | Inspection
+    message: Commitment | Inspection | Checked
 
 
 @dataclass(frozen=True, slots=True)

@@ -300,7 +300,8 @@ def _run_ended(world: World, happening: Ran | RunFailed, now_ms: int) -> World:
         case Finishing():
             pass
         case Running(started_at_ms=started_at_ms):
-            world = _run_measured(world, now_ms - started_at_ms) if isinstance(happening, Ran) else world
+            if isinstance(happening, Ran) and held.lease.challenge is None:
+                world = _run_measured(world, now_ms - started_at_ms)
         case Cancelling(then=None):
             return _gone(world, held)
         case Cancelling(then=LeaseReturned() as returned):

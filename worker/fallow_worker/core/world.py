@@ -11,6 +11,7 @@ from fallow.ids import Digest, LeaseId, SessionId
 from fallow.session import (
     BundleOffer,
     Capability,
+    Checked,
     Commitment,
     Delivery,
     HeldLease,
@@ -116,7 +117,7 @@ class Cancelling:
     """What to say afterwards; None when nobody wants to hear of it."""
 
 
-Message = Commitment | Delivery | Inspection
+Message = Commitment | Delivery | Inspection | Checked
 """What must be said again, word for word, until it is answered."""
 
 

@@ -47,6 +47,8 @@ supervisor            child
 `Run`                 `Progress` now and then (at least one each `PROGRESS_INTERVAL_MS` while batches end), then
                       `Done` | `Failed(task=…)`; after `Failed` of a task the child takes the next one
 `Inspect`             `Progress` now and then, then `Inspected` | `Failed`; refusals stand in the report
+`Challenge`           `Progress` now and then, then `Answered` | `Failed`
+`Check`               `Checked` | `Failed`
 ====================  =================================================================================
 
 There is no cancel message: kill the child (`killpg` of its own session) and spawn another; a start takes 0.3 to 0.5 s.
@@ -70,6 +72,7 @@ from enum import StrEnum
 from typing import Final
 
 from fallow.bundle import BundleManifest, InspectionReport
+from fallow.challenge import ChallengePlan, ChallengeVerdict
 from fallow.errors import Reason
 from fallow.ids import Digest
 from fallow.limits import BLOCK_BYTES_MAX, GIB, KIB, MIB, ROW_FAILURE_REASON_BYTES_MAX, ROW_FAILURES_LISTED_PER_TASK_MAX
@@ -216,6 +219,27 @@ class Inspect:
 
 
 @dataclass(frozen=True, slots=True)
+class Challenge:
+    """Work this out, with nothing of anybody else's loaded. Sent once, in a `RUN` child."""
+
+    plan: ChallengePlan
+    threads: int
+    """Cores to keep busy."""
+    nonce: bytes
+    """16 fresh bytes for the answer's block."""
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """Find out whether an answer holds. Sent once, in a `RUN` child."""
+
+    plan: ChallengePlan
+    answer: Placement
+    entropy: bytes
+    """32 fresh bytes, unknown when the answer was committed to."""
+
+
+@dataclass(frozen=True, slots=True)
 class Ready:
     """The child is locked down and works."""
 
@@ -290,8 +314,25 @@ class Inspected:
     usage: Usage
 
 
-ToChild = Load | Run | Inspect
-FromChild = Ready | Loaded | Progress | Done | Failed | Inspected
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """The answer's block lies at the beginning of the output memory."""
+
+    output_bytes: int
+    usage: Usage
+    execution_class: str
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What was found in an answer."""
+
+    verdict: ChallengeVerdict
+    usage: Usage
+
+
+ToChild = Load | Run | Inspect | Challenge | Check
+FromChild = Ready | Loaded | Progress | Done | Failed | Inspected | Answered | Checked
 
 _PROGRAM_SIGNALS: Final = frozenset(
     {signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT, signal.SIGTRAP}
@@ -343,7 +384,11 @@ def clipped_reason(text: str) -> str:
 
 __all__ = [
     "ROW_FAILURES_LISTED_PER_TASK_MAX",
+    "Answered",
     "Cause",
+    "Challenge",
+    "Check",
+    "Checked",
     "ChildArguments",
     "ChildKind",
     "Done",

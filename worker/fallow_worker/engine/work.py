@@ -16,12 +16,16 @@ from fallow.errors import FallowError, Reason
 from fallow.limits import BLOCK_BYTES_MAX, BLOCK_ROWS_MAX
 from fallow.row_block import RowBlock
 from fallow.session import Cause, Usage
-from fallow_worker.engine import frames
+from fallow_worker.engine import challenge, check, frames
 from fallow_worker.engine.chain import Chain
 from fallow_worker.engine.onnx_program import execution_class
 from fallow_worker.engine.protocol import (
     PLACEMENT_ALIGNMENT_BYTES,
     PROGRESS_INTERVAL_MS,
+    Answered,
+    Challenge,
+    Check,
+    Checked,
     ChildArguments,
     ChildKind,
     Done,
@@ -67,6 +71,10 @@ class Worker:
                     self._run(message)
                 case Inspect():
                     self._inspect(message)
+                case Challenge():
+                    self._answer(message)
+                case Check():
+                    self._check(message)
 
     def _receive(self) -> ToChild | None:
         header = self._read(frames.LENGTH_BYTES)
@@ -188,6 +196,41 @@ class Worker:
             self.send(_out_of_memory(""))
             return
         self.send(Inspected(report, clock.usage()))
+
+    def _answer(self, message: Challenge) -> None:
+        self._check_fresh()
+        clock = UsageClock()
+        options = self._arguments.options
+        try:
+            block = challenge.answer(
+                message.plan,
+                threads=message.threads,
+                allow_spinning=options.allow_spinning,
+                nonce=message.nonce,
+                progress=self._inspected_so_far,
+            )
+        except MemoryError:
+            self.send(_out_of_memory(""))
+            return
+        self._write(0, block)
+        self.send(Answered(len(block), clock.usage(), self._machine_class))
+
+    def _check(self, message: Check) -> None:
+        self._check_fresh()
+        clock = UsageClock()
+        try:
+            block = RowBlock.parse(self._bytes(message.answer, BLOCK_BYTES_MAX))
+        except FallowError as error:
+            self.send(_failed("", error))
+            return
+        except MemoryError:
+            self.send(_out_of_memory(""))
+            return
+        self.send(Checked(check.verdict(message.plan, block, message.entropy), clock.usage()))
+
+    def _check_fresh(self) -> None:
+        if self._chain is not None or self._arguments.options.kind is not ChildKind.RUN:
+            raise frames.FrameError("measuring is for a child of its own")
 
     def _inspected_so_far(self, steps: int) -> None:
         self.send(Progress("", steps))

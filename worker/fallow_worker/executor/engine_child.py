@@ -17,6 +17,10 @@ from fallow.session import Cause
 from fallow_worker.engine.frames import FrameError, FrameReader, encode_frame
 from fallow_worker.engine.protocol import (
     PLACEMENT_ALIGNMENT_BYTES,
+    Answered,
+    Challenge,
+    Check,
+    Checked,
     Done,
     Failed,
     FromChild,
@@ -38,6 +42,8 @@ from fallow_worker.executor.layout import MemoryCap
 from fallow_worker.executor.resident import resident_bytes
 
 _T = TypeVar("_T")
+_Answer = Loaded | Inspected | Answered | Checked | Failed
+"""What a child says to a message that is no task."""
 
 TASKS_AHEAD_MAX: Final = 2
 """Tasks sent and not yet answered: one at work, and the next so that the child never waits for us."""
@@ -147,7 +153,7 @@ class EngineChild:
         self._input_bytes = 0
         self._frames = _Frames(started=self._loop.time())
         self._ready: asyncio.Future[Ready] = self._loop.create_future()
-        self._answer: asyncio.Future[Loaded | Inspected | Failed] | None = None
+        self._answer: asyncio.Future[_Answer] | None = None
         self._answer_progress: Callable[[int], None] = _nothing
         self.dead: asyncio.Future[ChildDeath] = self._loop.create_future()
         """Done when the process is reaped and its memory closed."""
@@ -188,8 +194,8 @@ class EngineChild:
                 return answer
             case Failed():
                 return answer
-            case Inspected():
-                raise self._broke("an inspection where a load was asked for")
+            case Inspected() | Answered() | Checked():
+                raise self._broke(f"{type(answer).__name__} where a load was asked for")
             case _:
                 assert_never(answer)
 
@@ -199,9 +205,25 @@ class EngineChild:
         """Lets it take a bundle apart. Raises ChildDiedError."""
         self.bundle_digest = message.bundle_digest
         answer = await self._ask(message, progress, timeout_s, "the inspection")
-        if isinstance(answer, Loaded):
-            raise self._broke("a load where an inspection was asked for")
+        if isinstance(answer, Loaded | Answered | Checked):
+            raise self._broke(f"{type(answer).__name__} where an inspection was asked for")
         return answer
+
+    async def measure(
+        self, message: Challenge | Check, progress: Callable[[int], None], *, timeout_s: float
+    ) -> tuple[Answered | Checked | Failed, bytes]:
+        """Lets it work out a challenge, whose block is given too, or check an answer. Raises ChildDiedError."""
+        answer = await self._ask(message, progress, timeout_s, "the measurement")
+        match answer, message:
+            case (Failed(), _) | (Checked(), Check()):
+                assert isinstance(answer, Failed | Checked)
+                return answer, b""
+            case Answered(), Challenge():
+                if not 0 < answer.output_bytes <= BLOCK_BYTES_MAX:
+                    raise self._broke(f"an answer of {answer.output_bytes} bytes")
+                return answer, self._spawned.output.read(0, answer.output_bytes)
+            case _:
+                raise self._broke(f"{type(answer).__name__} where a measurement was asked for")
 
     def place(self, offset_bytes: int, data: bytes) -> Placement:
         """Puts `data` into the input memory, for `Load` or `Inspect`. Raises OSError when memory runs out."""
@@ -287,7 +309,7 @@ class EngineChild:
                 if self._ready.done():
                     raise FrameError("ready twice")
                 self._ready.set_result(message)
-            case Loaded() | Inspected():
+            case Loaded() | Inspected() | Answered() | Checked():
                 self._settle(message)
             case Progress():
                 self._on_progress(message)
@@ -338,7 +360,7 @@ class EngineChild:
             self._sent[0].begun = True
             self._sent[0].on_begin()
 
-    def _settle(self, message: Loaded | Inspected | Failed) -> None:
+    def _settle(self, message: _Answer) -> None:
         if self._answer is None or self._answer.done():
             raise FrameError(f"{type(message).__name__} that nobody asked for")
         self._answer.set_result(message)
@@ -373,8 +395,12 @@ class EngineChild:
             self._loop.remove_writer(self._spawned.control)
 
     async def _ask(
-        self, message: Load | Inspect, progress: Callable[[int], None], timeout_s: float, what: str
-    ) -> Loaded | Inspected | Failed:
+        self,
+        message: Load | Inspect | Challenge | Check,
+        progress: Callable[[int], None],
+        timeout_s: float,
+        what: str,
+    ) -> _Answer:
         if not self.alive:
             raise ChildDiedError(await asyncio.shield(self.dead), at_work=False)
         self._foreign = True

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
-from typing import Final
+from typing import Final, assert_never
 
 from fallow.bundle import BundleFile, BundleManifest
+from fallow.challenge import ChallengePlan
 from fallow.ids import digest_of
 from fallow.limits import MIB
-from fallow.session import Cause
+from fallow.session import Cause, TaskKind
 from fallow.wire.schema import encode_schema
 from fallow_worker.engine.protocol import (
     INSPECTION_SECONDS_MAX,
     READY_SECONDS_MAX,
+    Answered,
+    Challenge,
+    Check,
+    Checked,
     Failed,
     FilePlacement,
     Inspect,
@@ -28,8 +34,9 @@ from fallow_worker.engine.protocol import (
 )
 from fallow_worker.executor import WorkFailed
 from fallow_worker.executor.engine_child import ChildDiedError, EngineChild, aligned
-from fallow_worker.ports import LoadedBundle, Work
+from fallow_worker.ports import LoadedBundle, Outcome, Work
 
+ENTROPY_BYTES: Final = 32
 LOAD_SECONDS_MAX: Final = 120.0
 INSPECTION_SHARE: Final = 0.8
 """Part of an inspection's time after which measuring stops, so that the report comes in time."""
@@ -79,6 +86,29 @@ async def inspect_bundle(
     )
     patience_s = INSPECTION_PATIENCE_S + sum(file.length_bytes for file in manifest.files) / _INSPECTED_BYTES_PER_S
     return await child.inspect(message, progress, timeout_s=min(seconds_max, patience_s))
+
+
+async def measure(
+    child: EngineChild, work: Work, plan: ChallengePlan, *, threads: int, progress: Callable[[int], None]
+) -> Outcome:
+    """Waits for the child and lets it work out a challenge, or check an answer. Raises ChildDiedError, WorkFailed."""
+    await child.ready(timeout_s=READY_SECONDS_MAX)
+    message: Challenge | Check
+    if work.kind is TaskKind.CHALLENGE:
+        message = Challenge(plan, threads, work.nonce)
+    else:
+        # What the checker draws is drawn here, where the answer has been committed to.
+        message = Check(plan, child.place(0, work.input_block), secrets.token_bytes(ENTROPY_BYTES))
+    answer, block = await child.measure(message, progress, timeout_s=work.runtime_max_ms / 1_000)
+    match answer:
+        case Answered():
+            return Outcome(block, (), answer.usage, answer.execution_class)
+        case Checked():
+            return Outcome(b"", (), answer.usage, "", verdict=answer.verdict)
+        case Failed():
+            raise WorkFailed(answer.cause, clipped_reason(answer.message))
+        case _:
+            assert_never(answer)
 
 
 async def _place_files(child: EngineChild, bundle: LoadedBundle, manifest: BundleManifest) -> tuple[FilePlacement, ...]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from fallow.bundle import InspectionReport
+from fallow.challenge import ChallengePlan, ChallengeVerdict
 from fallow.ids import Digest, LeaseId
 from fallow.limits import BLOCK_BYTES_MAX, MIB
 from fallow.session import Cause, RowFailure, TaskKind, Usage
@@ -60,6 +61,7 @@ class StartWork:
     runtime_max_ms: int
     buckets: tuple[int, ...]
     slots: tuple[int, ...]
+    challenge: ChallengePlan | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +102,7 @@ class WorkDone:
     usage: Usage
     execution_class: str
     report: InspectionReport | None
+    verdict: ChallengeVerdict | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +157,7 @@ def start_of(call: int, work: Work) -> StartWork:
         runtime_max_ms=work.runtime_max_ms,
         buckets=work.buckets,
         slots=work.slots,
+        challenge=work.challenge,
     )
 
 
@@ -177,6 +181,7 @@ def work_of(start: StartWork, input_block: bytes) -> Work:
         runtime_max_ms=start.runtime_max_ms,
         buckets=start.buckets,
         slots=start.slots,
+        challenge=start.challenge,
     )
 
 
@@ -184,4 +189,4 @@ def end_of(call: int, end: Outcome | WorkFailed) -> tuple[WorkDone | WorkEnded, 
     """The message and body that tell how a lease ended."""
     if isinstance(end, WorkFailed):
         return WorkEnded(call, end.cause, end.reason), b""
-    return WorkDone(call, end.failures, end.usage, end.execution_class, end.report), end.output_block
+    return WorkDone(call, end.failures, end.usage, end.execution_class, end.report, end.verdict), end.output_block

@@ -186,11 +186,21 @@ class Nodes:
         first = up[0].facts
         assert first is not None
         alike = [node for node in up if node.facts is not None and node.facts.execution_class == first.execution_class]
-        if work.kind is TaskKind.INSPECT:
+        if work.challenge is not None and work.kind is TaskKind.CHALLENGE:
+            return self._challenged(work.challenge.device_id)
+        if work.kind in {TaskKind.INSPECT, TaskKind.CHECK}:
             return alike[:1]
         batches = -(-work.rows // max(1, work.bundle.canonical_batch_rows))
         worth = max(1, batches // (SHARD_BATCHES_MIN * max(1, first.cores)))
         return alike[:worth]
+
+    def _challenged(self, device_id: str) -> list[_Node]:
+        """The node whose processor is the device: the worker numbers them in the order of its nodes."""
+        up = [node for node in self._nodes if node.facts is not None]
+        named = [node for index, node in enumerate(up) if device_id == f"cpu-{index}"]
+        if not named:
+            raise WorkFailed(Cause.PLATFORM, f"no node of this worker is device {device_id!r}"[:200])
+        return named
 
     def _parts(self, work: Work, nodes: list[_Node]) -> list[tuple[_Node, RowRange, Work]]:
         block = RowBlock.parse(work.input_block)

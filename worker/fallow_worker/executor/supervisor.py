@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from fallow.bundle import InspectionReport
+from fallow.challenge import MANIFEST, ChallengePlan, fault_of_plan
 from fallow.errors import FallowError
 from fallow.ids import digest_of
 from fallow.limits import LEASES_PER_WORKER_MAX, REPORT_BYTES_MAX
@@ -43,7 +44,7 @@ from fallow_worker.executor.engine_child import (
 )
 from fallow_worker.executor.layout import SHARED_BYTES_MAX, Layout, MemoryCap, memory_cap, node_layout
 from fallow_worker.executor.lease_run import LeaseRun, Seat, Shard
-from fallow_worker.executor.loading import inspect_bundle, load_bundle
+from fallow_worker.executor.loading import inspect_bundle, load_bundle, measure
 from fallow_worker.executor.poison import STILL_SHARE, Isolation, ran_out_of_memory
 from fallow_worker.executor.shards import RowRange, cut, join, join_failures, join_usage, shard_ranges
 from fallow_worker.ports import Outcome, Work
@@ -60,6 +61,10 @@ IDLE_CHILDREN_MAX: Final = 4
 SPARE_AFTER_SECONDS: Final = 0.5
 """A spare child is spawned when nothing has been at work for so long."""
 MEMORY_WATCH_SECONDS: Final = 0.1
+MEMORY_SPARED_FACTOR: Final = 2
+"""A challenge fills no more than one part in so many of what is free when it begins."""
+ALONE_KINDS: Final = frozenset({TaskKind.INSPECT, TaskKind.CHALLENGE, TaskKind.CHECK})
+"""Kinds that get a child of their own."""
 _Chore = Coroutine[Any, Any, None]
 
 
@@ -126,6 +131,10 @@ class Supervisor:
         """Runs one lease. Raises WorkFailed. Cancelling stops the work at once."""
         if len(self._leases) >= LEASES_AT_ONCE_MAX:
             raise WorkFailed(Cause.PLATFORM, f"more than {LEASES_AT_ONCE_MAX} leases at once")
+        if work.kind is not TaskKind.CHALLENGE:
+            self._give_way()
+        elif self._leases:
+            raise WorkFailed(Cause.OWNER_PREEMPT, "busy with other work: a challenge wants a machine of its own")
         self._stopped = False
         lease = self._admit(work, progress)
         self._leases.add(lease)
@@ -138,6 +147,12 @@ class Supervisor:
             self._abandon(lease)
             self._dispatch()
             self._rest_if_idle()
+
+    def _give_way(self) -> None:
+        """Ends challenges under way: nobody's rows wait for a measurement."""
+        for lease in list(self._leases):
+            if lease.work.kind is TaskKind.CHALLENGE:
+                self._fail(lease, Cause.OWNER_PREEMPT, "the challenge gave way to other work")
 
     async def release(self) -> None:
         """Ends every child to give memory back; leases at work fail as preempted by the owner."""
@@ -159,6 +174,8 @@ class Supervisor:
     # -------------------------------------------------------------------------------------------------- admission
 
     def _admit(self, work: Work, progress: Callable[[int], None]) -> LeaseRun:
+        if work.kind in ALONE_KINDS and work.kind is not TaskKind.INSPECT:
+            return self._admit_measurement(work, progress)
         try:
             manifest = decode_manifest(work.bundle.manifest)
             block = RowBlock.parse(work.input_block) if work.input_block else None
@@ -173,7 +190,7 @@ class Supervisor:
         if work.kind is TaskKind.INSPECT:
             lease.shards.append(Shard(lease, RowRange(0, 0)))
             return lease
-        if work.kind not in {TaskKind.MAP, TaskKind.CHALLENGE}:
+        if work.kind is not TaskKind.MAP:
             raise WorkFailed(Cause.PLATFORM, f"this worker has no engine for tasks of kind {work.kind.value}")
         if block is None or len(block) != work.rows or (work.slots and len(work.slots) != work.rows):
             raise WorkFailed(Cause.PLATFORM, f"the lease's block is not the {work.rows} rows that it announces")
@@ -183,6 +200,21 @@ class Supervisor:
             seats=layout.children,
         )
         lease.shards.extend(Shard(lease, rows) for rows in ranges)
+        return lease
+
+    def _admit_measurement(self, work: Work, progress: Callable[[int], None]) -> LeaseRun:
+        """A challenge or a check: the plan is all that there is. Raises WorkFailed."""
+        plan = work.challenge
+        fault = "none" if plan is None else fault_of_plan(plan)
+        if plan is None or fault:
+            raise WorkFailed(Cause.PLATFORM, f"the lease has no plan that can be carried out: {fault}")
+        fills = plan.fill_bytes if work.kind is TaskKind.CHALLENGE else 0
+        if MEMORY_SPARED_FACTOR * fills > memory_bytes_free():
+            raise WorkFailed(Cause.OWNER_PREEMPT, f"a fill of {fills} bytes would take too much of what is free now")
+        cap = memory_cap(fills)
+        outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        lease = LeaseRun(work, MANIFEST, None, self._default_layout(), cap, progress, outcome)
+        lease.shards.append(Shard(lease, RowRange(0, 0)))
         return lease
 
     def _default_layout(self) -> Layout:
@@ -215,7 +247,7 @@ class Supervisor:
         lease = shard.lease
         if lease.over:
             return True
-        if lease.work.kind is TaskKind.INSPECT or shard.suspect:
+        if lease.work.kind in ALONE_KINDS or shard.suspect:
             return self._free_cores() >= min(lease.layout.threads, self.cores) and self._open_seat(shard)
         mine = [
             seat
@@ -245,10 +277,12 @@ class Supervisor:
         while idle and (len(idle) > IDLE_CHILDREN_MAX or memory_bytes_free() < needed):
             self._close_seat(idle.pop(0))
         seat = Seat(None, lease.work.bundle.bundle_digest, lease.layout.threads, given=[shard])
-        seat.alone = shard.suspect or lease.work.kind is TaskKind.INSPECT
+        seat.alone = shard.suspect or lease.work.kind in ALONE_KINDS
         self._seats.append(seat)
         if shard.suspect:
             self._chore(self._isolate(seat, shard))
+        elif lease.work.challenge is not None:
+            self._chore(self._measure(seat, lease, lease.work.challenge))
         else:
             inspects = lease.work.kind is TaskKind.INSPECT
             self._chore(self._inspect(seat, shard) if inspects else self._bring_up(seat, lease))
@@ -539,6 +573,32 @@ class Supervisor:
             self._fail(lease, failed.cause, failed.reason)
         except OSError as error:
             self._fail(lease, Cause.PLATFORM, f"no engine child can be had: {error}")
+        finally:
+            self._close_seat(seat)
+            self._dispatch()
+            self._rest_if_idle()
+
+    async def _measure(self, seat: Seat, lease: LeaseRun, plan: ChallengePlan) -> None:
+        """A challenge or a check, in a child that is ended afterwards."""
+        if seat not in self._seats:
+            return
+        try:
+            options = self._options(ChildKind.RUN, lease.layout, lease.cap)
+            child = self._take_spare(options) or self._spawn(options, lease.cap)
+            child.cap = lease.cap
+            seat.child = child
+            self._begin(lease)
+            outcome = await measure(child, lease.work, plan, threads=self.cores, progress=lease.progress)
+        except ChildDiedError as error:
+            self._fail(lease, error.death.cause, error.death.reason)
+        except WorkFailed as failed:
+            self._fail(lease, failed.cause, failed.reason)
+        except OSError as error:
+            self._fail(lease, Cause.PLATFORM, f"no engine child can be had: {error}")
+        else:
+            self._end(lease)
+            if not lease.outcome.done():
+                lease.outcome.set_result(outcome)
         finally:
             self._close_seat(seat)
             self._dispatch()
