@@ -340,6 +340,9 @@ class FakeCoordinator(job_service_pb2_grpc.JobServiceServicer, blob_service_pb2_
     async def ListBlobs(self, request: Any, context: Any) -> Any:
         await context.abort(grpc.StatusCode.UNIMPLEMENTED, "for the coordinator only")
 
+    async def LocateBlob(self, request: Any, context: Any) -> Any:
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "older services do not know it")
+
     async def DeleteBlobs(self, request: Any, context: Any) -> Any:
         await context.abort(grpc.StatusCode.UNIMPLEMENTED, "for the coordinator only")
 

@@ -30,7 +30,7 @@ REGION = "us-east-1"
 
 @contextlib.contextmanager
 def s3_server() -> Iterator[str]:
-    """The server's endpoint while the block runs."""
+    """The server's endpoint while the block runs; `AWS_*` variables of `environment_of_keys` open it."""
     from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
     from werkzeug.serving import make_server
 
@@ -102,6 +102,11 @@ class Gate:
         )
         signature: str = auth.signature(auth.string_to_sign(request, canonical), request)
         return signature
+
+
+def environment_of_keys() -> dict[str, str]:
+    """For a process that is to open the buckets."""
+    return {"AWS_ACCESS_KEY_ID": ACCESS_KEY_ID, "AWS_SECRET_ACCESS_KEY": SECRET_ACCESS_KEY}
 
 
 @dataclass(frozen=True, slots=True)

@@ -104,6 +104,11 @@ def commands() -> None:
     "--port", type=click.IntRange(0, 65533), help="First of three ports; 0: free. Default: as before, or 7440."
 )
 @click.option(
+    "--single-port",
+    type=click.IntRange(1, 65535),
+    help="Let parties reach everything at this port, such as 443; the other three then serve this machine alone.",
+)
+@click.option(
     "--operator-worker/--no-operator-worker",
     default=True,
     help="Run the operator's own worker, which inspects bundles.",
@@ -140,6 +145,9 @@ def commands() -> None:
     show_default=True,
     help="How long an upload stays that no job or bundle uses.",
 )
+@click.option("--blobs", "blobs_place", default="", help="Keep blobs in s3://bucket/prefix. Default: as before.")
+@click.option("--s3-endpoint", default="", help="Of a store that is not Amazon's; keys come from AWS_* variables.")
+@click.option("--s3-region", default="us-east-1", show_default=True)
 @click.option(
     "--measure/--no-measure",
     default=True,
@@ -188,11 +196,15 @@ def start(
     listen: str,
     advertise: str,
     port: int | None,
+    single_port: int | None,
     operator_worker: bool,
     heartbeat_ms: int,
     collect_ms: int,
     blob_grace_ms: int,
     upload_grace_ms: int,
+    blobs_place: str,
+    s3_endpoint: str,
+    s3_region: str,
     measure: bool,
     measure_after_ms: int,
     measure_for_ms: int,
@@ -203,6 +215,7 @@ def start(
     as_json: bool,
 ) -> None:
     """Starts a coordinator; the first start makes its keys and journal. Ctrl-C stops it and everything it started."""
+    from fallow_coordinator.blobs.bucket import BucketPlace
     from fallow_coordinator.config import MIB, CollectionSettings
     from fallow_coordinator.coordinator import StartOptions
     from fallow_coordinator.core.commands import MeasuringRules
@@ -214,9 +227,11 @@ def start(
         listen=listen,
         advertise=advertise,
         first_port=port,
+        single_port=single_port,
         operator_worker=operator_worker,
         heartbeat_interval_ms=heartbeat_ms,
         collection=CollectionSettings(collect_ms, blob_grace_ms, upload_grace_ms),
+        bucket=BucketPlace.parse(blobs_place, s3_endpoint, s3_region) if blobs_place else None,
         measuring=MeasuringRules(
             idle_ms=measure_after_ms, target_ms=measure_for_ms, fill_bytes_max=measure_memory_mib * MIB
         )
@@ -531,15 +546,17 @@ def check(state: Path, deep: bool, as_json: bool) -> None:
     A coordinator may be running meanwhile. Ends with status 1 when something is wrong.
     """
     from fallow_coordinator.blob_folder import BlobFiles
+    from fallow_coordinator.blobs.bucket import BucketBlobs, BucketPlace
     from fallow_coordinator.state_folder import StateFolder
     from fallow_coordinator.store.check import check_journal
 
     folder = StateFolder(state.expanduser().absolute())
-    key = folder.coordinator_public_key
+    key, place = folder.coordinator_public_key, BucketPlace.of_folder(folder.blobs)
+    files = BlobFiles(folder.blobs) if folder.blobs.is_dir() else None
     report = check_journal(
         folder.journal,
         public_der=key.read_bytes() if key.exists() else None,
-        blobs=BlobFiles(folder.blobs) if folder.blobs.is_dir() else None,
+        blobs=BucketBlobs(place) if place is not None else files,
         deep=deep,
     )
     if as_json:

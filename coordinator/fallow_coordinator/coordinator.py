@@ -22,6 +22,7 @@ from fallow.ids import AccountId
 from fallow.limits import CONTROL_MESSAGE_BYTES_MAX
 from fallow.roles import Role, Tier
 from fallow_coordinator.blob_keeping import RemoteBlobs
+from fallow_coordinator.blobs.bucket import BucketPlace
 from fallow_coordinator.carbon.keeper import CarbonKeeper
 from fallow_coordinator.children import ChildCommand, Children
 from fallow_coordinator.collector import BlobCollector, EffectSinks
@@ -70,6 +71,7 @@ START_WORKER_TOKEN_USES: Final = 100
 START_CLIENT_TOKEN_USES: Final = 10
 BLOBS_PATIENCE_S: Final = 30.0
 LOCAL_RENEWAL_CHECK_S: Final = 600.0
+LOOPBACK: Final = "127.0.0.1"
 LOOPBACK_OF: Final = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - compared with, not listened on
 """How this machine reaches a coordinator that listens on all its addresses."""
 
@@ -94,8 +96,12 @@ class StartOptions:
     operator_worker: bool
     heartbeat_interval_ms: int = 10_000
     collection: CollectionSettings = CollectionSettings()  # noqa: RUF009 - frozen
+    bucket: BucketPlace | None = None
+    """Where blobs lie; None: where they lay at the last start, or in the state folder."""
     measuring: MeasuringRules | None = MeasuringRules()  # noqa: RUF009 - frozen
     """None: no device is challenged."""
+    single_port: int | None = None
+    """Parties reach all three endpoints here, which then listen on the loopback address alone; None: three ports."""
     carbon: Path | None = None
     """The carbon table; None: `carbon.csv` in the state folder, or the synthetic default."""
 
@@ -118,10 +124,12 @@ class Coordinator:
         assert_fast_protobuf()
         self._options = options
         self._folder = folder
-        self._ports = Ports.chosen(folder, options.listen, options.first_port)
+        self._listen = options.listen if options.single_port is None else LOOPBACK
+        self._ports = Ports.chosen(folder, self._listen, options.first_port)
         host = options.advertise or options.listen
-        local_host = LOOPBACK_OF.get(options.listen, options.listen)
-        self.endpoints = _endpoints(host, self._ports)
+        local_host = LOOPBACK_OF.get(self._listen, self._listen)
+        single = options.single_port
+        self.endpoints = _endpoints(host, self._ports if single is None else Ports(single, single, single))
         self._local_endpoints = _endpoints(local_host, self._ports)
         self._authority = Authority.open(folder.authority, _now())
         self._key = _key(folder.coordinator_key)
@@ -245,7 +253,7 @@ class Coordinator:
             await self._engine.submit(StartJournal(OPERATOR_ACCOUNT_NAME, DEFAULT_POOL_NAME))
         await self._local_credentials(self._folder.client, "operator", Role.OPERATOR, None)
         self._start_follower_and_blobs()
-        host = self._options.listen
+        host = self._listen
         await _listening(
             self._enrollment_server, host, self._ports.enrollment, "enrolment", server_tls(self._key, self._certificate)
         )
@@ -257,6 +265,8 @@ class Coordinator:
             mutual_tls(self._key, self._certificate, self._authority.certificate_pem),
         )
         await _reachable(self._local_endpoints.blobs)
+        if self._options.single_port is not None:
+            self._start_splice(self._options.single_port)
         if self._options.operator_worker:
             await self._local_credentials(self._folder.operator_worker, "operator-worker", Role.WORKER, Tier.OPERATOR)
             self._start_operator_worker()
@@ -318,13 +328,17 @@ class Coordinator:
 
     def _start_follower_and_blobs(self) -> None:
         state = str(self._folder.path)
-        address = f"{_bracketed(self._options.listen)}:{self._ports.blobs}"
+        address = f"{_bracketed(self._listen)}:{self._ports.blobs}"
         logs = self._folder.logs
         self._children.start(
             ChildCommand(
                 "blobs",
                 "fallow_coordinator.blobs",
-                ("--state", state, "--listen", address, "--grace-ms", str(self._options.collection.blob_grace_ms)),
+                (
+                    *("--state", state, "--listen", address),
+                    *("--grace-ms", str(self._options.collection.blob_grace_ms)),
+                    *self._bucket_arguments(),
+                ),
                 logs / "blobs.log",
             )
         )
@@ -336,6 +350,31 @@ class Coordinator:
                 logs / "follower.log",
             )
         )
+
+    def _start_splice(self, port: int) -> None:
+        ports = self._ports
+        self._children.start(
+            ChildCommand(
+                "splice",
+                "fallow_coordinator.splice",
+                (
+                    *("--listen", self._options.listen, "--port", str(port), "--inner-host", self._listen),
+                    *("--enrollment", str(ports.enrollment), "--control", str(ports.control)),
+                    *("--blobs", str(ports.blobs)),
+                ),
+                self._folder.logs / "splice.log",
+            )
+        )
+
+    def _bucket_arguments(self) -> tuple[str, ...]:
+        """For the blob service, when blobs lie in a bucket; remembered for `check` and for starts that name none."""
+        folder = self._folder.blobs
+        place = self._options.bucket or BucketPlace.of_folder(folder)
+        if place is None:
+            return ()
+        place.remember(folder)
+        where = ("--s3-bucket", place.bucket, "--s3-prefix", place.prefix)
+        return (*where, "--s3-endpoint", place.endpoint, "--s3-region", place.region)
 
     def _start_operator_worker(self) -> None:
         arguments = (

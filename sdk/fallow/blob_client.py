@@ -5,14 +5,18 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import io
+import logging
 import os
 import random
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Protocol, TypeVar
 
 import grpc
 
+from fallow import direct_transfer
+from fallow.direct_transfer import DIRECT_BYTES_MIN, DirectFailed, DirectRequest, direct_from_message
 from fallow.errors import FallowError, Reason
 from fallow.limits import BLOB_CHUNK_BYTES, MIB
 from fallow.session import BlobReference, SignedBytes
@@ -21,12 +25,15 @@ from fallow.wire.blob import decode_grant, grant_to_message, receipt_from_messag
 from fallow.wire.chunks import (
     GET_METHOD,
     GET_UPLOAD_METHOD,
+    LOCATE_METHOD,
     PUT_METHOD,
     PutPart,
     decode_get_part,
     encode_put_part,
 )
 from fallow.wire.errors import ERROR_METADATA_KEY, error_from_rpc
+
+logger = logging.getLogger(__name__)
 
 Buffer = bytes | bytearray | memoryview
 Progress = Callable[[int], None]
@@ -86,8 +93,15 @@ class BlobClient:
             request_serializer=blob_service_pb2.GetUploadRequest.SerializeToString,
             response_deserializer=blob_service_pb2.GetUploadResponse.FromString,
         )
+        self._locate_call = channel.unary_unary(
+            LOCATE_METHOD,
+            request_serializer=blob_service_pb2.LocateBlobRequest.SerializeToString,
+            response_deserializer=blob_service_pb2.LocateBlobResponse.FromString,
+        )
         self._attempts_max = attempts_max
         self._chance = chance
+        self._direct = True
+        """Whether the storage itself is worth a try; not any more once it could not be reached."""
 
     async def put(self, grant: SignedBytes, source: Buffer | Path, *, progress: Progress | None = None) -> SignedBytes:
         """Uploads what the grant names, from memory or a file, and gives the service's receipt.
@@ -139,12 +153,73 @@ class BlobClient:
 
     async def upload_offset(self, grant: SignedBytes) -> tuple[int, SignedBytes | None]:
         """How many bytes of an upload are stored, and the receipt when that is all of them. One try."""
-        request = blob_service_pb2.GetUploadRequest(grant=grant_to_message(grant))
+        standing = await self._standing(grant)
+        return standing.offset_bytes, standing.receipt
+
+    async def _standing(self, grant: SignedBytes, *, arrived: bool = False) -> _Standing:
+        """Where an upload stands. One try."""
+        request = blob_service_pb2.GetUploadRequest(grant=grant_to_message(grant), arrived=arrived)
+        # What arrived is read back before the answer.
+        timeout_s = STREAM_TIMEOUT_S if arrived else CALL_TIMEOUT_S
         try:
-            response = await self._get_upload_call(request, timeout=CALL_TIMEOUT_S)
+            response = await self._get_upload_call(request, timeout=timeout_s)
         except grpc.aio.AioRpcError as failure:
             raise _failure(failure) from None
-        return response.offset_bytes, receipt_from_message(response.receipt) if response.HasField("receipt") else None
+        return _Standing(
+            response.offset_bytes,
+            receipt_from_message(response.receipt) if response.HasField("receipt") else None,
+            direct_from_message(response.direct) if response.HasField("direct") else None,
+        )
+
+    async def standing(self, grant: SignedBytes, source: _Source) -> _Standing:
+        """Where an upload stands, once the storage itself was sent what it wanted. One try."""
+        standing = await self._standing(grant)
+        if standing.direct is None or standing.offset_bytes or not self._direct:
+            return standing
+        try:
+            await asyncio.to_thread(direct_transfer.send, standing.direct, source)
+            return await self._standing(grant, arrived=True)
+        except DirectFailed as failed:
+            self._give_up_direct(failed)
+        except FallowError as error:
+            if error.reason not in {Reason.DIGEST_MISMATCH, Reason.OFFSET_MISMATCH}:
+                raise
+            self._give_up_direct(error)
+        return replace(standing, direct=None)
+
+    def _give_up_direct(self, reason: Exception) -> None:
+        logger.info("blobs.through_the_service reason=%s", reason)
+        self._direct = False
+
+    async def _located(self, grant: SignedBytes) -> DirectRequest | None:
+        """Where the blob can be read beside the service; None: nowhere."""
+        request = blob_service_pb2.LocateBlobRequest(grant=grant_to_message(grant))
+        try:
+            response = await self._locate_call(request, timeout=CALL_TIMEOUT_S)
+        except grpc.aio.AioRpcError as failure:
+            if failure.code() is grpc.StatusCode.UNIMPLEMENTED:
+                self._direct = False
+                return None
+            raise _failure(failure) from None
+        if not response.HasField("direct"):
+            # It has no URLs, now and later; for small blobs nobody asks.
+            self._direct = False
+            return None
+        return direct_from_message(response.direct)
+
+    async def _download_directly(
+        self, request: DirectRequest, reference: BlobReference, sink: _Sink, moved: Progress
+    ) -> None:
+        """From the storage itself, from where the sink stands; what is missing afterwards comes from the service."""
+        pieces = direct_transfer.receive(request, sink.offset_bytes)
+        try:
+            while piece := await asyncio.to_thread(next, pieces, b""):
+                if sink.offset_bytes + len(piece) > reference.length_bytes:
+                    raise DirectFailed("the storage sends more than the blob holds")
+                await sink.add(memoryview(piece))
+                moved(sink.offset_bytes)
+        except DirectFailed as failed:
+            self._give_up_direct(failed)
 
     async def send(self, parts: _Parts) -> SignedBytes:
         """One Put call. One try."""
@@ -160,6 +235,12 @@ class BlobClient:
         """One Get call, from where the sink stands."""
         if sink.offset_bytes == reference.length_bytes:
             return
+        if self._direct and reference.length_bytes - sink.offset_bytes >= DIRECT_BYTES_MIN:
+            located = await self._located(grant)
+            if located is not None:
+                await self._download_directly(located, reference, sink, moved)
+                if sink.offset_bytes == reference.length_bytes:
+                    return
         request = blob_service_pb2.GetRequest(grant=grant_to_message(grant), offset_bytes=sink.offset_bytes)
         call = self._get_call(request, timeout=STREAM_TIMEOUT_S)
         try:
@@ -211,6 +292,17 @@ class _PassingError(Exception):
         self.error = error
 
 
+@dataclass(frozen=True, slots=True)
+class _Standing:
+    """How far an upload is."""
+
+    offset_bytes: int
+    receipt: SignedBytes | None
+    """Of a blob that is whole."""
+    direct: DirectRequest | None
+    """How the whole blob may be sent to the storage itself."""
+
+
 class _Upload:
     """One upload through however many calls it takes."""
 
@@ -227,12 +319,11 @@ class _Upload:
         """One call, from where the service stands."""
         offset = 0
         if self._ask_first:
-            offset, receipt = await self._client.upload_offset(self._grant)
-            if receipt is not None:
+            standing = await self._client.standing(self._grant, self._source)
+            if standing.receipt is not None:
                 moved(self._blob.length_bytes)
-                return receipt
-            if offset > self._blob.length_bytes:
-                offset = 0
+                return standing.receipt
+            offset = standing.offset_bytes if standing.offset_bytes <= self._blob.length_bytes else 0
         self._ask_first = True
         try:
             return await self._client.send(_Parts(self._source, self._grant, self._blob, offset, moved))
@@ -295,6 +386,10 @@ class _Source(Protocol):
 
     async def piece(self, offset_bytes: int, length_bytes: int) -> Buffer: ...
 
+    def read(self, offset_bytes: int, length_bytes: int) -> Buffer:
+        """As `piece`, in a thread."""
+        ...
+
 
 class _MemorySource:
     def __init__(self, data: Buffer) -> None:
@@ -302,6 +397,9 @@ class _MemorySource:
         self.length_bytes = self._view.nbytes
 
     async def piece(self, offset_bytes: int, length_bytes: int) -> Buffer:
+        return self._view[offset_bytes : offset_bytes + length_bytes]
+
+    def read(self, offset_bytes: int, length_bytes: int) -> Buffer:
         return self._view[offset_bytes : offset_bytes + length_bytes]
 
     async def close(self) -> None:
@@ -318,7 +416,13 @@ class _FileSource:
         self._reading = asyncio.get_running_loop().run_in_executor(
             None, os.pread, self._descriptor, length_bytes, offset_bytes
         )
-        data = await asyncio.shield(self._reading)
+        return self._whole(await asyncio.shield(self._reading), length_bytes)
+
+    def read(self, offset_bytes: int, length_bytes: int) -> Buffer:
+        return self._whole(os.pread(self._descriptor, length_bytes, offset_bytes), length_bytes)
+
+    @staticmethod
+    def _whole(data: bytes, length_bytes: int) -> bytes:
         if len(data) != length_bytes:
             raise FallowError(Reason.DIGEST_MISMATCH, "the file became shorter while it was uploaded", field="source")
         return data

@@ -22,6 +22,7 @@ from fallow.identity import AUTHORITY_EXTENSION, ENROLLMENT_NAME, load_certifica
 from fallow.ids import AccountId, Digest, KeyFingerprint, PartyId, PoolId, digest_of
 from fallow.join_line import JoinLine
 from fallow.limits import PROTOCOL_VERSION, PROTOCOL_VERSION_MIN_SUPPORTED
+from fallow.machine_identity import machine_digest
 from fallow.v1 import enrollment_service_pb2, enrollment_service_pb2_grpc, identity_pb2
 from fallow.wire.enums import ROLES, TIERS
 from fallow.wire.errors import error_from_rpc
@@ -64,6 +65,7 @@ async def join(line: JoinLine, folder: Path, name: str) -> Credentials:
                     token_proof=token_proof(token_key(line.token_secret), request),
                     certificate_request=request,
                     name=name,
+                    machine_digest=machine_digest(),
                 ),
                 timeout=CALL_TIMEOUT_S,
             )

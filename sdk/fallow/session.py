@@ -154,6 +154,8 @@ class Hello:
     held_leases: tuple[HeldLease, ...] = ()
     takes_several: bool = False
     """Whether several messages may come to it as one, under one signature."""
+    machine_digest: bytes = b""
+    """32 bytes that tell machines with copies of one key apart; empty: not told."""
 
 
 @dataclass(frozen=True, slots=True)

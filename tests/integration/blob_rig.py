@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime
+import os
 import signal
 import subprocess
 import sys
@@ -77,11 +78,13 @@ class BlobRig:
         )
         write_private(self.state / "blobs" / "certificate.pem", certificate)
 
-    def start(self, *arguments: str, pass_fds: tuple[int, ...] = ()) -> None:
+    def start(self, *arguments: str, pass_fds: tuple[int, ...] = (), environment: dict[str, str] | None = None) -> None:
         """Starts the process, on the same port as before, and waits until it serves."""
         command = [sys.executable, "-m", "fallow_coordinator.blobs", "--state", str(self.state)]
         command += ["--listen", self.address, "--free-bytes-floor", "0", "--log-level", "WARNING", *arguments]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, pass_fds=pass_fds)
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, text=True, pass_fds=pass_fds, env={**os.environ, **(environment or {})}
+        )
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         assert line.startswith("ready "), f"the blob service did not start: {line!r}"

@@ -75,3 +75,14 @@ def test_blobs_compares_with_a_bare_stream() -> None:
     assert found["leases_sent"] > 0 and min(found["mib_moved_per_s"].values()) > 0
     assert found["blob_mib_per_s"]["up"] > 0
     assert found["blob_over_transport"]["down"] > 0
+
+
+def test_carbon_compares_objectives_at_equal_deadlines() -> None:
+    status, found = bench(
+        "carbon", "--regions", "de,gb", "--alone", "", "--workers", "2", "--seasons", "summer", "--load", "0.2"
+    )
+    assert (status, found["void"]) == (0, [])
+    assert found["energy_equal"] and found["cost"]["jobs"] == found["carbon"]["jobs"] > 0
+    assert found["carbon"]["deadlines_missed"] <= found["cost"]["deadlines_missed"]
+    assert found["grams_saved_percent"] > 10
+    assert any("synthetic" in line for line in found["synthetic"])

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from engine_models import FEATURES, dense_model
+from fallow.bundle_file import Bundle
+from fallow.client.blocking import connect
 from fallow.credentials import Credentials
 from integration.harness import CoordinatorService, coordinator, spawn, wait_for, worker
 from integration.proxies import connect_proxy, inspecting_context
@@ -121,3 +127,88 @@ def test_who_answers_instead_of_the_coordinator_is_named(
         assert "does not connect to" in said and "403 Forbidden" in said
     said = refusal({"https_proxy": "http://127.0.0.1:1", "no_proxy": ""})
     assert "the proxy of https_proxy at 127.0.0.1:1 cannot be reached: nothing listens there" in said
+
+
+def test_images_enrol_themselves_and_copies_of_a_key_are_told_what_to_do(
+    shared_coordinator: CoordinatorService, tmp_path: Path
+) -> None:
+    line = shared_coordinator.new_token("--role", "worker", "--uses", "10", "--tier", "managed")
+    first, copy, image, clones = (tmp_path / name for name in ("first", "copy", "image", "clones"))
+    machine = {"FALLOW_MACHINE_ID": "machine 1"}
+    with worker(shared_coordinator, first, "--executor", "process", join_line=line, environment=machine) as service:
+        wait_for(lambda: session_of(first) == "online", 60, "the first worker's session")
+        # A copied disk holds the key and the resume token.
+        shutil.copytree(first, copy)
+        (copy / "lock").unlink()
+        start = ["-m", "fallow_worker", "start", "--state", str(copy), "--executor", "process"]
+        second = spawn(start, copy / "copy.log", {"FALLOW_MACHINE_ID": "machine 2"})
+        try:
+            said = wait_for(lambda: status_of(copy).get("last_error") or {}, 60, "a refusal")
+            assert said["reason"] == "KEY_IN_USE" and "fallow-worker prepare-image" in said["message"]
+            assert service.running() and session_of(first) == "online"
+        finally:
+            second.terminate()
+            second.wait(30)
+        assert session_of(first) == "online"
+        # The way out that the refusal names.
+        prepared = command("fallow_worker", "prepare-image", "--state", str(copy))
+        assert prepared.returncode == 0, prepared.stderr
+        assert not (copy / "key.pem").exists() and not (copy / "resume_token").exists()
+        second = spawn(start, copy / "again.log", {"FALLOW_MACHINE_ID": "machine 2"})
+        try:
+            wait_for(lambda: session_of(copy) == "online", 60, "the copy as a worker of its own")
+            assert Credentials.load(copy).party_id != Credentials.load(first).party_id
+            assert session_of(first) == "online"
+        finally:
+            second.terminate()
+            second.wait(30)
+    bare = command("fallow_worker", "prepare-image", "--state", str(image))
+    assert bare.returncode == 1 and "holds no join line" in bare.stderr
+    assert command("fallow_worker", "prepare-image", line, "--state", str(image)).returncode == 0
+    parties = set()
+    for number in (1, 2):
+        shutil.copytree(image, clones / str(number))
+        log = clones / f"{number}.log"
+        start = ["-m", "fallow_worker", "start", "--state", str(clones / str(number)), "--executor", "process"]
+        clone = spawn(start, log, {"FALLOW_MACHINE_ID": f"clone {number}"})
+        try:
+            folder = clones / str(number)
+            wait_for(lambda folder=folder: session_of(folder) == "online", 60, "a clone's first session")
+            parties.add(Credentials.load(folder).party_id)
+        finally:
+            clone.terminate()
+            clone.wait(30)
+    assert len(parties) == 2
+
+
+def test_one_port_leads_to_all_three_endpoints(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with coordinator(tmp_path / "coordinator", "--single-port", str(port), operator_worker=True) as service:
+        endpoints = {service.facts[f"{name}_endpoint"] for name in ("enrollment", "control", "blob")}
+        assert endpoints == {f"127.0.0.1:{port}"}
+        wait_for(lambda: _accepts(port), 30, "the splice")
+        login = command("fallow.cli", "login", service.client_join_line, "--folder", str(tmp_path / "client"))
+        assert login.returncode == 0, login.stderr
+        with (
+            worker(service, tmp_path / "worker", "--executor", "process"),
+            connect(tmp_path / "client") as client,
+        ):
+            model = tmp_path / "negate.onnx"
+            model.write_bytes(dense_model())
+            rows = np.zeros((20_000, FEATURES), np.float32)
+            table = client.map(Bundle.from_onnx(model), rows, data="public").table()
+            assert len(table) == 20_000
+        # Whoever does not speak TLS is hung up on.
+        with socket.create_connection(("127.0.0.1", port)) as stranger:
+            stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            stranger.settimeout(10)
+            with contextlib.suppress(ConnectionResetError):
+                assert stranger.recv(1) == b""
+
+
+def _accepts(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+        return True
+    return False

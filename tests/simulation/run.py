@@ -5,20 +5,23 @@ Reproduce a seed by hand: `PYTHONPATH=tests .venv/bin/python -m simulation.run S
 
 from __future__ import annotations
 
+import math
+import random
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 from fallow.errors import FallowError, Reason
 from fallow.ids import Digest, JobId, PartyId
-from fallow.job import JOB_STATES_FINAL, DatasetBlock, JobOptions, JobState, TaskResult
+from fallow.job import JOB_STATES_FINAL, DatasetBlock, JobOptions, JobState, Objective, TaskResult
 from fallow.roles import DataClass, Role, Tier
-from fallow.session import BlobReference, TaskKind
+from fallow.session import BlobReference, EnergySource, TaskKind, Usage
 from fallow_coordinator.core import commands as c
 from fallow_coordinator.core import evolve as evolving
 from fallow_coordinator.core import questions
 from fallow_coordinator.core.answers import Answer, CertificateGranted, JobAccepted, TokenMade
+from fallow_coordinator.core.events import RegionForecast
 from fallow_coordinator.core.state import State
 from fallow_coordinator.store.snapshots import encode_state
 from simulation.coordinator_side import Blobs, CoordinatorLife, Disk, EngineBugs, Rows, carry
@@ -51,6 +54,43 @@ class Client:
     reason_code: str = ""
 
 
+class Weather:
+    """Electricity of one seed, with dice of its own: forecasts that change, jobs that may wait, energy claimed."""
+
+    def __init__(self, seed: int) -> None:
+        self._dice = random.Random(f"weather {seed}")
+        self.forecasts = self._dice.random() < 0.4
+
+    def region(self) -> str:
+        """Where a worker stands."""
+        return self._dice.choice(("", "north", "south"))
+
+    def changes(self) -> bool:
+        """Whether a new forecast comes in this second."""
+        return self.forecasts and self._dice.random() < 0.1
+
+    def objective(self, client: int) -> Objective:
+        """What a client asks for: always the same, however often it submits."""
+        return Objective.CARBON if self.forecasts and client % 3 != 2 else Objective.COST
+
+    def forecast(self, now_ms: int) -> c.RecordForecasts:
+        """Dirty or clean hours, as they fall."""
+        return self._told(now_ms, lambda: self._dice.choice((50, 300, 900)))
+
+    def fair(self, now_ms: int) -> c.RecordForecasts:
+        """Every hour is like every other: nobody has anything to wait for."""
+        return self._told(now_ms, lambda: 100)
+
+    def usage(self) -> Usage:
+        """What a worker says of a task, seldom absurd."""
+        joules = self._dice.choice((0.0, 0.5, 20.0, 1e9, math.nan, -1.0))
+        return Usage(energy_joules=joules, energy_source=self._dice.choice((None, *EnergySource)))
+
+    def _told(self, now_ms: int, grams: Callable[[], int]) -> c.RecordForecasts:
+        told = tuple(RegionForecast(region, tuple(grams() for _ in range(8))) for region in ("north", "south", ""))
+        return c.RecordForecasts(now_ms - now_ms % 3_600_000, told, "dice")
+
+
 class Simulation:
     """The world of one seed."""
 
@@ -74,11 +114,17 @@ class Simulation:
             pack_trouble=dice.choice((0.0, 0.2)),
         )
         self.program_crashes = dice.random() < 0.1
+        self.weather = Weather(seed)
         self.unit_micros_per_row = dice.choice((20_000, 100_000, 400_000))
         self.clients = [self._client(number) for number in range(dice.randint(1, 3))]
         self.coordinator = self._new_life()
         self.workers = [
-            SimulatedWorker(self, f"worker-{n}", capability(slots=dice.randint(1, 2)), dice.randint(1, 4))
+            SimulatedWorker(
+                self,
+                f"worker-{n}",
+                replace(capability(slots=dice.randint(1, 2)), region=self.weather.region()),
+                dice.randint(1, 4),
+            )
             for n in range(dice.randint(2, 4))
         ]
         self.inspector = SimulatedWorker(self, "inspector", capability(TaskKind.INSPECT), 1)
@@ -132,6 +178,8 @@ class Simulation:
         self.account_id, self.client_id = answer.account_id, answer.party_id
         life = self.coordinator
         life.submit(c.RecordBlobs(self.account_id, (c.StoredBlob(self.file),)), _ignore)
+        if self.weather.forecasts:
+            life.submit(self.weather.forecast(life.now_ms), _ignore)
         life.submit(
             c.RegisterBundle(
                 account_id=self.account_id,
@@ -159,6 +207,8 @@ class Simulation:
         chance = self.schedule.chance
         if chance(0.1):
             self.coordinator.read(self._compare)
+        if self.weather.changes():
+            self.coordinator.submit(self.weather.forecast(self.coordinator.now_ms), _ignore)
         for worker in (*self.workers, self.inspector):
             if worker.alive and chance(self.faults.worker_crash):
                 worker.crash()
@@ -183,6 +233,8 @@ class Simulation:
         if not self.coordinator.alive:
             self.schedule.after(500, self._calm)
             return
+        if self.weather.forecasts:
+            self.coordinator.submit(self.weather.fair(self.coordinator.now_ms), _ignore)
         for worker in (*self.workers, self.inspector):
             if worker.party_id is not None:
                 self.coordinator.submit(c.ReleaseWorker(worker.party_id), _ignore)
@@ -233,7 +285,7 @@ class Simulation:
             data_class=DataClass.PUBLIC,
             pool_id=None,
             title="",
-            options=JobOptions(failed_rows_max=len(client.rows)),
+            options=JobOptions(failed_rows_max=len(client.rows), objective=self.weather.objective(client.number)),
             kept=None,
         )
         heard = self._accepted(client)

@@ -264,6 +264,7 @@ class SimulatedWorker:
         lease, stored = work.lease, self._stored(work)
         assert stored.root is not None
         root, inline = stored.root, len(work.output) % 2 == 0
+        usage = self.simulation.weather.usage()
         failures = tuple(
             RowFailure(row, Cause.ROW, "bad row") for row, value in enumerate(work.output) if value == FAILED_ROW
         )
@@ -278,7 +279,7 @@ class SimulatedWorker:
                 output=stored.blob,
                 inline=inline,
                 failures=failures,
-                usage=Usage(),
+                usage=usage,
                 execution_class="test",
                 message_digest=root,
                 signature=b"",

@@ -10,7 +10,7 @@ from fallow.session import HeldLease
 from fallow_coordinator.core import commands as c
 from fallow_coordinator.core import effects as f
 from fallow_coordinator.core import events as e
-from fallow_coordinator.core.limits import RESTART_GRACE_MS, SESSION_GRACE_MS
+from fallow_coordinator.core.limits import MACHINE_PRIORITY_MS, RESTART_GRACE_MS, SESSION_GRACE_MS
 from simulation.core_world import World, capability, digest, of_kind
 
 
@@ -181,3 +181,37 @@ def test_no_session_for_clients_the_quarantined_or_expired_certificates() -> Non
     with pytest.raises(FallowError) as caught:
         world.connect(worker.party_id)
     assert caught.value.reason is Reason.CERTIFICATE_EXPIRED
+
+
+def test_another_machine_with_a_copied_folder_is_kept_out_while_the_first_works_and_a_while_longer() -> None:
+    world = World().start()
+    worker_id = world.enroll("w").party_id
+
+    def hello(machine: bytes, shown: str | None, given: str) -> c.OpenSession:
+        token = None if shown is None else digest("token", shown)
+        return c.OpenSession(worker_id, token, digest("token", given), capability(), 1, (), machine)
+
+    first, copy = digest("machine 1"), digest("machine 2")
+    world.take(hello(first, None, "one"))
+    # The copy holds the resume token too.
+    with pytest.raises(FallowError, match="another machine works under this key") as caught:
+        world.take(hello(copy, "one", "two"))
+    assert caught.value.reason is Reason.KEY_IN_USE and "prepare-image" in caught.value.hint
+    session_id = world.state.workers[worker_id].session_id
+    assert session_id is not None
+    world.take(c.CloseSession(session_id, "gone"))
+    with pytest.raises(FallowError):
+        world.take(hello(copy, "one", "two"))
+    world.take(hello(first, "one", "two"))
+    session_id = world.state.workers[worker_id].session_id
+    assert session_id is not None
+    world.take(c.CloseSession(session_id, "gone"))
+    # A worker that moved is let in after that.
+    world.pass_time(MACHINE_PRIORITY_MS)
+    world.take(hello(copy, "two", "three"))
+    assert world.state.workers[worker_id].machine_digest == copy
+    # Software of before tells no machine.
+    session_id = world.state.workers[worker_id].session_id
+    assert session_id is not None
+    world.take(c.CloseSession(session_id, "gone"))
+    world.take(hello(b"", "three", "four"))

@@ -1,4 +1,4 @@
-"""The command line of a worker: join, start, status, ask, earnings, probe."""
+"""The command line of a worker: join, start, prepare-image, status, ask, earnings, probe."""
 
 from __future__ import annotations
 
@@ -50,6 +50,7 @@ def _tell_error(error: FallowError, *, as_json: bool) -> int:
 
 def _join(options: argparse.Namespace) -> int:
     from fallow.enrollment import join
+    from fallow.identity import write_private
     from fallow.join_line import parse_join_line
     from fallow.roles import Role
     from fallow_worker.start import print_json
@@ -58,6 +59,7 @@ def _join(options: argparse.Namespace) -> int:
     line = parse_join_line(options.line)
     folder = StateFolder(_state(options))
     with folder.locked():
+        write_private(folder.join_line, options.line.encode())
         credentials = asyncio.run(join(line, folder.credentials, options.name or platform.node()))
         folder.resume_token.unlink(missing_ok=True)
         if credentials.role is not Role.WORKER:
@@ -81,6 +83,35 @@ def _join(options: argparse.Namespace) -> int:
     else:
         sys.stdout.write(
             f"Joined {credentials.control_endpoint} as {credentials.party_id}. Start it with: fallow-worker start\n"
+        )
+    return 0
+
+
+def _prepare_image(options: argparse.Namespace) -> int:
+    from fallow.identity import write_private
+    from fallow.join_line import parse_join_line
+    from fallow_worker.start import print_json
+    from fallow_worker.state_folder import StateFolder
+
+    folder = StateFolder(_state(options))
+    with folder.locked():
+        if options.line:
+            parse_join_line(options.line)
+            write_private(folder.join_line, options.line.encode())
+        if not folder.join_line.exists():
+            raise FallowError(
+                Reason.FIELD_MISSING,
+                f"{folder.folder} holds no join line, so that a copy of it could not join by itself",
+                field="LINE",
+                hint="run fallow-worker prepare-image LINE with a line of as many uses as there will be machines",
+            )
+        folder.prepare_image()
+    if options.json:
+        print_json({"state": str(folder.folder), "prepared": True})
+    else:
+        sys.stdout.write(
+            f"{folder.folder} holds no key any more. Copy this machine now: each copy enrols itself at its first"
+            " `fallow-worker start`, as long as the join line lets it in.\n"
         )
     return 0
 
@@ -263,6 +294,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     start.add_argument("--cache-gib", type=_positive, default=20.0, metavar="GIB", help="disk for bundles; default: 20")
     start.add_argument("--life-fd", type=int, default=None, metavar="FD", help=argparse.SUPPRESS)
+
+    image = command("prepare-image", "make this folder fit to be copied to many machines", _prepare_image)
+    image.add_argument(
+        "line", metavar="LINE", nargs="?", default="", help="a join line for as many uses; default: the last one"
+    )
 
     command("status", "how the worker on this folder fares", _status)
     ask = command("ask", "what you ask in market pools: shown, or changed also while the worker runs", _ask)

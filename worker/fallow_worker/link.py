@@ -25,6 +25,7 @@ from fallow.limits import (
     PROTOCOL_VERSION_MIN_SUPPORTED,
     SESSION_MESSAGE_BYTES_MAX,
 )
+from fallow.machine_identity import machine_digest
 from fallow.session import (
     SIGNED_COORDINATOR_MESSAGES,
     SIGNED_WORKER_MESSAGES,
@@ -295,6 +296,7 @@ async def open_session(credentials: Credentials, greeting: Greeting, token: Resu
         window=greeting.window,
         held_leases=greeting.held_leases[:LEASES_PER_WORKER_MAX],
         takes_several=True,
+        machine_digest=machine_digest(),
     )
     try:
         welcome = await session.greet(hello)

@@ -7,6 +7,7 @@ import contextlib
 import json
 import logging
 import os
+import platform
 import signal
 import sys
 from collections.abc import Callable, Generator
@@ -14,7 +15,9 @@ from dataclasses import replace
 from typing import Final
 
 from fallow.credentials import Credentials
+from fallow.enrollment import join
 from fallow.errors import FallowError, Reason
+from fallow.join_line import parse_join_line
 from fallow.roles import Role, Tier
 from fallow.session import Capability, DeviceLevel
 from fallow_worker.bundle_cache import BundleCache
@@ -116,6 +119,14 @@ def terms_of(config: WorkerConfig, capability: Capability) -> Terms:
     )
 
 
+async def _join_as_image(folder: StateFolder) -> None:
+    """A copied machine's first start: a key of its own, enrolled with the line that its image kept."""
+    with folder.locked():
+        line = parse_join_line(folder.join_line.read_text().strip())
+        credentials = await join(line, folder.credentials, platform.node())
+        logging.getLogger(__name__).info("image.joined worker=%s", credentials.party_id)
+
+
 async def work(config: WorkerConfig, *, told: Callable[[dict[str, object]], None]) -> int:
     """Runs a worker until it is told to stop; its exit status. `told` hears once what it offers.
 
@@ -123,6 +134,8 @@ async def work(config: WorkerConfig, *, told: Callable[[dict[str, object]], None
     """
     keep_small()
     folder = StateFolder(config.state)
+    if not (folder.credentials / "certificate.pem").exists() and folder.join_line.exists():
+        await _join_as_image(folder)
     credentials = joined(folder)
     wait_s = PREDECESSOR_WAIT_S if credentials.tier is Tier.OPERATOR or config.life_fd is not None else 0.0
     with folder.locked(wait_s=wait_s):

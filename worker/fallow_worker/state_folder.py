@@ -49,6 +49,17 @@ class StateFolder:
             (self.credentials / name).unlink(missing_ok=True)
 
     @property
+    def join_line(self) -> Path:
+        """The line that this worker joined with, or will join with at its first start: an image keeps it (0600)."""
+        return self.folder / "join_line"
+
+    def prepare_image(self) -> None:
+        """Takes away key, identity and what belongs to one machine alone; the join line and cached bundles stay."""
+        self.forget_credentials()
+        for path in (self.resume_token, self._status):
+            path.unlink(missing_ok=True)
+
+    @property
     def resume_token(self) -> Path:
         """The token of the last session."""
         return self.folder / "resume_token"

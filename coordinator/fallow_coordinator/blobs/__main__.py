@@ -33,14 +33,16 @@ from typing import Any, Final, cast
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from obstore.store import S3Store
+from obstore.exceptions import BaseError
 
 from fallow.errors import FallowError
 from fallow.identity import PrivateKey
 from fallow.limits import MIB
 from fallow.shown_text import log_to_stderr
 from fallow.wire.chunks import BLOB_SERVICE, CHUNK_MESSAGE_BYTES_MAX
+from fallow_coordinator.blobs.bucket import BucketPlace
 from fallow_coordinator.blobs.config import BlobLimits
+from fallow_coordinator.blobs.direct import DirectTransfers
 from fallow_coordinator.blobs.service import BlobService
 from fallow_coordinator.blobs.storage import BlobStorage, FolderStorage, S3Storage
 from fallow_coordinator.service.descriptors import connections_max
@@ -83,6 +85,7 @@ def _options() -> argparse.ArgumentParser:
         "--grace-ms", type=int, default=defaults.grace_ms, help="younger blobs, and receipts, are not deleted"
     )
     parser.add_argument("--s3-bucket", default="", help="keep blobs in this bucket; keys come from AWS_* variables")
+    parser.add_argument("--s3-prefix", default="", help="part of the bucket, `some/folder`")
     parser.add_argument("--s3-endpoint", default="", help="of a store that is not Amazon's")
     parser.add_argument("--s3-region", default="us-east-1")
     parser.add_argument("--life-pipe", type=int, metavar="FD", help="ends when this pipe's other end is closed")
@@ -98,13 +101,14 @@ async def _serve(options: argparse.Namespace) -> None:
         uploads_max=options.uploads_max,
         grace_ms=options.grace_ms,
     )
-    storage, uploads = _storage(options)
+    storage, uploads, direct = _storage(options)
     service = BlobService(
         storage=storage,
         uploads_folder=uploads,
         key=PrivateKey.load(state / "blobs" / "key.pem"),
         coordinator_public_key=(state / "coordinator-public.der").read_bytes(),
         limits=limits,
+        direct=direct,
     )
     server = grpc.aio.server(
         interceptors=(SideCallLimit(),), options=_server_options(), maximum_concurrent_rpcs=limits.calls_max
@@ -134,19 +138,18 @@ async def _serve(options: argparse.Namespace) -> None:
     await asyncio.to_thread(service.close)
 
 
-def _storage(options: argparse.Namespace) -> tuple[BlobStorage, Path]:
-    """Where blobs lie, and the folder in which uploads grow."""
+def _storage(options: argparse.Namespace) -> tuple[BlobStorage, Path, DirectTransfers | None]:
+    """Where blobs lie, the folder in which uploads grow, and who gives out URLs."""
     local = FolderStorage(options.folder or options.state / "blobs")
     if not options.s3_bucket:
-        return local, local.uploads
-    store = S3Store(
-        options.s3_bucket,
-        config={"endpoint": options.s3_endpoint} if options.s3_endpoint else None,
-        region=options.s3_region,
-        virtual_hosted_style_request=not options.s3_endpoint,
-        client_options={"allow_http": options.s3_endpoint.startswith("http://")},
-    )
-    return S3Storage(store, uploads=local.uploads), local.uploads
+        return local, local.uploads, None
+    place = BucketPlace(options.s3_bucket, options.s3_prefix.strip("/"), options.s3_endpoint, options.s3_region)
+    storage = S3Storage(place.store(), uploads=local.uploads)
+    bucket = place.signing(os.environ)
+    if bucket is None:
+        _log.warning("blobs.no_urls endpoint=%s reason=no lasting key in AWS_* or no https", place.url())
+        return storage, local.uploads, None
+    return storage, local.uploads, DirectTransfers(storage, bucket)
 
 
 def _server_options() -> list[tuple[str, int]]:
@@ -220,7 +223,8 @@ async def _sweep(service: BlobService, interval_s: float) -> None:
     while True:
         try:
             await asyncio.to_thread(service.sweep)
-        except OSError:
+            await service.sweep_direct()
+        except (OSError, BaseError):
             _log.exception("uploads.sweep_failed")
         await asyncio.sleep(interval_s)
 

@@ -34,6 +34,8 @@ class Bucket:
     region: str
     access_key_id: str
     secret_access_key: str = field(repr=False)
+    prefix: str = ""
+    """Stands before every key, `part/of/a/bucket`; empty: the bucket is ours alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,24 +49,30 @@ class PresignedRequest:
 
 def presigned_get(bucket: Bucket, blob: BlobReference, *, now: datetime.datetime, expires_s: int) -> PresignedRequest:
     """Reading one blob until `expires_s` seconds after `now` (UTC)."""
-    return _presigned(bucket, "GET", blob, {}, now, expires_s)
+    return _presigned(bucket, "GET", blob_key(blob.digest), {}, now, expires_s)
 
 
-def presigned_put(bucket: Bucket, blob: BlobReference, *, now: datetime.datetime, expires_s: int) -> PresignedRequest:
-    """Writing one blob, with exactly this digest and length, until `expires_s` seconds after `now` (UTC)."""
+def presigned_put(
+    bucket: Bucket, blob: BlobReference, *, now: datetime.datetime, expires_s: int, key: str = ""
+) -> PresignedRequest:
+    """Writing one blob, with exactly this digest and length, until `expires_s` seconds after `now` (UTC).
+
+    It goes where blobs lie, or to `key`.
+    """
     headers = {
         "content-length": str(blob.length_bytes),
         "x-amz-checksum-sha256": base64.b64encode(blob.digest).decode(),
     }
-    return _presigned(bucket, "PUT", blob, headers, now, expires_s)
+    return _presigned(bucket, "PUT", key or blob_key(blob.digest), headers, now, expires_s)
 
 
 def _presigned(
-    bucket: Bucket, method: str, blob: BlobReference, headers: dict[str, str], now: datetime.datetime, expires_s: int
+    bucket: Bucket, method: str, key: str, headers: dict[str, str], now: datetime.datetime, expires_s: int
 ) -> PresignedRequest:
     assert 1 <= expires_s <= EXPIRES_S_MAX, "S3 takes no more than seven days"
     parts = urlsplit(bucket.endpoint)
-    path = quote(f"{parts.path.rstrip('/')}/{bucket.name}/{blob_key(blob.digest)}", safe="/~")
+    whole_key = f"{bucket.prefix}/{key}" if bucket.prefix else key
+    path = quote(f"{parts.path.rstrip('/')}/{bucket.name}/{whole_key}", safe="/~")
     signed = {"host": parts.netloc, **headers}
     names = ";".join(sorted(signed))
     moment, day = now.strftime("%Y%m%dT%H%M%SZ"), now.strftime("%Y%m%d")

@@ -36,6 +36,7 @@ from fallow.wire.moments import moment_from_message
 from fallow_coordinator.blobs.admission import Gate, Turn, Turns
 from fallow_coordinator.blobs.config import BlobLimits
 from fallow_coordinator.blobs.deletion import DigestLocks, Touches, delete_blobs
+from fallow_coordinator.blobs.direct import DirectTransfers, request_to_message
 from fallow_coordinator.blobs.grants import checked_grant
 from fallow_coordinator.blobs.packs import SourceBlocks, pack_blocks
 from fallow_coordinator.blobs.receipts import Receipts, receipt_of
@@ -71,11 +72,16 @@ class BlobService:
         key: PrivateKey,
         coordinator_public_key: bytes,
         limits: BlobLimits,
+        direct: DirectTransfers | None = None,
         now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
     ) -> None:
-        """`key` signs receipts; `coordinator_public_key` (DER) signs grants, and its holder alone may pack."""
+        """`key` signs receipts; `coordinator_public_key` (DER) signs grants, and its holder alone may pack.
+
+        `direct` gives out URLs of the storage; None: all bytes pass through here.
+        """
         self._storage = storage
         self._limits = limits
+        self._direct = direct
         self._coordinator_public_key = coordinator_public_key
         self._coordinator = fingerprint_of(coordinator_public_key)
         self._now_ms = now_ms
@@ -110,6 +116,7 @@ class BlobService:
                 "GetUpload": grpc.unary_unary_rpc_method_handler(_ended_well("GetUpload", self._get_upload)),
                 "Put": grpc.stream_unary_rpc_method_handler(_ended_well("Put", self._put)),
                 "Get": grpc.unary_stream_rpc_method_handler(_ended_well("Get", self._get)),
+                "LocateBlob": grpc.unary_unary_rpc_method_handler(_ended_well("LocateBlob", self._locate)),
                 "Pack": grpc.unary_unary_rpc_method_handler(_ended_well("Pack", self._pack)),
                 "ListBlobs": grpc.unary_unary_rpc_method_handler(_ended_well("ListBlobs", self._list_blobs)),
                 "DeleteBlobs": grpc.unary_unary_rpc_method_handler(_ended_well("DeleteBlobs", self._delete_blobs)),
@@ -121,6 +128,13 @@ class BlobService:
         removed = self._uploads.remove_older_than(self._limits.partial_age_ms_max)
         if removed:
             _log.info("uploads.swept removed=%d", removed)
+
+    async def sweep_direct(self) -> None:
+        """Removes uploads by URL that nobody came back for."""
+        if self._direct is not None:
+            removed = await self._direct.sweep(self._now_ms() - self._limits.partial_age_ms_max)
+            if removed:
+                _log.info("uploads.swept_from_bucket removed=%d", removed)
 
     def close(self) -> None:
         """Ends the threads once what they do is done."""
@@ -134,6 +148,9 @@ class BlobService:
         request = decoded(raw, blob_service_pb2.GetUploadRequest)
         grant = self._checked(grant_from_message(request.grant), BlobOperation.PUT, peer)
         receipt = await self._found(grant)
+        if receipt is None and request.arrived and self._direct is not None:
+            with self._puts.entered(peer):
+                receipt = await self._arrived(grant, self._direct)
         if receipt is not None:
             response = blob_service_pb2.GetUploadResponse(
                 offset_bytes=grant.blob.length_bytes, receipt=receipt_to_message(receipt)
@@ -142,6 +159,20 @@ class BlobService:
             response = blob_service_pb2.GetUploadResponse(
                 offset_bytes=self._uploads.offset_bytes(grant.blob, grant.account_id)
             )
+            if self._direct is not None and (request_of := self._direct.upload(grant, self._now_ms())) is not None:
+                response.direct.CopyFrom(request_to_message(request_of))
+        return response.SerializeToString()
+
+    async def _locate(self, raw: bytes, context: Context) -> bytes:
+        peer = self._peer(context)
+        request = decoded(raw, blob_service_pb2.LocateBlobRequest)
+        grant = self._checked(grant_from_message(request.grant), BlobOperation.GET, peer)
+        response = blob_service_pb2.LocateBlobResponse()
+        if self._direct is not None:
+            if await self._storage.size(grant.blob.digest) != grant.blob.length_bytes:
+                raise unknown(grant.blob.digest)
+            if (found := self._direct.download(grant, self._now_ms())) is not None:
+                response.direct.CopyFrom(request_to_message(found))
         return response.SerializeToString()
 
     async def _put(self, requests: AsyncIterator[bytes], context: Context) -> bytes:
@@ -250,14 +281,7 @@ class BlobService:
         if first.grant is None:
             raise FallowError(Reason.FIELD_MISSING, "an upload begins with its grant", field="grant")
         grant = self._checked(first.grant, BlobOperation.PUT, peer)
-        if grant.kind is BlobKind.ROW_BLOCK and grant.blob.length_bytes > BLOCK_BYTES_MAX:
-            raise FallowError(
-                Reason.BLOCK_TOO_LARGE,
-                f"a row block of {grant.blob.length_bytes} bytes",
-                field="grant.blob.length_bytes",
-                limit=f"{BLOCK_BYTES_MAX} bytes a block",
-                hint="cut the rows into several blocks",
-            )
+        _check_block_length(grant)
         async with self._turns.taken(f"{grant.blob.digest.hex()}-{grant.account_id}") as turn:
             known = await self._found(grant)
             if known is not None:
@@ -280,6 +304,26 @@ class BlobService:
             finally:
                 self._growing.discard(upload)
                 await self._in_thread(upload.close)
+
+    async def _arrived(self, grant: Grant, direct: DirectTransfers) -> SignedBytes:
+        """Reads back what came by URL, and gives the receipt once it is a blob; what is wrong is not kept."""
+        _check_block_length(grant)
+        async with self._turns.taken(f"{grant.blob.digest.hex()}-{grant.account_id}"):
+            if (known := await self._found(grant)) is not None:
+                return known
+            data = await direct.claim(grant)
+            async with self._locks.held(grant.blob.digest):
+                now_ms = self._now_ms()
+                try:
+                    receipt = await self._in_thread(receipt_of, grant, lambda: data, now_ms=now_ms)
+                except FallowError:
+                    await direct.settle(grant, accept=False)
+                    raise
+                self._touches.touch(grant.blob.digest, now_ms)
+                signed = await self._receipts.keep(receipt)
+                await direct.settle(grant, accept=True)
+            _log.info("blob.arrived digest=%s bytes=%d", grant.blob.digest.hex(), grant.blob.length_bytes)
+            return signed
 
     async def _first_part(self, requests: AsyncIterator[bytes]) -> PutPart:
         try:
@@ -443,6 +487,17 @@ def _ended_well(method: str, answer: Callable[[_R, Context], Awaitable[_A]]) -> 
             await abort(context, error, name)
 
     return handle
+
+
+def _check_block_length(grant: Grant) -> None:
+    if grant.kind is BlobKind.ROW_BLOCK and grant.blob.length_bytes > BLOCK_BYTES_MAX:
+        raise FallowError(
+            Reason.BLOCK_TOO_LARGE,
+            f"a row block of {grant.blob.length_bytes} bytes",
+            field="grant.blob.length_bytes",
+            limit=f"{BLOCK_BYTES_MAX} bytes a block",
+            hint="cut the rows into several blocks",
+        )
 
 
 async def _drained(requests: AsyncIterator[bytes], declared_bytes: int) -> None:

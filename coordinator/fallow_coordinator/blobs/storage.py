@@ -25,6 +25,8 @@ Buffer = bytes | bytearray | memoryview
 
 _NOTE_BYTES_MAX: Final = 4096
 _VERIFY_BYTES: Final = 4 * 1024 * 1024
+_STAGED: Final = "staged"
+_CLAIMED: Final = "claimed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,14 +236,60 @@ class S3Storage(_ObjectStorage):
             await obstore.put_async(self._bucket, blob_key(digest), bytes(data))
 
     async def verified(self, digest: Digest, length_bytes: int) -> bool:
-        """Whether the object that lies there is the blob: read in full, in bounded memory. For uploads by URL."""
-        if await self.size(digest) != length_bytes:
+        """Whether the object that lies there is the blob: read in full, in bounded memory."""
+        return await self._holds(blob_key(digest), digest, length_bytes)
+
+    async def claim(self, name: str, length_bytes: int) -> bool:
+        """Takes what was uploaded under `name` where no URL reaches it; False when there is nothing of that length."""
+        staged = staged_key(name)
+        try:
+            found = (await obstore.head_async(self._store, staged))["size"]
+            if found == length_bytes:
+                await obstore.copy_async(self._store, staged, _claimed_key(name))
+            await obstore.delete_async(self._store, staged)
+        except FileNotFoundError:
             return False
-        found = hashlib.sha256()
-        result = await obstore.get_async(self._bucket, blob_key(digest))
+        return found == length_bytes
+
+    async def claimed_is(self, name: str, digest: Digest, length_bytes: int) -> bool:
+        """Whether what was claimed is the blob: read in full, in bounded memory."""
+        return await self._holds(_claimed_key(name), digest, length_bytes)
+
+    async def claimed_bytes(self, name: str) -> bytes:
+        """All that was claimed; for blobs that fit into memory."""
+        result = await obstore.get_async(self._store, _claimed_key(name))
+        return (await result.bytes_async()).to_bytes()
+
+    async def settle_claim(self, name: str, digest: Digest | None) -> None:
+        """Makes what was claimed the blob; None: lets go of it."""
+        with translated():
+            if digest is not None:
+                await obstore.copy_async(self._store, _claimed_key(name), blob_key(digest))
+            with contextlib.suppress(FileNotFoundError):
+                await obstore.delete_async(self._store, _claimed_key(name))
+
+    async def sweep_staged(self, older_than_ms: int) -> int:
+        """Removes uploads that arrived before that moment and that nobody came back for; gives how many."""
+        removed = 0
+        for folder in (_STAGED, _CLAIMED):
+            async for page in obstore.list(self._store, f"{folder}/"):  # pyright: ignore[reportUnknownMemberType]
+                for entry in page:
+                    if int(entry["last_modified"].timestamp() * 1_000) < older_than_ms:
+                        with contextlib.suppress(FileNotFoundError):
+                            await obstore.delete_async(self._store, entry["path"])
+                        removed += 1
+        return removed
+
+    async def _holds(self, key: str, digest: Digest, length_bytes: int) -> bool:
+        found, length = hashlib.sha256(), 0
+        try:
+            result = await obstore.get_async(self._store, key)
+        except FileNotFoundError:
+            return False
         async for piece in result.stream(min_chunk_size=_VERIFY_BYTES):
             found.update(piece)
-        return found.digest() == digest
+            length += len(piece)
+        return (found.digest(), length) == (digest, length_bytes)
 
     def free_bytes(self) -> int | None:
         # A bucket has no end, but what comes grows on this machine's disk first.
@@ -252,6 +300,15 @@ def blob_key(digest: Digest) -> str:
     """Where a blob lies: 256 shelves, so that no folder grows without bound."""
     text = digest.hex()
     return f"blobs/{text[:2]}/{text[2:]}"
+
+
+def staged_key(name: str) -> str:
+    """Where an upload by URL arrives: a name that says whose it is, so that nobody shows another's bytes."""
+    return f"{_STAGED}/{name}"
+
+
+def _claimed_key(name: str) -> str:
+    return f"{_CLAIMED}/{name}"
 
 
 def _digest_of_key(key: str) -> Digest | None:

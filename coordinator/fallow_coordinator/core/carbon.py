@@ -50,8 +50,8 @@ def grams_at(forecasts: Mapping[str, Forecast], region: str, at_ms: int) -> int 
 
 
 def micrograms(millijoules: int, grams_per_kwh: int) -> int:
-    """What so much energy emits: 1 kWh is 3.6 × 10⁹ millijoules, 1 g is 10⁶ micrograms."""
-    return millijoules * grams_per_kwh // 3_600
+    """What so much energy emits: 1 kWh is 3.6 × 10⁹ millijoules, 1 g is 10⁶ micrograms, rounded to the nearest."""
+    return (millijoules * grams_per_kwh + 1_800) // 3_600
 
 
 @dataclass(frozen=True, slots=True)

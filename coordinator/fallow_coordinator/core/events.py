@@ -193,6 +193,8 @@ class SessionOpened:
     kept: tuple[LeaseId, ...]
     presented_token_digest: Digest | None = None
     """The token the worker showed: good until it shows the new one, because a Welcome may be lost on its way."""
+    machine_digest: bytes = b""
+    """Of the machine that it runs on; empty: not told."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,8 @@ def evolve_carbon(state: State, event: CarbonEvent, at_ms: int) -> None:
         case e.ForecastsRecorded():
             state.forecasts = {told.region: Forecast(event.from_ms, told.grams_per_kwh) for told in event.forecasts}
             state.forecast_source = event.source
+            # Who waits is planned anew at the next tick.
+            state.carbon_planned_at_ms = 0
         case e.CarbonPlanned():
             state.carbon_planned_at_ms = at_ms
             close_regions(state, state.jobs[event.job_id].lane, frozenset(event.regions_closed))

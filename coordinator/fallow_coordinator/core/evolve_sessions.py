@@ -58,6 +58,7 @@ def _open(state: State, event: e.SessionOpened, at_ms: int) -> None:
     worker.sessions += 1
     worker.presented_token_digest = event.presented_token_digest
     worker.resume_token_digest = event.resume_token_digest
+    worker.machine_digest = event.machine_digest
     worker.capability = event.capability
     worker.slots = slots_of(event.capability)
     worker.window = event.window

@@ -19,6 +19,8 @@ NAME_BYTES_MAX = 200
 TAGS_MAX = 32
 TOKEN_VALID_MS_MAX = 365 * DAY_MS
 CERTIFICATE_VALID_MS_MAX = 30 * DAY_MS
+MACHINE_PRIORITY_MS = 5 * MINUTE_MS
+"""So long after its session ended another machine with the same key is kept out: a copy must not slip in between."""
 RENEWAL_GRACE_MS = 90 * DAY_MS
 """How long after the end of its certificate a key renews it by itself."""
 

@@ -13,7 +13,7 @@ from fallow_coordinator.core import events as e
 from fallow_coordinator.core.answers import Decision, SessionGranted
 from fallow_coordinator.core.draft import Draft, shortened
 from fallow_coordinator.core.identity import quarantined, revoked
-from fallow_coordinator.core.limits import SESSIONS_MAX
+from fallow_coordinator.core.limits import MACHINE_PRIORITY_MS, MINUTE_MS, SESSIONS_MAX
 from fallow_coordinator.core.measuring import outlived
 from fallow_coordinator.core.names import Names
 from fallow_coordinator.core.state import State, Worker
@@ -36,6 +36,7 @@ def open_session(state: State, command: c.OpenSession, now_ms: int, names: Names
             field="held_leases",
             limit=f"{LEASES_PER_WORKER_MAX} leases",
         )
+    _check_machine(worker, command, now_ms)
     _check_token(worker, command)
     if worker.session_id is None and len(state.sessions) >= SESSIONS_MAX:
         raise FallowError(
@@ -60,6 +61,7 @@ def open_session(state: State, command: c.OpenSession, now_ms: int, names: Names
             window=command.window,
             kept=kept,
             presented_token_digest=command.resume_token_digest,
+            machine_digest=command.machine_digest,
         )
     )
     for lease_id in worker.leases:
@@ -134,6 +136,22 @@ def _check_ask(capability: Capability) -> None:
         capability.ask_microcredits_per_unit,
         "capability.ask_microcredits_per_unit",
         most=ASK_MICROCREDITS_PER_UNIT_MAX,
+    )
+
+
+def _check_machine(worker: Worker, command: c.OpenSession, now_ms: int) -> None:
+    """Keeps out another machine with the same key, whatever token it shows: a copied folder holds that as well."""
+    if not command.machine_digest or not worker.machine_digest or command.machine_digest == worker.machine_digest:
+        return
+    if worker.session_id is None and now_ms - worker.closed_at_ms >= MACHINE_PRIORITY_MS:
+        return
+    raise FallowError(
+        Reason.KEY_IN_USE,
+        "another machine works under this key: this folder is a copy of its folder",
+        field="machine_digest",
+        limit="one machine for each key",
+        hint="make this one a worker of its own with `fallow-worker prepare-image` and then `fallow-worker start`;"
+        f" if the worker has moved here, stop it there and wait {MACHINE_PRIORITY_MS // MINUTE_MS} minutes",
     )
 
 

@@ -200,6 +200,8 @@ class Worker:
     """Of the token that the newest Welcome carried."""
     presented_token_digest: Digest | None = None
     """Of the token it showed last: counts too, because a Welcome may be lost on its way."""
+    machine_digest: bytes = b""
+    """Of the machine that opened its last session; empty: not told."""
     closed_at_ms: int = 0
     grace_until_ms: int = 0
     """Until then the leases of the closed session stay; 0 while open or when none are held."""

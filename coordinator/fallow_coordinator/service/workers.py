@@ -218,6 +218,7 @@ class WorkerService:
             capability=hello.capability,
             window=hello.window,
             held_leases=hello.held_leases,
+            machine_digest=hello.machine_digest,
         )
         deciding = asyncio.create_task(self._engine.submit(command))
         try:

@@ -76,6 +76,7 @@ def _session_opened_to(event: ev.SessionOpened) -> pb.SessionOpened:
         window=event.window,
         kept_lease_ids=event.kept,
         presented_token_digest=event.presented_token_digest,
+        machine_digest=event.machine_digest,
     )
 
 
@@ -90,6 +91,7 @@ def _session_opened_from(message: pb.SessionOpened) -> ev.SessionOpened:
         presented_token_digest=(
             Digest(message.presented_token_digest) if message.HasField("presented_token_digest") else None
         ),
+        machine_digest=message.machine_digest,
     )
 
 

@@ -26,39 +26,49 @@ from fallow.v1 import blob_pb2 as fallow_dot_v1_dot_blob__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x66\x61llow/v1/blob_service.proto\x12\tfallow.v1\x1a\x14\x66\x61llow/v1/blob.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"=\n\x10GetUploadRequest\x12)\n\x05grant\x18\x01 \x01(\x0b\x32\x1a.fallow.v1.SignedBlobGrant\"X\n\x11GetUploadResponse\x12\x14\n\x0coffset_bytes\x18\x01 \x01(\x04\x12-\n\x07receipt\x18\x02 \x01(\x0b\x32\x1c.fallow.v1.SignedBlobReceipt\"\\\n\nPutRequest\x12)\n\x05grant\x18\x01 \x01(\x0b\x32\x1a.fallow.v1.SignedBlobGrant\x12\x14\n\x0coffset_bytes\x18\x02 \x01(\x04\x12\r\n\x05\x63hunk\x18\x03 \x01(\x0c\"<\n\x0bPutResponse\x12-\n\x07receipt\x18\x01 \x01(\x0b\x32\x1c.fallow.v1.SignedBlobReceipt\"M\n\nGetRequest\x12)\n\x05grant\x18\x01 \x01(\x0b\x32\x1a.fallow.v1.SignedBlobGrant\x12\x14\n\x0coffset_bytes\x18\x02 \x01(\x04\"\x1c\n\x0bGetResponse\x12\r\n\x05\x63hunk\x18\x01 \x01(\x0c\";\n\x08PackSpan\x12\x0e\n\x06source\x18\x01 \x01(\r\x12\x11\n\tfirst_row\x18\x02 \x01(\r\x12\x0c\n\x04rows\x18\x03 \x01(\r\"k\n\x0bPackRequest\x12)\n\x07sources\x18\x01 \x03(\x0b\x32\x18.fallow.v1.BlobReference\x12\"\n\x05spans\x18\x02 \x03(\x0b\x32\x13.fallow.v1.PackSpan\x12\r\n\x05nonce\x18\x03 \x01(\x0c\"D\n\x0cPackResponse\x12&\n\x04\x62lob\x18\x01 \x01(\x0b\x32\x18.fallow.v1.BlobReference\x12\x0c\n\x04rows\x18\x02 \x01(\r\"v\n\x10ListBlobsRequest\x12\r\n\x05shelf\x18\x01 \x01(\r\x12\x31\n\rstored_before\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05\x61\x66ter\x18\x03 \x01(\x0c\x12\x11\n\tpage_size\x18\x04 \x01(\r\"$\n\x11ListBlobsResponse\x12\x0f\n\x07\x64igests\x18\x01 \x03(\x0c\"j\n\x12\x44\x65leteBlobsRequest\x12\x0f\n\x07\x64igests\x18\x01 \x03(\x0c\x12.\n\ndecided_at\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x13\n\x0bpacked_only\x18\x03 \x01(\x08\"&\n\x13\x44\x65leteBlobsResponse\x12\x0f\n\x07\x64igests\x18\x01 \x03(\x0c\x32\x94\x03\n\x0b\x42lobService\x12\x46\n\tGetUpload\x12\x1b.fallow.v1.GetUploadRequest\x1a\x1c.fallow.v1.GetUploadResponse\x12\x36\n\x03Put\x12\x15.fallow.v1.PutRequest\x1a\x16.fallow.v1.PutResponse(\x01\x12\x36\n\x03Get\x12\x15.fallow.v1.GetRequest\x1a\x16.fallow.v1.GetResponse0\x01\x12\x37\n\x04Pack\x12\x16.fallow.v1.PackRequest\x1a\x17.fallow.v1.PackResponse\x12\x46\n\tListBlobs\x12\x1b.fallow.v1.ListBlobsRequest\x1a\x1c.fallow.v1.ListBlobsResponse\x12L\n\x0b\x44\x65leteBlobs\x12\x1d.fallow.v1.DeleteBlobsRequest\x1a\x1e.fallow.v1.DeleteBlobsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x66\x61llow/v1/blob_service.proto\x12\tfallow.v1\x1a\x14\x66\x61llow/v1/blob.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"N\n\x10GetUploadRequest\x12)\n\x05grant\x18\x01 \x01(\x0b\x32\x1a.fallow.v1.SignedBlobGrant\x12\x0f\n\x07\x61rrived\x18\x02 \x01(\x08\"\x82\x01\n\x11GetUploadResponse\x12\x14\n\x0coffset_bytes\x18\x01 \x01(\x04\x12-\n\x07receipt\x18\x02 \x01(\x0b\x32\x1c.fallow.v1.SignedBlobReceipt\x12(\n\x06\x64irect\x18\x03 \x01(\x0b\x32\x18.fallow.v1.DirectRequest\"\x94\x01\n\rDirectRequest\x12\x0e\n\x06method\x18\x01 \x01(\t\x12\x0b\n\x03url\x18\x02 \x01(\t\x12\x36\n\x07headers\x18\x03 \x03(\x0b\x32%.fallow.v1.DirectRequest.HeadersEntry\x1a.\n\x0cHeadersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\">\n\x11LocateBlobRequest\x12)\n\x05grant\x18\x01 \x01(\x0b\x32\x1a.fallow.v1.SignedBlobGrant\">\n\x12LocateBlobResponse\x12(\n\x06\x64irect\x18\x01 \x01(\x0b\x32\x18.fallow.v1.DirectRequest\"\\\n\nPutRequest\x12)\n\x05grant\x18\x01 \x01(\x0b\x32\x1a.fallow.v1.SignedBlobGrant\x12\x14\n\x0coffset_bytes\x18\x02 \x01(\x04\x12\r\n\x05\x63hunk\x18\x03 \x01(\x0c\"<\n\x0bPutResponse\x12-\n\x07receipt\x18\x01 \x01(\x0b\x32\x1c.fallow.v1.SignedBlobReceipt\"M\n\nGetRequest\x12)\n\x05grant\x18\x01 \x01(\x0b\x32\x1a.fallow.v1.SignedBlobGrant\x12\x14\n\x0coffset_bytes\x18\x02 \x01(\x04\"\x1c\n\x0bGetResponse\x12\r\n\x05\x63hunk\x18\x01 \x01(\x0c\";\n\x08PackSpan\x12\x0e\n\x06source\x18\x01 \x01(\r\x12\x11\n\tfirst_row\x18\x02 \x01(\r\x12\x0c\n\x04rows\x18\x03 \x01(\r\"k\n\x0bPackRequest\x12)\n\x07sources\x18\x01 \x03(\x0b\x32\x18.fallow.v1.BlobReference\x12\"\n\x05spans\x18\x02 \x03(\x0b\x32\x13.fallow.v1.PackSpan\x12\r\n\x05nonce\x18\x03 \x01(\x0c\"D\n\x0cPackResponse\x12&\n\x04\x62lob\x18\x01 \x01(\x0b\x32\x18.fallow.v1.BlobReference\x12\x0c\n\x04rows\x18\x02 \x01(\r\"v\n\x10ListBlobsRequest\x12\r\n\x05shelf\x18\x01 \x01(\r\x12\x31\n\rstored_before\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05\x61\x66ter\x18\x03 \x01(\x0c\x12\x11\n\tpage_size\x18\x04 \x01(\r\"$\n\x11ListBlobsResponse\x12\x0f\n\x07\x64igests\x18\x01 \x03(\x0c\"j\n\x12\x44\x65leteBlobsRequest\x12\x0f\n\x07\x64igests\x18\x01 \x03(\x0c\x12.\n\ndecided_at\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x13\n\x0bpacked_only\x18\x03 \x01(\x08\"&\n\x13\x44\x65leteBlobsResponse\x12\x0f\n\x07\x64igests\x18\x01 \x03(\x0c\x32\xdf\x03\n\x0b\x42lobService\x12\x46\n\tGetUpload\x12\x1b.fallow.v1.GetUploadRequest\x1a\x1c.fallow.v1.GetUploadResponse\x12\x36\n\x03Put\x12\x15.fallow.v1.PutRequest\x1a\x16.fallow.v1.PutResponse(\x01\x12\x36\n\x03Get\x12\x15.fallow.v1.GetRequest\x1a\x16.fallow.v1.GetResponse0\x01\x12I\n\nLocateBlob\x12\x1c.fallow.v1.LocateBlobRequest\x1a\x1d.fallow.v1.LocateBlobResponse\x12\x37\n\x04Pack\x12\x16.fallow.v1.PackRequest\x1a\x17.fallow.v1.PackResponse\x12\x46\n\tListBlobs\x12\x1b.fallow.v1.ListBlobsRequest\x1a\x1c.fallow.v1.ListBlobsResponse\x12L\n\x0b\x44\x65leteBlobs\x12\x1d.fallow.v1.DeleteBlobsRequest\x1a\x1e.fallow.v1.DeleteBlobsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'fallow.v1.blob_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_DIRECTREQUEST_HEADERSENTRY']._loaded_options = None
+  _globals['_DIRECTREQUEST_HEADERSENTRY']._serialized_options = b'8\001'
   _globals['_GETUPLOADREQUEST']._serialized_start=98
-  _globals['_GETUPLOADREQUEST']._serialized_end=159
-  _globals['_GETUPLOADRESPONSE']._serialized_start=161
-  _globals['_GETUPLOADRESPONSE']._serialized_end=249
-  _globals['_PUTREQUEST']._serialized_start=251
-  _globals['_PUTREQUEST']._serialized_end=343
-  _globals['_PUTRESPONSE']._serialized_start=345
-  _globals['_PUTRESPONSE']._serialized_end=405
-  _globals['_GETREQUEST']._serialized_start=407
-  _globals['_GETREQUEST']._serialized_end=484
-  _globals['_GETRESPONSE']._serialized_start=486
-  _globals['_GETRESPONSE']._serialized_end=514
-  _globals['_PACKSPAN']._serialized_start=516
-  _globals['_PACKSPAN']._serialized_end=575
-  _globals['_PACKREQUEST']._serialized_start=577
-  _globals['_PACKREQUEST']._serialized_end=684
-  _globals['_PACKRESPONSE']._serialized_start=686
-  _globals['_PACKRESPONSE']._serialized_end=754
-  _globals['_LISTBLOBSREQUEST']._serialized_start=756
-  _globals['_LISTBLOBSREQUEST']._serialized_end=874
-  _globals['_LISTBLOBSRESPONSE']._serialized_start=876
-  _globals['_LISTBLOBSRESPONSE']._serialized_end=912
-  _globals['_DELETEBLOBSREQUEST']._serialized_start=914
-  _globals['_DELETEBLOBSREQUEST']._serialized_end=1020
-  _globals['_DELETEBLOBSRESPONSE']._serialized_start=1022
-  _globals['_DELETEBLOBSRESPONSE']._serialized_end=1060
-  _globals['_BLOBSERVICE']._serialized_start=1063
-  _globals['_BLOBSERVICE']._serialized_end=1467
+  _globals['_GETUPLOADREQUEST']._serialized_end=176
+  _globals['_GETUPLOADRESPONSE']._serialized_start=179
+  _globals['_GETUPLOADRESPONSE']._serialized_end=309
+  _globals['_DIRECTREQUEST']._serialized_start=312
+  _globals['_DIRECTREQUEST']._serialized_end=460
+  _globals['_DIRECTREQUEST_HEADERSENTRY']._serialized_start=414
+  _globals['_DIRECTREQUEST_HEADERSENTRY']._serialized_end=460
+  _globals['_LOCATEBLOBREQUEST']._serialized_start=462
+  _globals['_LOCATEBLOBREQUEST']._serialized_end=524
+  _globals['_LOCATEBLOBRESPONSE']._serialized_start=526
+  _globals['_LOCATEBLOBRESPONSE']._serialized_end=588
+  _globals['_PUTREQUEST']._serialized_start=590
+  _globals['_PUTREQUEST']._serialized_end=682
+  _globals['_PUTRESPONSE']._serialized_start=684
+  _globals['_PUTRESPONSE']._serialized_end=744
+  _globals['_GETREQUEST']._serialized_start=746
+  _globals['_GETREQUEST']._serialized_end=823
+  _globals['_GETRESPONSE']._serialized_start=825
+  _globals['_GETRESPONSE']._serialized_end=853
+  _globals['_PACKSPAN']._serialized_start=855
+  _globals['_PACKSPAN']._serialized_end=914
+  _globals['_PACKREQUEST']._serialized_start=916
+  _globals['_PACKREQUEST']._serialized_end=1023
+  _globals['_PACKRESPONSE']._serialized_start=1025
+  _globals['_PACKRESPONSE']._serialized_end=1093
+  _globals['_LISTBLOBSREQUEST']._serialized_start=1095
+  _globals['_LISTBLOBSREQUEST']._serialized_end=1213
+  _globals['_LISTBLOBSRESPONSE']._serialized_start=1215
+  _globals['_LISTBLOBSRESPONSE']._serialized_end=1251
+  _globals['_DELETEBLOBSREQUEST']._serialized_start=1253
+  _globals['_DELETEBLOBSREQUEST']._serialized_end=1359
+  _globals['_DELETEBLOBSRESPONSE']._serialized_start=1361
+  _globals['_DELETEBLOBSRESPONSE']._serialized_end=1399
+  _globals['_BLOBSERVICE']._serialized_start=1402
+  _globals['_BLOBSERVICE']._serialized_end=1881
 # @@protoc_insertion_point(module_scope)

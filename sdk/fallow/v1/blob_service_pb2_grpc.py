@@ -50,6 +50,11 @@ class BlobServiceStub(object):
                 request_serializer=fallow_dot_v1_dot_blob__service__pb2.GetRequest.SerializeToString,
                 response_deserializer=fallow_dot_v1_dot_blob__service__pb2.GetResponse.FromString,
                 _registered_method=True)
+        self.LocateBlob = channel.unary_unary(
+                '/fallow.v1.BlobService/LocateBlob',
+                request_serializer=fallow_dot_v1_dot_blob__service__pb2.LocateBlobRequest.SerializeToString,
+                response_deserializer=fallow_dot_v1_dot_blob__service__pb2.LocateBlobResponse.FromString,
+                _registered_method=True)
         self.Pack = channel.unary_unary(
                 '/fallow.v1.BlobService/Pack',
                 request_serializer=fallow_dot_v1_dot_blob__service__pb2.PackRequest.SerializeToString,
@@ -105,6 +110,15 @@ class BlobServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def LocateBlob(self, request, context):
+        """Where a blob can be read without this service: a request that the holder of the grant may make for a while.
+
+        Statuses: as Get.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Pack(self, request, context):
         """Packs rows of stored blocks into a fresh block. For the coordinator only.
 
@@ -153,6 +167,11 @@ def add_BlobServiceServicer_to_server(servicer, server):
                     servicer.Get,
                     request_deserializer=fallow_dot_v1_dot_blob__service__pb2.GetRequest.FromString,
                     response_serializer=fallow_dot_v1_dot_blob__service__pb2.GetResponse.SerializeToString,
+            ),
+            'LocateBlob': grpc.unary_unary_rpc_method_handler(
+                    servicer.LocateBlob,
+                    request_deserializer=fallow_dot_v1_dot_blob__service__pb2.LocateBlobRequest.FromString,
+                    response_serializer=fallow_dot_v1_dot_blob__service__pb2.LocateBlobResponse.SerializeToString,
             ),
             'Pack': grpc.unary_unary_rpc_method_handler(
                     servicer.Pack,
@@ -252,6 +271,33 @@ class BlobService(object):
             '/fallow.v1.BlobService/Get',
             fallow_dot_v1_dot_blob__service__pb2.GetRequest.SerializeToString,
             fallow_dot_v1_dot_blob__service__pb2.GetResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LocateBlob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fallow.v1.BlobService/LocateBlob',
+            fallow_dot_v1_dot_blob__service__pb2.LocateBlobRequest.SerializeToString,
+            fallow_dot_v1_dot_blob__service__pb2.LocateBlobResponse.FromString,
             options,
             channel_credentials,
             insecure,

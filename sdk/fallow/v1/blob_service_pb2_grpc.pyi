@@ -55,6 +55,11 @@ class BlobServiceStub:
       NOT_FOUND          the blob is not here (any more).
       OUT_OF_RANGE       the offset is beyond the end.
     """
+    LocateBlob: _grpc.UnaryUnaryMultiCallable[_blob_service_pb2.LocateBlobRequest, _blob_service_pb2.LocateBlobResponse]
+    """Where a blob can be read without this service: a request that the holder of the grant may make for a while.
+
+    Statuses: as Get.
+    """
     Pack: _grpc.UnaryUnaryMultiCallable[_blob_service_pb2.PackRequest, _blob_service_pb2.PackResponse]
     """Packs rows of stored blocks into a fresh block. For the coordinator only.
 
@@ -101,6 +106,11 @@ class BlobServiceAsyncStub(BlobServiceStub):
       PERMISSION_DENIED  as above.
       NOT_FOUND          the blob is not here (any more).
       OUT_OF_RANGE       the offset is beyond the end.
+    """
+    LocateBlob: _aio.UnaryUnaryMultiCallable[_blob_service_pb2.LocateBlobRequest, _blob_service_pb2.LocateBlobResponse]  # type: ignore[assignment]
+    """Where a blob can be read without this service: a request that the holder of the grant may make for a while.
+
+    Statuses: as Get.
     """
     Pack: _aio.UnaryUnaryMultiCallable[_blob_service_pb2.PackRequest, _blob_service_pb2.PackResponse]  # type: ignore[assignment]
     """Packs rows of stored blocks into a fresh block. For the coordinator only.
@@ -163,6 +173,17 @@ class BlobServiceServicer(metaclass=_abc_1.ABCMeta):
           PERMISSION_DENIED  as above.
           NOT_FOUND          the blob is not here (any more).
           OUT_OF_RANGE       the offset is beyond the end.
+        """
+
+    @_abc_1.abstractmethod
+    def LocateBlob(
+        self,
+        request: _blob_service_pb2.LocateBlobRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_blob_service_pb2.LocateBlobResponse, _abc.Awaitable[_blob_service_pb2.LocateBlobResponse]]:
+        """Where a blob can be read without this service: a request that the holder of the grant may make for a while.
+
+        Statuses: as Get.
         """
 
     @_abc_1.abstractmethod

@@ -167,12 +167,15 @@ class Hello(_message.Message):
     WINDOW_FIELD_NUMBER: _builtins.int
     HELD_LEASES_FIELD_NUMBER: _builtins.int
     TAKES_SEVERAL_FIELD_NUMBER: _builtins.int
+    MACHINE_DIGEST_FIELD_NUMBER: _builtins.int
     resume_token: _builtins.bytes
     """Empty on a first session; else the token of the last Welcome."""
     window: _builtins.int
     """Leases this worker is ready to hold at once."""
     takes_several: _builtins.bool
     """True when this worker understands `several`; else it gets every message by itself."""
+    machine_digest: _builtins.bytes
+    """Tells machines with copies of one key apart, 32 bytes; unset: not told."""
     @_builtins.property
     def protocol(self) -> _identity_pb2.ProtocolVersion: ...
     @_builtins.property
@@ -188,10 +191,11 @@ class Hello(_message.Message):
         window: _builtins.int = ...,
         held_leases: _abc.Iterable[Global___HeldLease] | None = ...,
         takes_several: _builtins.bool = ...,
+        machine_digest: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["capability", b"capability", "protocol", b"protocol"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capability", b"capability", "held_leases", b"held_leases", "protocol", b"protocol", "resume_token", b"resume_token", "takes_several", b"takes_several", "window", b"window"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capability", b"capability", "held_leases", b"held_leases", "machine_digest", b"machine_digest", "protocol", b"protocol", "resume_token", b"resume_token", "takes_several", b"takes_several", "window", b"window"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

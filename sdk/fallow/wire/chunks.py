@@ -23,6 +23,7 @@ BLOB_SERVICE: Final = blob_service_pb2.DESCRIPTOR.services_by_name["BlobService"
 PUT_METHOD: Final = f"/{BLOB_SERVICE}/Put"
 GET_METHOD: Final = f"/{BLOB_SERVICE}/Get"
 GET_UPLOAD_METHOD: Final = f"/{BLOB_SERVICE}/GetUpload"
+LOCATE_METHOD: Final = f"/{BLOB_SERVICE}/LocateBlob"
 PACK_METHOD: Final = f"/{BLOB_SERVICE}/Pack"
 
 _LENGTH_DELIMITED: Final = 2

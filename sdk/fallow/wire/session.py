@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from google.protobuf.message import DecodeError
 
 from fallow.errors import FallowError, Reason
-from fallow.ids import Digest, LeaseId, PoolId, SessionId
+from fallow.ids import DIGEST_BYTES, Digest, LeaseId, PoolId, SessionId
 from fallow.limits import (
     IDENTIFIER_BYTES_MAX,
     INLINE_PAYLOAD_BYTES_MAX,
@@ -300,7 +300,19 @@ def _hello_to_message(hello: Hello) -> session_pb2.Hello:
             for held in hello.held_leases
         ],
         takes_several=hello.takes_several,
+        machine_digest=hello.machine_digest,
     )
+
+
+def _machine_digest(digest: bytes) -> bytes:
+    if len(digest) not in (0, DIGEST_BYTES):
+        raise FallowError(
+            Reason.FIELD_INVALID,
+            f"a machine digest of {len(digest)} bytes",
+            field="hello.machine_digest",
+            limit=f"{DIGEST_BYTES} bytes, or none",
+        )
+    return digest
 
 
 def _hello_from_message(message: session_pb2.Hello) -> Hello:
@@ -314,6 +326,7 @@ def _hello_from_message(message: session_pb2.Hello) -> Hello:
         window=message.window,
         held_leases=tuple(HeldLease(_lease_id(h.lease_id), h.fence, h.committed) for h in message.held_leases),
         takes_several=message.takes_several,
+        machine_digest=_machine_digest(message.machine_digest),
     )
 
 

@@ -770,6 +770,7 @@ class SessionOpened(_message.Message):
     WINDOW_FIELD_NUMBER: _builtins.int
     KEPT_LEASE_IDS_FIELD_NUMBER: _builtins.int
     PRESENTED_TOKEN_DIGEST_FIELD_NUMBER: _builtins.int
+    MACHINE_DIGEST_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     worker_id: _builtins.str
     resume_token_digest: _builtins.bytes
@@ -777,6 +778,8 @@ class SessionOpened(_message.Message):
     """Leases the worker is ready to hold at once."""
     presented_token_digest: _builtins.bytes
     """The token that the worker showed, good until it shows the new one; unset: none."""
+    machine_digest: _builtins.bytes
+    """Of the machine that it runs on; unset: not told."""
     @_builtins.property
     def capability(self) -> _capability_pb2.Capability: ...
     @_builtins.property
@@ -791,10 +794,11 @@ class SessionOpened(_message.Message):
         window: _builtins.int = ...,
         kept_lease_ids: _abc.Iterable[_builtins.str] | None = ...,
         presented_token_digest: _builtins.bytes | None = ...,
+        machine_digest: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_presented_token_digest", b"_presented_token_digest", "capability", b"capability", "presented_token_digest", b"presented_token_digest"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_presented_token_digest", b"_presented_token_digest", "capability", b"capability", "kept_lease_ids", b"kept_lease_ids", "presented_token_digest", b"presented_token_digest", "resume_token_digest", b"resume_token_digest", "session_id", b"session_id", "window", b"window", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_presented_token_digest", b"_presented_token_digest", "capability", b"capability", "kept_lease_ids", b"kept_lease_ids", "machine_digest", b"machine_digest", "presented_token_digest", b"presented_token_digest", "resume_token_digest", b"resume_token_digest", "session_id", b"session_id", "window", b"window", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__presented_token_digest: _TypeAlias = _typing.Literal["presented_token_digest"]  # noqa: Y015
     _WhichOneofArgType__presented_token_digest: _TypeAlias = _typing.Literal["_presented_token_digest", b"_presented_token_digest"]  # noqa: Y015
