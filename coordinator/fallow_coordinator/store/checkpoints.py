@@ -52,6 +52,8 @@ class Checkpoints:
     def _run(self) -> None:
         try:
             connection = sqlite3.connect(self._path, isolation_level=None)
+            # The log is synced before any page of it goes into the file.
+            connection.execute("PRAGMA synchronous = FULL")
         except sqlite3.Error as error:
             logger.warning("journal.checkpoints_off error=%s", error)
             return
