@@ -57,6 +57,7 @@ SESSIONS_OPENING_AT_ONCE: Final = 32
 RECONNECT_AFTER_S: Final = 0.5
 _NONCE_BYTES: Final = 16
 _POLL_S: Final = 0.02
+_PATIENT_WITH: Final = (Reason.OVERLOADED, Reason.COORDINATOR_UNREACHABLE, Reason.DEADLINE_EXCEEDED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -360,8 +361,8 @@ async def _enrolled(load: Load) -> list[_Worker]:
                 try:
                     return _Worker(await join(line, folder, f"bench-{number}"), folder)
                 except FallowError as error:
-                    # The door lets a burst through and then so many a second.
-                    if error.reason is not Reason.OVERLOADED or time.monotonic() > deadline:
+                    # The door lets a burst through and then so many a second; on a busy machine handshakes run out.
+                    if error.reason not in _PATIENT_WITH or time.monotonic() > deadline:
                         raise
                 await asyncio.sleep(0.5)
 
