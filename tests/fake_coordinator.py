@@ -25,6 +25,7 @@ from fallow.identity import BLOBS_NAME, CONTROL_NAME, PrivateKey
 from fallow.ids import AccountId, Digest, JobId, KeyFingerprint, PartyId, PoolId, digest_of
 from fallow.job import JobProgress, JobRowFailure, JobState, JobStatus, RowSpan, TaskResult
 from fallow.limits import BLOB_CHUNK_BYTES, INLINE_PAYLOAD_BYTES_MAX
+from fallow.quote import Quote, QuoteRequest, Shortfall
 from fallow.roles import Role
 from fallow.row_block import RowBlock, pack_selection
 from fallow.rows import DecodedRows, RowCodec
@@ -43,6 +44,7 @@ from fallow.wire.blob import (
 from fallow.wire.bundle import decode_manifest
 from fallow.wire.errors import ERROR_METADATA_KEY, encode_error
 from fallow.wire.job import result_to_message, status_to_message
+from fallow.wire.quote import quote_request_from_message, quote_to_message
 from fallow.wire.schema import encode_schema
 from fallow_coordinator.core.answers import CertificateGranted
 from fallow_coordinator.service.authority import Authority
@@ -78,6 +80,37 @@ class Faults:
     get_breaks_after_chunks: list[int] = field(default_factory=list)
 
 
+def quote_of(request: QuoteRequest) -> Quote:
+    """One unit and 2,000 micro-credits for each row, one worker that fits."""
+    rows = sum(group.rows for group in request.bins)
+    return Quote(
+        bundle_digest=request.bundle_digest,
+        rows=rows,
+        unit_micros=rows * 1_000_000,
+        learned_permille=1_000,
+        pool_id=request.pool_id or "pool-1",
+        pool_mode="market",
+        policy="unverified",
+        price_microcredits_per_unit=2_000,
+        price_microcredits_per_1000_rows=2_000_000,
+        price_microcredits=rows * 2_000,
+        budget_microcredits=rows * 2_400,
+        wait_ms=0,
+        run_ms=rows * 1_000,
+        end_at_ms=1_800_000_000_000,
+        millijoules=rows * 10_000,
+        energy_source="rule-of-thumb",
+        micrograms=0,
+        carbon_known=False,
+        checking_permille=0,
+        workers_considered=3,
+        workers_fitting=1,
+        workers_free=1,
+        own_workers=0,
+        fallen_out=(Shortfall("tier", 2, "its tier may not see rows of this data class", "declare the rows public"),),
+    )
+
+
 class FakeCoordinator(job_service_pb2_grpc.JobServiceServicer, blob_service_pb2_grpc.BlobServiceServicer):
     """Start it, give its `credentials` to a client, and arrange faults."""
 
@@ -98,6 +131,11 @@ class FakeCoordinator(job_service_pb2_grpc.JobServiceServicer, blob_service_pb2_
         self.refusals: tuple[str, ...] = ()
         self.jobs: dict[str, FakeJob] = {}
         self.keys: dict[bytes, str] = {}
+        self.pool_mode = "donation"
+        self.quote: Callable[[QuoteRequest], Quote] = quote_of
+        self.quotes_asked: list[QuoteRequest] = []
+        self.submitted: list[Any] = []
+        """Every SubmitMapJobRequest that came."""
         self.seen: Counter[str] = Counter()
         """How often each method was called."""
         self._server: grpc.aio.Server | None = None
@@ -171,7 +209,11 @@ class FakeCoordinator(job_service_pb2_grpc.JobServiceServicer, blob_service_pb2_
     async def GetSession(self, request: Any, context: Any) -> Any:
         await self._arrive("GetSession", context)
         return job_service_pb2.GetSessionResponse(
-            protocol=request.protocol, party_id="party-1", account_id="account-1", pool_id="pool-1"
+            protocol=request.protocol,
+            party_id="party-1",
+            account_id="account-1",
+            pool_id="pool-1",
+            pool_mode=self.pool_mode,
         )
 
     async def GrantUploads(self, request: Any, context: Any) -> Any:
@@ -215,6 +257,7 @@ class FakeCoordinator(job_service_pb2_grpc.JobServiceServicer, blob_service_pb2_
         return job_service_pb2.GetBundleResponse(status=self._bundle_status(digest))
 
     async def SubmitMapJob(self, request: Any, context: Any) -> Any:
+        self.submitted.append(request)
         if request.idempotency_key not in self.keys and Digest(request.bundle_digest) in self.bundles:
             job_id = f"job-{len(self.jobs) + 1}"
             self.keys[request.idempotency_key] = job_id
@@ -224,6 +267,12 @@ class FakeCoordinator(job_service_pb2_grpc.JobServiceServicer, blob_service_pb2_
         if Digest(request.bundle_digest) not in self.bundles:
             await _abort(context, grpc.StatusCode.NOT_FOUND, FallowError(Reason.BUNDLE_UNKNOWN, "no such bundle"))
         return job_service_pb2.SubmitMapJobResponse(job_id=self.keys[request.idempotency_key])
+
+    async def QuoteMapJob(self, request: Any, context: Any) -> Any:
+        await self._arrive("QuoteMapJob", context)
+        asked = quote_request_from_message(request)
+        self.quotes_asked.append(asked)
+        return quote_to_message(self.quote(asked))
 
     async def GetJob(self, request: Any, context: Any) -> Any:
         await self._arrive("GetJob", context)

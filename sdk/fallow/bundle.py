@@ -23,6 +23,46 @@ class Precision(StrEnum):
     INT8 = "int8"
 
 
+class VariantForm(StrEnum):
+    """A form of a bundle's program beside its fp32 form."""
+
+    FP16 = "fp16"
+    """Weights and arithmetic in fp16."""
+    INT8 = "int8"
+    """Static int8: scales fixed by calibration, 7-bit weights."""
+    FIXED = "fixed"
+    """fp32 that always takes the same number of rows, as NPUs want it."""
+    FP16_FIXED = "fp16-fixed"
+    INT8_FIXED = "int8-fixed"
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """How far a variant's answers lie from the fp32 form's, measured where it was made; its maker's word."""
+
+    rows: int
+    samples: str
+    """`given` or `synthetic`."""
+    error_max: float
+    """Largest absolute difference of any output value."""
+    value_max: float
+    """Largest absolute output value of the fp32 form, to compare with."""
+    labelled_rows: int
+    """Rows with a score for each of several labels; 0: the program gives none."""
+    labels_agreeing: int
+    """Those of them whose best label is the same one."""
+
+
+@dataclass(frozen=True, slots=True)
+class BundleVariant:
+    """Another form of a bundle: a bundle of its own, chosen only with the submitter's consent."""
+
+    form: VariantForm
+    bundle_digest: Digest
+    precision: Precision
+    agreement: Agreement
+
+
 class ProgramFormat(StrEnum):
     """Data-only program formats."""
 
@@ -126,6 +166,8 @@ class BundleManifest:
     purpose: str = ""
     url: str = ""
     licence: str = ""
+    variants: tuple[BundleVariant, ...] = ()
+    """Other forms of the same program, each once."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,16 +9,20 @@ import hashlib
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Final, TypedDict, Unpack
+from typing import TYPE_CHECKING, Final, TypedDict, Unpack
 
-from fallow.bundle import BundleFile, BundleManifest, BytesCodec, Precision, TopKHead
+from fallow.bundle import BundleFile, BundleManifest, BytesCodec, Precision, TopKHead, VariantForm
 from fallow.errors import FallowError, Reason
 from fallow.ids import Digest, digest_of
 from fallow.limits import BUNDLE_FILES_MAX, MANIFEST_BYTES_MAX
 from fallow.wire.bundle import decode_manifest, encode_manifest
 
+if TYPE_CHECKING:
+    from fallow.sources import Rows
+
 MANIFEST_NAME: Final = "manifest.pb"
 BUNDLE_SUFFIX: Final = ".bundle"
+VARIANTS_NAME: Final = "variants"
 
 FileSource = Path | bytes
 """Where a file's bytes are: on disk or in memory."""
@@ -41,10 +45,15 @@ class About(TypedDict, total=False):
 class Bundle:
     """A bundle ready to be submitted. Make one with `from_onnx`, `from_bytes_model`, `magika` or `load`."""
 
-    __slots__ = ("digest", "files", "manifest", "manifest_bytes")
+    __slots__ = ("digest", "files", "manifest", "manifest_bytes", "variants")
 
     def __init__(
-        self, manifest: BundleManifest, files: Mapping[str, FileSource], *, stored: bytes | None = None
+        self,
+        manifest: BundleManifest,
+        files: Mapping[str, FileSource],
+        *,
+        stored: bytes | None = None,
+        variants: Mapping[VariantForm, Bundle] | None = None,
     ) -> None:
         """Binds a manifest to the bytes of its files.
 
@@ -58,6 +67,13 @@ class Bundle:
         """The exact bytes that the digest is of."""
         self.digest = digest_of(self.manifest_bytes)
         """What names the bundle everywhere."""
+        self.variants = dict(variants or {})
+        """Other forms of it that are at hand, each a bundle of its own."""
+        named = {variant.form: variant.bundle_digest for variant in manifest.variants}
+        if any(named.get(form) != variant.digest for form, variant in self.variants.items()):
+            raise FallowError(
+                Reason.BUNDLE_INVALID, "a variant is not the one that the manifest names", field="variants"
+            )
         if len(self.manifest_bytes) > MANIFEST_BYTES_MAX or len(manifest.files) > BUNDLE_FILES_MAX:
             raise FallowError(
                 Reason.BUNDLE_INVALID,
@@ -170,7 +186,12 @@ class Bundle:
                     field=f"files[{file.name}]",
                     limit=f"{file.length_bytes} bytes, SHA-256 {file.digest.hex()}",
                 )
-        return cls(manifest, {file.name: folder / file.name for file in manifest.files}, stored=stored)
+        return cls(
+            manifest,
+            {file.name: folder / file.name for file in manifest.files},
+            stored=stored,
+            variants={v.form: cls.load(folder / VARIANTS_NAME / v.form.value) for v in manifest.variants},
+        )
 
     def save(self, folder: str | Path) -> Path:
         """Writes the bundle to `folder`, which must not exist, and gives its path. Raises BUNDLE_INVALID."""
@@ -185,8 +206,22 @@ class Bundle:
                 target.write_bytes(source)
             else:
                 shutil.copyfile(source, target)
+        for form, variant in self.variants.items():
+            variant.save(folder / VARIANTS_NAME / form.value)
         (folder / MANIFEST_NAME).write_bytes(self.manifest_bytes)
         return folder
+
+    def optimized(self, *forms: VariantForm | str, samples: Rows | None = None, fixed_rows: int = 1) -> Bundle:
+        """This bundle with other forms of its program beside it, made and measured here; its digest changes.
+
+        `forms`: `fp16`, `int8`, `fixed`, `fp16-fixed`, `int8-fixed`. `samples` are rows as `client.map` takes them:
+        int8 is calibrated on them, and agreement with the fp32 form is measured on up to 512; rows made from the schema
+        stand in when there are none. Fixed forms take `fixed_rows` rows at once. Needs a runtime (`fallow[cpu]`).
+        Raises BUNDLE_INVALID naming the form that cannot be made and why, FIELD_INVALID.
+        """
+        from fallow.variant_recipes import optimized
+
+        return optimized(self, forms, samples=samples, fixed_rows=fixed_rows)
 
 
 def bundle_file(name: str, source: FileSource) -> BundleFile:
@@ -205,7 +240,7 @@ def bundle_file(name: str, source: FileSource) -> BundleFile:
 
 def plain_name(name: str) -> str:
     """`name`, once it is a plain file name that stays inside its folder. Raises BUNDLE_INVALID."""
-    if not name or name in {".", "..", MANIFEST_NAME} or any(part in name for part in ("/", "\\", "\0")):
+    if not name or name in {".", "..", MANIFEST_NAME, VARIANTS_NAME} or any(part in name for part in ("/", "\\", "\0")):
         raise FallowError(
             Reason.BUNDLE_INVALID, f"{name!r} is no plain file name", field="files.name", limit="no path separators"
         )

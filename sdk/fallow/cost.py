@@ -85,19 +85,34 @@ class SizeBin:
     """Sum of each size feature of the schema over these rows."""
 
 
-def binned(sizes: Sequence[Sequence[int]], *, feature_count: int) -> tuple[SizeBin, ...]:
-    """Rows, given by their size features, in groups whose sizes lie within an eighth of each other or so.
+class SizeCounter:
+    """Counts rows in groups whose sizes lie within an eighth of each other; cost is near a line within a group."""
 
-    Grouped by the length in bits and the next three bits of each feature; cost is near a line within a group.
-    """
-    groups: dict[tuple[int, ...], list[int]] = {}
+    def __init__(self, feature_count: int) -> None:
+        """For rows with so many size features."""
+        self._feature_count = feature_count
+        self._groups: dict[tuple[int, ...], list[int]] = {}
+
+    def add(self, sizes: Sequence[int], rows: int = 1) -> None:
+        """Counts `rows` rows, each of these sizes."""
+        assert len(sizes) == self._feature_count, "each size feature has a size"
+        group = self._groups.setdefault(tuple(map(bin_of, sizes)), [0] * (self._feature_count + 1))
+        group[0] += rows
+        for index, size in enumerate(sizes, start=1):
+            group[index] += size * rows
+
+    @property
+    def bins(self) -> tuple[SizeBin, ...]:
+        """The groups so far, the smallest first."""
+        return tuple(SizeBin(group[0], tuple(group[1:])) for _, group in sorted(self._groups.items()))
+
+
+def binned(sizes: Iterable[Sequence[int]], *, feature_count: int) -> tuple[SizeBin, ...]:
+    """Rows, given by their size features, in groups (`SizeCounter`)."""
+    counter = SizeCounter(feature_count)
     for row in sizes:
-        key = tuple(bin_of(size) for size in row)
-        group = groups.setdefault(key, [0] * (feature_count + 1))
-        group[0] += 1
-        for index, size in enumerate(row):
-            group[index + 1] += size
-    return tuple(SizeBin(group[0], tuple(group[1:])) for _, group in sorted(groups.items()))
+        counter.add(row)
+    return counter.bins
 
 
 def bin_of(size: int) -> int:

@@ -152,6 +152,11 @@ class RowCodec:
             lengths += content_lengths + (len(prefix[0]) if prefix else _U32_BYTES)
         return lengths, b"".join(chain.from_iterable(zip(*pieces, strict=True)))
 
+    def size_features(self, columns: Mapping[str, ColumnValues]) -> NDArray[np.int64]:
+        """The size features of each row, shape (rows, features), without encoding anything. Raises SCHEMA_MISMATCH."""
+        values = [columns[column.name] for column in self.schema.columns]
+        return self._features(values, len(values[0]))
+
     def _features(self, values: Sequence[ColumnValues], count: int) -> NDArray[np.int64]:
         features = np.zeros((count, len(self.schema.size_features)), dtype=np.int64)
         for index, feature in enumerate(self.schema.size_features):

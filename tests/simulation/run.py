@@ -285,7 +285,7 @@ class Simulation:
             data_class=DataClass.PUBLIC,
             pool_id=None,
             title="",
-            options=JobOptions(failed_rows_max=len(client.rows), objective=self.weather.objective(client.number)),
+            options=self._options(client),
             kept=None,
         )
         heard = self._accepted(client)
@@ -296,9 +296,14 @@ class Simulation:
             lambda: life.submit(command, lambda a: carry(self.schedule, self.faults, lambda: heard(a))),
         )
 
+    def _options(self, client: Client) -> JobOptions:
+        return JobOptions(failed_rows_max=len(client.rows), objective=self.weather.objective(client.number))
+
     def _accepted(self, client: Client) -> AnswerHeard:
         def heard(answer: Answer | FallowError) -> None:
             if isinstance(answer, FallowError):
+                if answer.reason is Reason.INSUFFICIENT_CREDITS:
+                    return  # asked again later
                 if answer.reason not in (Reason.PROGRAM_HELD, Reason.BUNDLE_INVALID, Reason.PROGRAM_REFUSED):
                     raise SimulationError(f"an honest submission was refused: {answer}")
                 client.acknowledged, client.state = True, JobState.FAILED

@@ -82,10 +82,13 @@ def _shortage(state: State, job: Job, reserved: int) -> Shortage | None:
         free = state.ledger.balance(allotment(job.pool_id, job.account_id))
         if reserved > free:
             pool = state.pools[job.pool_id].name
+            known = state.ledger.allotments.get((job.pool_id, job.account_id))
+            enough = known is not None and known.microcredits >= reserved
+            then = "it goes on with the next period" if enough else "no period gives so much: ask the operator for more"
             return Shortage(
                 ALLOTMENT_EXHAUSTED,
                 f"the account's allotment in pool {pool} has {credits_text(free)} units left, the next lease takes up "
-                f"to {credits_text(reserved)}; it goes on with the next period",
+                f"to {credits_text(reserved)}; {then}",
             )
         if not job.budget_microcredits:
             return None

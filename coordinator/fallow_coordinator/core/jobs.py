@@ -310,13 +310,13 @@ def _check_options(command: c.SubmitMapJob, now_ms: int) -> None:
             field="options.retention",
             limit=f"{RETENTION_MS_MIN // SECOND_MS} second to {RETENTION_MS_MAX // DAY_MS} days",
         )
-    _check_needs(options, now_ms)
+    check_needs(options, now_ms)
     if options.assurance:
         # NOTE: needs checked results; ignoring it silently would be a lie.
         raise _not_allowed("assurance", f"assurance {options.assurance!r}", "unset: results are not checked yet")
 
 
-def _check_needs(options: JobOptions, now_ms: int) -> None:
+def check_needs(options: JobOptions, now_ms: int) -> None:
     """What a job may ask of workers: absurd wishes are refused here, impossible ones are explained later."""
     ranges = (
         ("priority", options.priority, PRIORITY_MAX, ""),

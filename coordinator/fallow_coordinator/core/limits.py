@@ -170,6 +170,8 @@ OWN_WORKERS_LOOKED_AT_MAX = 16
 REGION_BYTES_MAX = 32
 MEMORY_BYTES_MIN_MAX = 1 << 50
 """Most memory that a job may ask for on one device: 1 PiB."""
+QUOTE_MS_MAX = 10 * 366 * DAY_MS
+"""Longest waiting or running time that a quote tells."""
 DEADLINE_MS_MAX = 366 * DAY_MS
 """How far ahead a deadline may lie."""
 LATENCY_MS_MAX_MAX = HOUR_MS

@@ -296,6 +296,8 @@ class Bundle:
     """Inspections that found it well after such claims."""
     jobs: dict[JobId, None] = field(default_factory=dict[JobId, None])
     """Unfinished jobs that use it."""
+    cost_permille: int = 1_000
+    """What accepted work has taught of its cost, in thousandths of what inspection found; for jobs to come."""
     holders: dict[PartyId, None] = field(default_factory=dict[PartyId, None])
     """Workers that are thought to have it, the latest last."""
 

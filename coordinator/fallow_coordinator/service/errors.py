@@ -31,6 +31,7 @@ STATUS_OF: Final[dict[Reason, grpc.StatusCode]] = {
     Reason.ACCOUNT_UNKNOWN: _S.NOT_FOUND,
     Reason.POOL_UNKNOWN: _S.NOT_FOUND,
     Reason.BUNDLE_UNKNOWN: _S.NOT_FOUND,
+    Reason.BUNDLE_UNINSPECTED: _S.FAILED_PRECONDITION,
     Reason.BLOB_UNKNOWN: _S.NOT_FOUND,
     Reason.JOB_UNKNOWN: _S.NOT_FOUND,
     Reason.JOB_DELETED: _S.NOT_FOUND,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import replace
 from typing import Final
 
 import grpc
@@ -42,6 +43,7 @@ from fallow.wire.job import (
     result_to_message,
     status_to_message,
 )
+from fallow.wire.quote import quote_request_from_message, quote_to_message
 from fallow.wire.schema import encode_schema
 from fallow_coordinator.config import CollectionSettings
 from fallow_coordinator.core.answers import JobAccepted
@@ -57,6 +59,7 @@ from fallow_coordinator.core.commands import (
 )
 from fallow_coordinator.core.events import JobDeleted
 from fallow_coordinator.core.questions import BundleStatus, bundle_status
+from fallow_coordinator.core.quotes import quote
 from fallow_coordinator.engine import Engine
 from fallow_coordinator.service.auth import Caller, Doorkeeper
 from fallow_coordinator.service.calls import (
@@ -86,6 +89,8 @@ GRANTS_OF_ONE_CALL: Final = 20
 BLOCKS_PER_PAGE: Final = 2_000
 """Blocks of a dataset told at a time."""
 BLOCKS_OF_ONE_CALL: Final = 200
+LOOKED_AT_OF_ONE_CALL: Final = 200
+"""Looking at so many workers and jobs takes about as long as a call of another kind."""
 RESULTS_PER_READ_MAX: Final = 64
 """Results looked up at a time for one watcher: with inline outputs at most 4 MiB are held for it."""
 STATUS_INTERVAL_S: Final = 0.2
@@ -144,6 +149,7 @@ class JobService:
                     handler("RegisterBundle", pb.RegisterBundleRequest, self.register_bundle),
                     handler("GetBundle", pb.GetBundleRequest, self.get_bundle),
                     handler("SubmitMapJob", pb.SubmitMapJobRequest, self.submit_map_job),
+                    handler("QuoteMapJob", pb.QuoteMapJobRequest, self.quote_map_job),
                     handler("GetJob", pb.GetJobRequest, self.get_job),
                     handler("ListJobs", pb.ListJobsRequest, self.list_jobs),
                     handler("CancelJob", pb.CancelJobRequest, self.cancel_job),
@@ -172,6 +178,7 @@ class JobService:
             account_id=caller.account_id,
             pool_id=caller.pool_id,
             blob_endpoint=self._blob_endpoint,
+            pool_mode=self._engine.state.pools[caller.pool_id].mode.value,
         )
 
     async def grant_uploads(self, call: Call[pb.GrantUploadsRequest]) -> pb.GrantUploadsResponse:
@@ -303,6 +310,17 @@ class JobService:
         answer = decision.answer
         assert isinstance(answer, JobAccepted), "submitting gives a job"
         return pb.SubmitMapJobResponse(job_id=answer.job_id)
+
+    async def quote_map_job(self, call: Call[pb.QuoteMapJobRequest]) -> pb.QuoteMapJobResponse:
+        """What such a job would cost here, now."""
+        caller = await self._caller(call.peer)
+        request = quote_request_from_message(call.request)
+        state = self._engine.state
+        call.charge((len(state.workers) + len(state.jobs)) / LOOKED_AT_OF_ONE_CALL)
+        answer = quote(
+            state, caller.account_id, replace(request, pool_id=request.pool_id or caller.pool_id), self._now_ms()
+        )
+        return quote_to_message(answer)
 
     async def get_job(self, call: Call[pb.GetJobRequest]) -> pb.GetJobResponse:
         """One job now."""

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, cast
 
 import click
 
-from fallow.bundle import BytesCodec, ProgramStage, SoftmaxHead, Stage, TopKHead
+from fallow.bundle import BundleVariant, BytesCodec, ProgramStage, SoftmaxHead, Stage, TopKHead, VariantForm
 from fallow.bundle_file import BUNDLE_SUFFIX, About, Bundle
 from fallow.cli.options import bundle_of, json_option, login_option, model_options, run
 from fallow.cli.output import Output, plain
-from fallow.client.client import AsyncClient, BundleState, connect_async
-from fallow.errors import FallowError, Reason
+from fallow.client.client import BundleState, connect_async
+from fallow.errors import FallowError
 from fallow.row_values import described
-
-INSPECTION_WAIT_S: Final = 120.0
-_ASK_INTERVAL_S: Final = 0.5
 
 
 @click.group("bundle")
@@ -64,6 +60,53 @@ def create_command(model: str, folder: Path | None, as_json: bool, **given: Any)
     output.result({"path": target, **_facts(bundle)}, f"{target}\n{_description(bundle)}")
 
 
+@bundle_group.command("optimize")
+@click.argument("model")
+@model_options
+@click.option("--fp16", is_flag=True, help="A form with weights and arithmetic in fp16.")
+@click.option("--int8", is_flag=True, help="A static int8 form, calibrated on the samples.")
+@click.option(
+    "--fixed-shape",
+    is_flag=True,
+    help="Forms that always take --rows rows at once, as NPUs want it: of fp32 and the others.",
+)
+@click.option("--rows", type=click.IntRange(min=1), default=1, show_default=True, help="Rows of a fixed shape.")
+@click.option(
+    "--samples", help="Rows to calibrate and to measure on, as INPUT of `fallow map`. [default: made from the schema]"
+)
+@click.option(
+    "-o", "--output", "folder", type=click.Path(path_type=Path), help="Folder to make. [default: NAME.bundle]"
+)
+@json_option
+def optimize_command(
+    model: str,
+    fp16: bool,
+    int8: bool,
+    fixed_shape: bool,
+    rows: int,
+    samples: str | None,
+    folder: Path | None,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Make a bundle of MODEL with other forms of its program, measured against the fp32 form on this machine.
+
+    Nobody computes with them unless a submitter accepts it: `fallow map --accept fp16,int8`.
+    """
+    output = Output(as_json=as_json)
+    forms = [*([VariantForm.FP16] if fp16 else []), *([VariantForm.INT8] if int8 else [])]
+    if fixed_shape:
+        forms += [VariantForm.FIXED, *(VariantForm(f"{form.value}-fixed") for form in forms)]
+    if not forms:
+        raise click.UsageError("say which forms: --fp16, --int8, --fixed-shape")
+    try:
+        bundle = _plain_bundle(model, {}, given).optimized(*forms, samples=samples, fixed_rows=rows)
+        target = bundle.save(folder or Path(f"{bundle.manifest.name}{BUNDLE_SUFFIX}"))
+    except FallowError as error:
+        output.failed(error)
+    output.result({"path": target, **_facts(bundle)}, f"{target}\n{_description(bundle)}")
+
+
 @bundle_group.command("inspect")
 @click.argument("model")
 @model_options
@@ -79,29 +122,12 @@ def inspect_command(model: str, register: bool, login: Path | None, as_json: boo
         facts, text = _facts(bundle), _description(bundle)
         if register:
             async with await connect_async(login) as client:
-                state = await _inspected(client, bundle)
+                state = await client.inspected(bundle)
             facts["inspection"] = state
             text += f"\n{_inspection(state)}"
         output.result(facts, text)
 
     run(output, work())
-
-
-async def _inspected(client: AsyncClient, bundle: Bundle) -> BundleState:
-    await client.register(bundle)
-    deadline = asyncio.get_running_loop().time() + INSPECTION_WAIT_S
-    while True:
-        state = await client.bundle_state(bundle.digest)
-        if state is not None and state.state != "inspecting":
-            return state
-        if asyncio.get_running_loop().time() >= deadline:
-            raise FallowError(
-                Reason.DEADLINE_EXCEEDED,
-                f"no inspection after {INSPECTION_WAIT_S:g} s"
-                + (f": {state.reason}" if state and state.reason else ""),
-                hint="inspection needs an operator worker; the operator's `fallow-coordinator start` runs one",
-            )
-        await asyncio.sleep(_ASK_INTERVAL_S)
 
 
 def _about(given: dict[str, Any]) -> About:
@@ -151,6 +177,7 @@ def _facts(bundle: Bundle) -> dict[str, Any]:
         "stages": [{"kind": type(stage).__name__, **plain(stage)} for stage in manifest.stages],
         "inputs": {column.name: described(column) for column in manifest.input_schema.columns},
         "outputs": {column.name: described(column) for column in manifest.output_schema.columns},
+        "variants": manifest.variants,
     }
 
 
@@ -163,7 +190,20 @@ def _description(bundle: Bundle) -> str:
     lines += [f"gives     {column.name}: {described(column)}" for column in manifest.output_schema.columns]
     lines += [f"file      {file.name}: {file.length_bytes:,} bytes" for file in manifest.files]
     lines.append(f"precision {manifest.precision.value}")
+    lines += [f"variant   {_variant_text(bundle, variant)}" for variant in manifest.variants]
     return "\n".join(lines)
+
+
+def _variant_text(bundle: Bundle, variant: BundleVariant) -> str:
+    found = variant.agreement
+    size = sum(file.length_bytes for file in bundle.variants[variant.form].manifest.files)
+    labels = ""
+    if found.labelled_rows:
+        labels = f", best label the same for {found.labels_agreeing} of {found.labelled_rows}"
+    return (
+        f"{variant.form.value:<10} {size:>12,} bytes, off by at most {found.error_max:.3g} of {found.value_max:.3g}"
+        f"{labels} ({found.rows} {found.samples} rows)"
+    )
 
 
 def _stage_text(stage: Stage) -> str:

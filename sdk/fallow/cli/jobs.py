@@ -1,4 +1,4 @@
-"""`fallow job …`: list, show, watch, wait, results, retry, cancel, delete."""
+"""`fallow job …`: quote, submit, list, show, watch, wait, results, retry, cancel, delete."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fallow.cli.describing import saved_facts, saved_text, status_facts, status_
 from fallow.cli.options import json_option, login_option, run
 from fallow.cli.output import Output
 from fallow.cli.progress import job_bar
-from fallow.cli.submitting import attended, submit_command
+from fallow.cli.submitting import attended, quote_command, submit_command
 from fallow.client.client import JOBS_PER_PAGE, connect_async
 from fallow.client.job import AsyncJob
 from fallow.client.tables import check_result_path
@@ -24,6 +24,7 @@ def job_group() -> None:
 
 
 job_group.add_command(submit_command)
+job_group.add_command(quote_command)
 
 
 @job_group.command("list")

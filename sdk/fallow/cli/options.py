@@ -121,6 +121,12 @@ def bundle_of(
     )
 
 
+def is_made(model: str) -> bool:
+    """Whether MODEL names a bundle that is made already, and no model file."""
+    path = Path(model)
+    return (model == "magika" and not path.exists()) or (path.is_dir() and (path / MANIFEST_NAME).exists())
+
+
 def pairs(option: str, given: tuple[str, ...]) -> dict[str, str]:
     """`NAME=VALUE` options as a mapping."""
     made: dict[str, str] = {}

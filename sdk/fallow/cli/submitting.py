@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +19,7 @@ from fallow.cli.options import (
     DurationType,
     bundle_of,
     input_columns,
+    is_made,
     json_option,
     login_option,
     model_options,
@@ -28,9 +29,11 @@ from fallow.cli.options import (
 )
 from fallow.cli.output import Output
 from fallow.cli.progress import JobBar, job_bar
+from fallow.cli.quoting import quote_facts, quote_text, terms_given, terms_options
 from fallow.client.client import AsyncClient, connect_async
 from fallow.client.job import AsyncJob
 from fallow.client.tables import Saved, check_result_path
+from fallow.client.terms import JobTerms
 from fallow.credits import credits_text
 from fallow.errors import FallowError, Reason
 from fallow.job import JobOptions, JobStatus
@@ -61,11 +64,13 @@ class Submission:
     shapes: tuple[str, ...]
     dims: tuple[str, ...]
     precision: str
+    terms: JobTerms
 
     def bundle(self) -> Bundle:
-        """The bundle of MODEL."""
+        """The bundle of MODEL; for one that is made already the precision is the job's, not the bundle's."""
+        precision = "fp32" if is_made(self.model) else self.precision
         return bundle_of(
-            self.model, outputs=self.outputs, shapes=self.shapes, dims=self.dims, precision=self.precision, about={}
+            self.model, outputs=self.outputs, shapes=self.shapes, dims=self.dims, precision=precision, about={}
         )
 
     async def submit(self, client: AsyncClient, bundle: Bundle, data: str, bar: JobBar) -> AsyncJob:
@@ -85,6 +90,7 @@ class Submission:
                 idempotency_key=self.idempotency_key,
                 pool=self.pool,
                 on_rows=bar.uploaded,
+                **self.terms,
             )
         except asyncio.CancelledError:
             click.echo(
@@ -114,6 +120,7 @@ def submission_options(command: Command) -> Command:
             ),
             click.option("--cast", is_flag=True, help="Convert values even where that may round them."),
             model_options,
+            terms_options,
             click.option("--title", default="", help="What the job is called in lists."),
             click.option(
                 "--failed-rows-max",
@@ -159,7 +166,7 @@ def map_command(path: Path, as_json: bool, **given: Any) -> None:
     MODEL is an ONNX file, a bundle folder, or `magika`. INPUT is a Parquet, .npy or .npz file, or a folder: of files
     for models of bytes, else of Parquet files.
     """
-    submission, output = Submission(**given), Output(as_json=as_json)
+    submission, output = _submission(given), Output(as_json=as_json)
     data = stated_data(submission.data)
     run(output, _map(submission, data, path, output))
 
@@ -168,9 +175,44 @@ def map_command(path: Path, as_json: bool, **given: Any) -> None:
 @submission_options
 def submit_command(as_json: bool, **given: Any) -> None:
     """Submit a job and print its id; the arguments are those of `fallow map`."""
-    submission, output = Submission(**given), Output(as_json=as_json)
+    submission, output = _submission(given), Output(as_json=as_json)
     data = stated_data(submission.data)
     run(output, _submit(submission, data, output))
+
+
+@click.command("quote")
+@submission_options
+def quote_command(as_json: bool, **given: Any) -> None:
+    """Tell what a job would cost, when it would end and who could do it; the arguments are those of `fallow map`.
+
+    INPUT is read here for the sizes of its rows and does not travel. Nothing is reserved.
+    """
+    submission, output = _submission(given), Output(as_json=as_json)
+    data = stated_data(submission.data)
+    run(output, _quote(submission, data, output))
+
+
+def _submission(given: dict[str, Any]) -> Submission:
+    terms = terms_given(given)
+    if is_made(given["model"]) and given["precision"] != "fp32":
+        terms["precision"] = given["precision"]
+    names = {field.name for field in fields(Submission)} - {"terms"}
+    return Submission(terms=terms, **{name: given[name] for name in names})
+
+
+async def _quote(submission: Submission, data: str, output: Output) -> None:
+    bundle = submission.bundle()
+    async with await connect_async(submission.login) as client:
+        quote = await client.quote(
+            bundle,
+            submission.rows,
+            data=data,
+            inputs=input_columns(submission.inputs),
+            cast=submission.cast,
+            pool=submission.pool,
+            **submission.terms,
+        )
+    output.result(quote_facts(quote), quote_text(quote, bundle.manifest))
 
 
 async def _submit(submission: Submission, data: str, output: Output) -> None:

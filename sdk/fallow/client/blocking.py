@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
+from typing import Unpack
 
 import pyarrow as pa
 
@@ -23,8 +24,10 @@ from fallow.client.loop_thread import LoopThread
 from fallow.client.results import RowResult
 from fallow.client.retry import PATIENCE_S
 from fallow.client.tables import Saved
+from fallow.client.terms import JobTerms
 from fallow.ids import Digest, JobId
 from fallow.job import JobOptions, JobProgress, JobStatus
+from fallow.quote import Quote
 from fallow.roles import DataClass
 from fallow.sources import Rows
 
@@ -76,6 +79,7 @@ class Client:
         options: JobOptions | None = None,
         pool: str = "",
         on_rows: Callable[[int], None] | None = None,
+        **terms: Unpack[JobTerms],
     ) -> Job:
         """Submits a job that applies `bundle` to each row; see `AsyncClient.map` for the arguments and errors."""
         submitted = self._client.map(
@@ -92,8 +96,27 @@ class Client:
             options=options,
             pool=pool,
             on_rows=on_rows,
+            **terms,
         )
         return Job(self._loop.run(submitted), self._loop)
+
+    def quote(
+        self,
+        bundle: Bundle,
+        rows: Rows,
+        *,
+        data: DataClass | str,
+        inputs: Mapping[str, str | Sequence[str]] | None = None,
+        cast: bool = False,
+        options: JobOptions | None = None,
+        pool: str = "",
+        **terms: Unpack[JobTerms],
+    ) -> Quote:
+        """What `map` with the same arguments would cost, when it would end, who could do it: `AsyncClient.quote`."""
+        asked = self._client.quote(
+            bundle, rows, data=data, inputs=inputs, cast=cast, options=options, pool=pool, **terms
+        )
+        return self._loop.run(asked)
 
     def job(self, job_id: str) -> Job:
         """A job of the account, from whatever process it was submitted. Raises JOB_UNKNOWN."""

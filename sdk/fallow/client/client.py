@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import datetime
 import hashlib
 import os
 import secrets
@@ -15,7 +16,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Final
+from typing import Final, Unpack
 
 from fallow.bundle import InspectionReport
 from fallow.bundle_file import Bundle, bundle_file
@@ -24,6 +25,7 @@ from fallow.client.blobs import BlobTransfers, Upload
 from fallow.client.connection import CALL_TIMEOUT_S, Connection
 from fallow.client.job import AsyncJob
 from fallow.client.kept import KeptColumns
+from fallow.client.quoting import FP32_FORM, agreed_options, best_quote, check_forms, size_bins
 from fallow.client.retry import PATIENCE_S
 from fallow.client.submission import (
     MapRequest,
@@ -34,12 +36,15 @@ from fallow.client.submission import (
     submission,
     upload_dataset,
 )
+from fallow.client.terms import JobTerms, Terms, limit_per_unit, terms_of
+from fallow.cost import SizeBin
 from fallow.credentials import Credentials
 from fallow.errors import FallowError, Reason
 from fallow.ids import Digest, JobId
 from fallow.job import JobOptions, JobStatus
 from fallow.limits import PROTOCOL_VERSION, PROTOCOL_VERSION_MIN_SUPPORTED
 from fallow.places import STATE_VARIABLE, coordinator_folder, local_client_folder, login_folder
+from fallow.quote import Quote, QuoteRequest
 from fallow.roles import DataClass
 from fallow.session import BlobReference
 from fallow.sources import Rows
@@ -48,12 +53,15 @@ from fallow.wire.blob import BlobKind
 from fallow.wire.bundle import report_from_message
 from fallow.wire.job import status_from_message
 from fallow.wire.moments import moment_to_message
+from fallow.wire.quote import quote_from_message, quote_request_to_message
 from fallow.wire.schema import encode_schema
 
 CONNECT_PATIENCE_S: Final = 15.0
 """How long a first connection may take: somebody is waiting for it."""
 JOBS_PER_PAGE: Final = 100
 IDEMPOTENCY_KEY_BYTES: Final = 32
+INSPECTION_WAIT_S: Final = 120.0
+INSPECTION_ASK_INTERVAL_S: Final = 0.5
 
 _STATES: Final = {
     job_service_pb2.BUNDLE_STATE_INSPECTING: "inspecting",
@@ -70,6 +78,8 @@ class Session:
     party_id: str
     account_id: str
     pool_id: str
+    pool_mode: str = "donation"
+    """How work is paid in the caller's own pool: `donation`, `quota` or `market`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +168,7 @@ class AsyncClient:
         options: JobOptions | None = None,
         pool: str = "",
         on_rows: Callable[[int], None] | None = None,
+        **terms: Unpack[JobTerms],
     ) -> AsyncJob:
         """Submits a job that applies `bundle` to each row, and returns it once it is durable.
 
@@ -167,7 +178,8 @@ class AsyncClient:
         columns side by side, that it is made of. `cast` allows conversions that may round. `failed_rows_max` rows may
         fail before the job does (1,000 when None). Results, dataset and kept columns stay for `retention` after the end
         (30 days when None). The same `idempotency_key` within 24 hours gives the same job.
-        `on_rows` is told how many rows are uploaded so far.
+        `on_rows` is told how many rows are uploaded so far. `terms`: limit, budget, deadline, objective and what is
+        asked of workers (`JobTerms`); a budget that is not stated in a market pool is the quote and a fifth more.
 
         Raises what is wrong by name: SCHEMA_MISMATCH, DATASET_EMPTY, ROW_TOO_LARGE, PROGRAM_REFUSED, PROGRAM_HELD,
         DATA_CLASS_MISSING, IDEMPOTENCY_CONFLICT, …
@@ -189,10 +201,15 @@ class AsyncClient:
             idempotency_key=_key(idempotency_key),
             pool_id=pool,
         )
+        agreed = terms_of(terms, options, now=datetime.datetime.now(datetime.UTC))
+        check_forms(request, agreed.accept)
+        request = replace(request, options=agreed.options)
         check_texts(request.title, request.idempotency_key)
         check_failed_rows_max(options.failed_rows_max)
         # What is wrong with the rows is told before anything travels.
         reader = await asyncio.to_thread(dataset_reader, request, nonce_key=self._connection.nonce_key)
+        request = await self._agreed(request, agreed)
+        bundle = request.bundle
         await self.register(bundle)
         kept: KeptColumns | None = None
         if reader.kept_schema is None:
@@ -212,6 +229,101 @@ class AsyncClient:
             kept=kept,
             has_kept=kept is not None,
         )
+
+    async def quote(
+        self,
+        bundle: Bundle,
+        rows: Rows,
+        *,
+        data: DataClass | str,
+        inputs: Mapping[str, str | Sequence[str]] | None = None,
+        cast: bool = False,
+        options: JobOptions | None = None,
+        pool: str = "",
+        **terms: Unpack[JobTerms],
+    ) -> Quote:
+        """What `map` with the same arguments would cost, when it would end and who could do it, now.
+
+        The rows are read here for their sizes and don't travel; the bundle does, and is inspected first if it must be.
+        With `accept` every form is quoted: the one that serves the objective best, the others as its `alternatives`.
+        Nothing is reserved. Raises what `map` raises, and DEADLINE_EXCEEDED when nobody inspects the bundle.
+        """
+        agreed = terms_of(terms, options or JobOptions(), now=datetime.datetime.now(datetime.UTC))
+        request = MapRequest(
+            bundle=bundle,
+            rows=rows,
+            data=data_class_of(data),
+            inputs=inputs or {},
+            cast=cast,
+            options=agreed.options,
+            pool_id=pool,
+        )
+        check_forms(request, agreed.accept)
+        return (await self._quoted(request, agreed))[0]
+
+    async def _agreed(self, request: MapRequest, terms: Terms) -> MapRequest:
+        """The request with limit, budget and form settled; asks for a quote only where it takes one."""
+        own_pool = request.pool_id in {"", self.session.pool_id}
+        free = own_pool and self.session.pool_mode != "market"
+        if terms.accept or not (
+            free or (terms.budget_microcredits is not None and not terms.limit_microcredits_per_1000_rows)
+        ):
+            quote, asked = await self._quoted(request, terms)
+            return replace(asked, options=agreed_options(asked.options, terms, quote))
+        return replace(request, options=replace(request.options, budget_microcredits=terms.budget_microcredits or 0))
+
+    async def _quoted(self, request: MapRequest, terms: Terms) -> tuple[Quote, MapRequest]:
+        """The best quote of the forms that are accepted, and the request with form, limit and budget settled."""
+        bins = await asyncio.to_thread(size_bins, request)
+        bundles = {FP32_FORM: request.bundle} | {form.value: request.bundle.variants[form] for form in terms.accept}
+        found: dict[str, tuple[Quote, MapRequest]] = {}
+        refused: list[str] = []
+        for form, bundle in bundles.items():
+            try:
+                state = await self.inspected(bundle)
+            except FallowError as error:
+                if form == FP32_FORM or error.reason not in {Reason.PROGRAM_REFUSED, Reason.PROGRAM_HELD}:
+                    raise
+                refused.append(f"the {form} form is not used: {error.message}")
+                continue
+            if state.state != "accepted":
+                continue
+            asked = replace(request, bundle=bundle)
+            quote = replace(await self._ask_quote(asked, bins), form=form)
+            if terms.limit_microcredits_per_1000_rows is not None and quote.pool_mode == "market":
+                limit = limit_per_unit(terms.limit_microcredits_per_1000_rows, quote)
+                asked = replace(asked, options=replace(asked.options, limit_microcredits_per_unit=limit))
+                quote = replace(await self._ask_quote(asked, bins), form=form)
+            found[form] = quote, asked
+        best = best_quote([quote for quote, _ in found.values()], request.options.objective)
+        best = replace(best, warnings=(*best.warnings, *refused))
+        return best, found[best.form][1]
+
+    async def _ask_quote(self, request: MapRequest, bins: tuple[SizeBin, ...]) -> Quote:
+        message = quote_request_to_message(
+            QuoteRequest(request.bundle.digest, bins, request.data, request.pool_id, request.options)
+        )
+        answer = await self._connection.call(lambda jobs: jobs.QuoteMapJob(message, timeout=CALL_TIMEOUT_S))
+        return quote_from_message(answer)
+
+    async def inspected(self, bundle: Bundle, *, wait_s: float = INSPECTION_WAIT_S) -> BundleState:
+        """Registers `bundle` and waits until it is inspected.
+
+        Raises DEADLINE_EXCEEDED when nobody does, and what `register` raises.
+        """
+        await self.register(bundle)
+        deadline = asyncio.get_running_loop().time() + wait_s
+        while True:
+            state = await self.bundle_state(bundle.digest)
+            if state is not None and state.state != "inspecting":
+                return state
+            if asyncio.get_running_loop().time() >= deadline:
+                raise FallowError(
+                    Reason.DEADLINE_EXCEEDED,
+                    f"no inspection after {wait_s:g} s" + (f": {state.reason}" if state and state.reason else ""),
+                    hint="inspection needs an operator worker; the operator's `fallow-coordinator start` runs one",
+                )
+            await asyncio.sleep(INSPECTION_ASK_INTERVAL_S)
 
     async def job(self, job_id: str) -> AsyncJob:
         """A job of the account, from whatever process it was submitted. Raises JOB_UNKNOWN."""
@@ -335,7 +447,7 @@ async def _session(connection: Connection) -> Session:
             limit=f"{PROTOCOL_VERSION_MIN_SUPPORTED} or newer",
             hint="ask its operator to upgrade fallow",
         )
-    return Session(answer.party_id, answer.account_id, answer.pool_id)
+    return Session(answer.party_id, answer.account_id, answer.pool_id, answer.pool_mode or "donation")
 
 
 def _bundle_state(message: job_service_pb2.BundleStatus) -> BundleState:

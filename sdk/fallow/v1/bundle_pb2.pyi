@@ -286,6 +286,80 @@ class Stage(_message.Message):
 Global___Stage: _TypeAlias = Stage  # noqa: Y015
 
 @_typing.final
+class Agreement(_message.Message):
+    """How far a variant's answers lie from the fp32 form's, measured where it was made; its maker's word."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROWS_FIELD_NUMBER: _builtins.int
+    SAMPLES_FIELD_NUMBER: _builtins.int
+    ERROR_MAX_FIELD_NUMBER: _builtins.int
+    VALUE_MAX_FIELD_NUMBER: _builtins.int
+    LABELLED_ROWS_FIELD_NUMBER: _builtins.int
+    LABELS_AGREEING_FIELD_NUMBER: _builtins.int
+    rows: _builtins.int
+    samples: _builtins.str
+    """`given` or `synthetic`."""
+    error_max: _builtins.float
+    """Largest absolute difference of any output value."""
+    value_max: _builtins.float
+    """Largest absolute output value of the fp32 form."""
+    labelled_rows: _builtins.int
+    """Rows with a score for each of several labels; 0: the program gives none."""
+    labels_agreeing: _builtins.int
+    """Those of them whose best label is the same one."""
+    def __init__(
+        self,
+        *,
+        rows: _builtins.int = ...,
+        samples: _builtins.str = ...,
+        error_max: _builtins.float = ...,
+        value_max: _builtins.float = ...,
+        labelled_rows: _builtins.int = ...,
+        labels_agreeing: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error_max", b"error_max", "labelled_rows", b"labelled_rows", "labels_agreeing", b"labels_agreeing", "rows", b"rows", "samples", b"samples", "value_max", b"value_max"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Agreement: _TypeAlias = Agreement  # noqa: Y015
+
+@_typing.final
+class BundleVariant(_message.Message):
+    """Another form of a bundle: a bundle of its own, chosen only with the submitter's consent."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FORM_FIELD_NUMBER: _builtins.int
+    BUNDLE_DIGEST_FIELD_NUMBER: _builtins.int
+    PRECISION_FIELD_NUMBER: _builtins.int
+    AGREEMENT_FIELD_NUMBER: _builtins.int
+    form: _builtins.str
+    """`fp16`, `int8`, `fixed`, `fp16-fixed` or `int8-fixed`."""
+    bundle_digest: _builtins.bytes
+    """SHA-256 of its manifest, 32 bytes."""
+    precision: Global___Precision.ValueType
+    @_builtins.property
+    def agreement(self) -> Global___Agreement: ...
+    def __init__(
+        self,
+        *,
+        form: _builtins.str = ...,
+        bundle_digest: _builtins.bytes = ...,
+        precision: Global___Precision.ValueType = ...,
+        agreement: Global___Agreement | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["agreement", b"agreement"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agreement", b"agreement", "bundle_digest", b"bundle_digest", "form", b"form", "precision", b"precision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BundleVariant: _TypeAlias = BundleVariant  # noqa: Y015
+
+@_typing.final
 class BundleManifest(_message.Message):
     """What a bundle is. Digest: SHA-256 of these deterministic bytes as stored."""
 
@@ -302,6 +376,7 @@ class BundleManifest(_message.Message):
     PURPOSE_FIELD_NUMBER: _builtins.int
     URL_FIELD_NUMBER: _builtins.int
     LICENCE_FIELD_NUMBER: _builtins.int
+    VARIANTS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     precision: Global___Precision.ValueType
     title: _builtins.str
@@ -317,6 +392,10 @@ class BundleManifest(_message.Message):
     def input_schema(self) -> _schema_pb2.Schema: ...
     @_builtins.property
     def output_schema(self) -> _schema_pb2.Schema: ...
+    @_builtins.property
+    def variants(self) -> _containers.RepeatedCompositeFieldContainer[Global___BundleVariant]:
+        """Each form once."""
+
     def __init__(
         self,
         *,
@@ -331,10 +410,11 @@ class BundleManifest(_message.Message):
         purpose: _builtins.str = ...,
         url: _builtins.str = ...,
         licence: _builtins.str = ...,
+        variants: _abc.Iterable[Global___BundleVariant] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["input_schema", b"input_schema", "output_schema", b"output_schema"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["files", b"files", "input_schema", b"input_schema", "licence", b"licence", "name", b"name", "output_schema", b"output_schema", "precision", b"precision", "publisher", b"publisher", "purpose", b"purpose", "stages", b"stages", "title", b"title", "url", b"url"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["files", b"files", "input_schema", b"input_schema", "licence", b"licence", "name", b"name", "output_schema", b"output_schema", "precision", b"precision", "publisher", b"publisher", "purpose", b"purpose", "stages", b"stages", "title", b"title", "url", b"url", "variants", b"variants"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -80,10 +80,13 @@ class GetSessionResponse(_message.Message):
     ACCOUNT_ID_FIELD_NUMBER: _builtins.int
     POOL_ID_FIELD_NUMBER: _builtins.int
     BLOB_ENDPOINT_FIELD_NUMBER: _builtins.int
+    POOL_MODE_FIELD_NUMBER: _builtins.int
     party_id: _builtins.str
     account_id: _builtins.str
     pool_id: _builtins.str
     blob_endpoint: _builtins.str
+    pool_mode: _builtins.str
+    """How work is paid in the caller's pool: `donation`, `quota` or `market`."""
     @_builtins.property
     def protocol(self) -> _identity_pb2.ProtocolVersion: ...
     def __init__(
@@ -94,10 +97,11 @@ class GetSessionResponse(_message.Message):
         account_id: _builtins.str = ...,
         pool_id: _builtins.str = ...,
         blob_endpoint: _builtins.str = ...,
+        pool_mode: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["protocol", b"protocol"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_id", b"account_id", "blob_endpoint", b"blob_endpoint", "party_id", b"party_id", "pool_id", b"pool_id", "protocol", b"protocol"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_id", b"account_id", "blob_endpoint", b"blob_endpoint", "party_id", b"party_id", "pool_id", b"pool_id", "pool_mode", b"pool_mode", "protocol", b"protocol"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -477,6 +481,206 @@ class SubmitMapJobResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SubmitMapJobResponse: _TypeAlias = SubmitMapJobResponse  # noqa: Y015
+
+@_typing.final
+class SizeBin(_message.Message):
+    """Rows of like size, counted together."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROWS_FIELD_NUMBER: _builtins.int
+    SIZE_SUMS_FIELD_NUMBER: _builtins.int
+    rows: _builtins.int
+    @_builtins.property
+    def size_sums(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Sum of each size feature of the input schema over these rows."""
+
+    def __init__(
+        self,
+        *,
+        rows: _builtins.int = ...,
+        size_sums: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["rows", b"rows", "size_sums", b"size_sums"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SizeBin: _TypeAlias = SizeBin  # noqa: Y015
+
+@_typing.final
+class QuoteMapJobRequest(_message.Message):
+    """A map job as far as its price and time depend on it; no row travels."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BUNDLE_DIGEST_FIELD_NUMBER: _builtins.int
+    BINS_FIELD_NUMBER: _builtins.int
+    DATA_CLASS_FIELD_NUMBER: _builtins.int
+    POOL_ID_FIELD_NUMBER: _builtins.int
+    OPTIONS_FIELD_NUMBER: _builtins.int
+    bundle_digest: _builtins.bytes
+    data_class: _job_pb2.DataClass.ValueType
+    pool_id: _builtins.str
+    """Unset: the caller's own pool."""
+    @_builtins.property
+    def bins(self) -> _containers.RepeatedCompositeFieldContainer[Global___SizeBin]:
+        """All rows, grouped by size; up to 4,096 groups."""
+
+    @_builtins.property
+    def options(self) -> _job_pb2.JobOptions: ...
+    def __init__(
+        self,
+        *,
+        bundle_digest: _builtins.bytes = ...,
+        bins: _abc.Iterable[Global___SizeBin] | None = ...,
+        data_class: _job_pb2.DataClass.ValueType = ...,
+        pool_id: _builtins.str = ...,
+        options: _job_pb2.JobOptions | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["options", b"options"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bins", b"bins", "bundle_digest", b"bundle_digest", "data_class", b"data_class", "options", b"options", "pool_id", b"pool_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___QuoteMapJobRequest: _TypeAlias = QuoteMapJobRequest  # noqa: Y015
+
+@_typing.final
+class Shortfall(_message.Message):
+    """Workers that could not take the job, and why."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CODE_FIELD_NUMBER: _builtins.int
+    WORKERS_FIELD_NUMBER: _builtins.int
+    WORDS_FIELD_NUMBER: _builtins.int
+    ADVICE_FIELD_NUMBER: _builtins.int
+    code: _builtins.str
+    """For programs."""
+    workers: _builtins.int
+    words: _builtins.str
+    advice: _builtins.str
+    def __init__(
+        self,
+        *,
+        code: _builtins.str = ...,
+        workers: _builtins.int = ...,
+        words: _builtins.str = ...,
+        advice: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["advice", b"advice", "code", b"code", "words", b"words", "workers", b"workers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Shortfall: _TypeAlias = Shortfall  # noqa: Y015
+
+@_typing.final
+class QuoteMapJobResponse(_message.Message):
+    """An estimate for the fleet as it is now."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BUNDLE_DIGEST_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    UNIT_MICROS_FIELD_NUMBER: _builtins.int
+    LEARNED_PERMILLE_FIELD_NUMBER: _builtins.int
+    POOL_ID_FIELD_NUMBER: _builtins.int
+    POOL_MODE_FIELD_NUMBER: _builtins.int
+    POLICY_FIELD_NUMBER: _builtins.int
+    PRICE_MICROCREDITS_PER_UNIT_FIELD_NUMBER: _builtins.int
+    PRICE_MICROCREDITS_PER_1000_ROWS_FIELD_NUMBER: _builtins.int
+    PRICE_MICROCREDITS_FIELD_NUMBER: _builtins.int
+    BUDGET_MICROCREDITS_FIELD_NUMBER: _builtins.int
+    WAIT_MS_FIELD_NUMBER: _builtins.int
+    RUN_MS_FIELD_NUMBER: _builtins.int
+    END_AT_MS_FIELD_NUMBER: _builtins.int
+    MILLIJOULES_FIELD_NUMBER: _builtins.int
+    ENERGY_SOURCE_FIELD_NUMBER: _builtins.int
+    MICROGRAMS_FIELD_NUMBER: _builtins.int
+    CARBON_KNOWN_FIELD_NUMBER: _builtins.int
+    CHECKING_PERMILLE_FIELD_NUMBER: _builtins.int
+    WORKERS_CONSIDERED_FIELD_NUMBER: _builtins.int
+    WORKERS_FITTING_FIELD_NUMBER: _builtins.int
+    WORKERS_FREE_FIELD_NUMBER: _builtins.int
+    OWN_WORKERS_FIELD_NUMBER: _builtins.int
+    FALLEN_OUT_FIELD_NUMBER: _builtins.int
+    WARNINGS_FIELD_NUMBER: _builtins.int
+    bundle_digest: _builtins.bytes
+    rows: _builtins.int
+    unit_micros: _builtins.int
+    learned_permille: _builtins.int
+    """What accepted work has taught about this bundle's cost, already counted; 1,000: nothing."""
+    pool_id: _builtins.str
+    pool_mode: _builtins.str
+    """`donation`, `quota` or `market`."""
+    policy: _builtins.str
+    price_microcredits_per_unit: _builtins.int
+    price_microcredits_per_1000_rows: _builtins.int
+    price_microcredits: _builtins.int
+    budget_microcredits: _builtins.int
+    """What to set aside; 0: nothing is paid."""
+    wait_ms: _builtins.int
+    run_ms: _builtins.int
+    end_at_ms: _builtins.int
+    """Milliseconds since 1970; 0: never, with the workers there are."""
+    millijoules: _builtins.int
+    energy_source: _builtins.str
+    """`accepted-work`, `rule-of-thumb`; unset: unknown."""
+    micrograms: _builtins.int
+    carbon_known: _builtins.bool
+    """False: `micrograms` says nothing."""
+    checking_permille: _builtins.int
+    workers_considered: _builtins.int
+    workers_fitting: _builtins.int
+    workers_free: _builtins.int
+    own_workers: _builtins.int
+    """Of the caller's own account; their work is free."""
+    @_builtins.property
+    def fallen_out(self) -> _containers.RepeatedCompositeFieldContainer[Global___Shortfall]:
+        """The most frequent first; each worker counts once."""
+
+    @_builtins.property
+    def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        bundle_digest: _builtins.bytes = ...,
+        rows: _builtins.int = ...,
+        unit_micros: _builtins.int = ...,
+        learned_permille: _builtins.int = ...,
+        pool_id: _builtins.str = ...,
+        pool_mode: _builtins.str = ...,
+        policy: _builtins.str = ...,
+        price_microcredits_per_unit: _builtins.int = ...,
+        price_microcredits_per_1000_rows: _builtins.int = ...,
+        price_microcredits: _builtins.int = ...,
+        budget_microcredits: _builtins.int = ...,
+        wait_ms: _builtins.int = ...,
+        run_ms: _builtins.int = ...,
+        end_at_ms: _builtins.int = ...,
+        millijoules: _builtins.int = ...,
+        energy_source: _builtins.str = ...,
+        micrograms: _builtins.int = ...,
+        carbon_known: _builtins.bool = ...,
+        checking_permille: _builtins.int = ...,
+        workers_considered: _builtins.int = ...,
+        workers_fitting: _builtins.int = ...,
+        workers_free: _builtins.int = ...,
+        own_workers: _builtins.int = ...,
+        fallen_out: _abc.Iterable[Global___Shortfall] | None = ...,
+        warnings: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_microcredits", b"budget_microcredits", "bundle_digest", b"bundle_digest", "carbon_known", b"carbon_known", "checking_permille", b"checking_permille", "end_at_ms", b"end_at_ms", "energy_source", b"energy_source", "fallen_out", b"fallen_out", "learned_permille", b"learned_permille", "micrograms", b"micrograms", "millijoules", b"millijoules", "own_workers", b"own_workers", "policy", b"policy", "pool_id", b"pool_id", "pool_mode", b"pool_mode", "price_microcredits", b"price_microcredits", "price_microcredits_per_1000_rows", b"price_microcredits_per_1000_rows", "price_microcredits_per_unit", b"price_microcredits_per_unit", "rows", b"rows", "run_ms", b"run_ms", "unit_micros", b"unit_micros", "wait_ms", b"wait_ms", "warnings", b"warnings", "workers_considered", b"workers_considered", "workers_fitting", b"workers_fitting", "workers_free", b"workers_free"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___QuoteMapJobResponse: _TypeAlias = QuoteMapJobResponse  # noqa: Y015
 
 @_typing.final
 class GetJobRequest(_message.Message):

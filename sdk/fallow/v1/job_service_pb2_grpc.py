@@ -77,6 +77,11 @@ class JobServiceStub(object):
                 request_serializer=fallow_dot_v1_dot_job__service__pb2.SubmitMapJobRequest.SerializeToString,
                 response_deserializer=fallow_dot_v1_dot_job__service__pb2.SubmitMapJobResponse.FromString,
                 _registered_method=True)
+        self.QuoteMapJob = channel.unary_unary(
+                '/fallow.v1.JobService/QuoteMapJob',
+                request_serializer=fallow_dot_v1_dot_job__service__pb2.QuoteMapJobRequest.SerializeToString,
+                response_deserializer=fallow_dot_v1_dot_job__service__pb2.QuoteMapJobResponse.FromString,
+                _registered_method=True)
         self.GetJob = channel.unary_unary(
                 '/fallow.v1.JobService/GetJob',
                 request_serializer=fallow_dot_v1_dot_job__service__pb2.GetJobRequest.SerializeToString,
@@ -190,6 +195,18 @@ class JobServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def QuoteMapJob(self, request, context):
+        """What such a job would cost, when it would end and who could do it, now. Nothing is reserved.
+
+        Statuses:
+        INVALID_ARGUMENT     a field is malformed or over its limit; the detail names it.
+        NOT_FOUND            bundle or pool unknown to this account.
+        FAILED_PRECONDITION  the bundle was refused, is held, or is not inspected yet; the detail says which.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetJob(self, request, context):
         """One job.
 
@@ -286,6 +303,11 @@ def add_JobServiceServicer_to_server(servicer, server):
                     servicer.SubmitMapJob,
                     request_deserializer=fallow_dot_v1_dot_job__service__pb2.SubmitMapJobRequest.FromString,
                     response_serializer=fallow_dot_v1_dot_job__service__pb2.SubmitMapJobResponse.SerializeToString,
+            ),
+            'QuoteMapJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.QuoteMapJob,
+                    request_deserializer=fallow_dot_v1_dot_job__service__pb2.QuoteMapJobRequest.FromString,
+                    response_serializer=fallow_dot_v1_dot_job__service__pb2.QuoteMapJobResponse.SerializeToString,
             ),
             'GetJob': grpc.unary_unary_rpc_method_handler(
                     servicer.GetJob,
@@ -515,6 +537,33 @@ class JobService(object):
             '/fallow.v1.JobService/SubmitMapJob',
             fallow_dot_v1_dot_job__service__pb2.SubmitMapJobRequest.SerializeToString,
             fallow_dot_v1_dot_job__service__pb2.SubmitMapJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def QuoteMapJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fallow.v1.JobService/QuoteMapJob',
+            fallow_dot_v1_dot_job__service__pb2.QuoteMapJobRequest.SerializeToString,
+            fallow_dot_v1_dot_job__service__pb2.QuoteMapJobResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -83,6 +83,14 @@ class JobServiceStub:
       ALREADY_EXISTS       the key was used for another request.
       FAILED_PRECONDITION  the bundle was refused or is held; the detail says why.
     """
+    QuoteMapJob: _grpc.UnaryUnaryMultiCallable[_job_service_pb2.QuoteMapJobRequest, _job_service_pb2.QuoteMapJobResponse]
+    """What such a job would cost, when it would end and who could do it, now. Nothing is reserved.
+
+    Statuses:
+      INVALID_ARGUMENT     a field is malformed or over its limit; the detail names it.
+      NOT_FOUND            bundle or pool unknown to this account.
+      FAILED_PRECONDITION  the bundle was refused, is held, or is not inspected yet; the detail says which.
+    """
     GetJob: _grpc.UnaryUnaryMultiCallable[_job_service_pb2.GetJobRequest, _job_service_pb2.GetJobResponse]
     """One job.
 
@@ -173,6 +181,14 @@ class JobServiceAsyncStub(JobServiceStub):
       NOT_FOUND            bundle or blob unknown in this account.
       ALREADY_EXISTS       the key was used for another request.
       FAILED_PRECONDITION  the bundle was refused or is held; the detail says why.
+    """
+    QuoteMapJob: _aio.UnaryUnaryMultiCallable[_job_service_pb2.QuoteMapJobRequest, _job_service_pb2.QuoteMapJobResponse]  # type: ignore[assignment]
+    """What such a job would cost, when it would end and who could do it, now. Nothing is reserved.
+
+    Statuses:
+      INVALID_ARGUMENT     a field is malformed or over its limit; the detail names it.
+      NOT_FOUND            bundle or pool unknown to this account.
+      FAILED_PRECONDITION  the bundle was refused, is held, or is not inspected yet; the detail says which.
     """
     GetJob: _aio.UnaryUnaryMultiCallable[_job_service_pb2.GetJobRequest, _job_service_pb2.GetJobResponse]  # type: ignore[assignment]
     """One job.
@@ -303,6 +319,20 @@ class JobServiceServicer(metaclass=_abc_1.ABCMeta):
           NOT_FOUND            bundle or blob unknown in this account.
           ALREADY_EXISTS       the key was used for another request.
           FAILED_PRECONDITION  the bundle was refused or is held; the detail says why.
+        """
+
+    @_abc_1.abstractmethod
+    def QuoteMapJob(
+        self,
+        request: _job_service_pb2.QuoteMapJobRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_job_service_pb2.QuoteMapJobResponse, _abc.Awaitable[_job_service_pb2.QuoteMapJobResponse]]:
+        """What such a job would cost, when it would end and who could do it, now. Nothing is reserved.
+
+        Statuses:
+          INVALID_ARGUMENT     a field is malformed or over its limit; the detail names it.
+          NOT_FOUND            bundle or pool unknown to this account.
+          FAILED_PRECONDITION  the bundle was refused, is held, or is not inspected yet; the detail says which.
         """
 
     @_abc_1.abstractmethod

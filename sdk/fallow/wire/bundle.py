@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+from math import isfinite
+
 from google.protobuf.message import DecodeError
 
 from fallow.bundle import (
+    Agreement,
     Binding,
     BundleFile,
     BundleManifest,
+    BundleVariant,
     BytesCodec,
     InspectionReport,
     ProgramStage,
     SoftmaxHead,
     Stage,
     TopKHead,
+    VariantForm,
 )
 from fallow.cost import CostCurve, CostKnot
 from fallow.errors import FallowError, Reason
 from fallow.limits import (
     BUNDLE_FILES_MAX,
     BUNDLE_STAGES_MAX,
+    BUNDLE_VARIANTS_MAX,
     MANIFEST_BYTES_MAX,
     PROGRAM_BYTES_MAX,
     REPORT_BYTES_MAX,
@@ -50,7 +56,61 @@ def manifest_to_message(manifest: BundleManifest) -> bundle_pb2.BundleManifest:
         purpose=manifest.purpose,
         url=manifest.url,
         licence=manifest.licence,
+        variants=[_variant_to_message(variant) for variant in manifest.variants],
     )
+
+
+def _variant_to_message(variant: BundleVariant) -> bundle_pb2.BundleVariant:
+    agreement = variant.agreement
+    return bundle_pb2.BundleVariant(
+        form=variant.form.value,
+        bundle_digest=variant.bundle_digest,
+        precision=PRECISIONS.number(variant.precision),
+        agreement=bundle_pb2.Agreement(
+            rows=agreement.rows,
+            samples=agreement.samples,
+            error_max=agreement.error_max,
+            value_max=agreement.value_max,
+            labelled_rows=agreement.labelled_rows,
+            labels_agreeing=agreement.labels_agreeing,
+        ),
+    )
+
+
+def _variants_from_message(message: bundle_pb2.BundleManifest) -> tuple[BundleVariant, ...]:
+    if len(message.variants) > BUNDLE_VARIANTS_MAX:
+        raise _invalid(f"{len(message.variants)} variants", "variants", f"up to {BUNDLE_VARIANTS_MAX}")
+    variants: list[BundleVariant] = []
+    for index, entry in enumerate(message.variants):
+        field = f"variants[{index}]"
+        forms = {form.value: form for form in VariantForm}
+        if entry.form not in forms or any(known.form.value == entry.form for known in variants):
+            raise _invalid(
+                f"the form {entry.form[:40]!r} is unknown or stands twice", f"{field}.form", ", ".join(forms)
+            )
+        agreement = entry.agreement
+        if agreement.samples not in {"given", "synthetic"} or not (
+            agreement.labels_agreeing <= agreement.labelled_rows <= agreement.rows
+            and isfinite(agreement.error_max)
+            and isfinite(agreement.value_max)
+        ):
+            raise _invalid("the measured agreement contradicts itself", f"{field}.agreement")
+        variants.append(
+            BundleVariant(
+                form=forms[entry.form],
+                bundle_digest=digest_from(entry.bundle_digest, f"{field}.bundle_digest"),
+                precision=PRECISIONS.member(entry.precision, f"{field}.precision"),
+                agreement=Agreement(
+                    rows=agreement.rows,
+                    samples=agreement.samples,
+                    error_max=agreement.error_max,
+                    value_max=agreement.value_max,
+                    labelled_rows=agreement.labelled_rows,
+                    labels_agreeing=agreement.labels_agreeing,
+                ),
+            )
+        )
+    return tuple(variants)
 
 
 def encode_manifest(manifest: BundleManifest) -> bytes:
@@ -94,6 +154,7 @@ def decode_manifest(data: bytes) -> BundleManifest:
             purpose=message.purpose,
             url=message.url,
             licence=message.licence,
+            variants=_variants_from_message(message),
         )
     except FallowError as error:
         raise FallowError(

@@ -24,6 +24,9 @@ from hashlib import sha256
 from typing import Any, Final, cast
 
 import numpy as np
+
+# NumPy loads this one on first use, and then the sandbox has closed.
+from numpy.random import Philox
 from numpy.typing import NDArray
 
 from fallow.challenge import FILL_BLOCK_BYTES, MANIFEST, OUTPUT_SCHEMA_DIGEST, ChallengeKind, ChallengePlan
@@ -71,7 +74,7 @@ def seeded(seed: bytes, what: str, number: int = 0) -> bytes:
 def words(seed: bytes, what: str, count: int) -> Words:
     """Uniform words of the seed: Philox, whose stream NumPy keeps for ever (NEP 19)."""
     key = int.from_bytes(seeded(seed, what)[:16], "little")
-    return np.random.Philox(key=key).random_raw(count)
+    return Philox(key=key).random_raw(count)
 
 
 def uniform(seed: bytes, what: str, shape: tuple[int, int]) -> Float32s:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,31 +9,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fallow.bundle import BytesCodec, TopKHead
+from fallow.byte_tokens import bytes_tokens
 from fallow.errors import FallowError, Reason
+
+__all__ = ["TopK", "bytes_tokens", "content_bytes_max", "head_columns", "labels_of", "softmax", "top_k"]
 
 Array = NDArray[Any]
 
 CODEC_VERSION = 1
-"""Part of the execution class: grows when a stage of this file changes the bits that it gives."""
-
-
-def bytes_tokens(codec: BytesCodec, contents: Sequence[bytes]) -> NDArray[np.int32]:
-    """The head and tail tokens of each content, shape (len(contents), head_tokens + tail_tokens)."""
-    head_tokens = codec.head_tokens
-    width = head_tokens + codec.tail_tokens
-    tokens = np.full((len(contents), width), codec.padding_token, dtype=np.int32)
-    for row, content in zip(tokens, contents, strict=True):
-        head = content[: codec.head_window_bytes]
-        tail = content[-codec.tail_window_bytes :] if codec.tail_window_bytes else b""
-        if codec.strip_whitespace:
-            head = head.lstrip()
-            tail = tail.rstrip()
-        head = head[:head_tokens]
-        row[: len(head)] = np.frombuffer(head, dtype=np.uint8)
-        if codec.tail_tokens and tail:
-            tail = tail[-codec.tail_tokens :]
-            row[width - len(tail) :] = np.frombuffer(tail, dtype=np.uint8)
-    return tokens
+"""Part of the execution class: grows when a stage of this file, or `bytes_tokens`, changes the bits that it gives."""
 
 
 def content_bytes_max(codec: BytesCodec) -> int:
