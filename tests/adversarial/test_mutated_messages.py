@@ -158,7 +158,10 @@ async def attacked(
         grown = process.memory_info().rss - before
         assert took_s <= HONEST_CALL_S_MAX, f"{method.full_name}: an honest call took {took_s:.3f} s"
         assert grown <= MEMORY_BYTES_MORE_MAX, f"{method.full_name}: {grown // MIB} MiB more"
-        assert set(answers[method.full_name]) <= REFUSALS, (method.full_name, answers[method.full_name])
+        # NOTE: a stream that is refused while its first message is on the way may read INTERNAL: the end of the stream
+        # overtakes the status. Ending it later would hold refused streams open for whoever makes many.
+        allowed = REFUSALS | {grpc.StatusCode.INTERNAL} if method.client_streaming else REFUSALS
+        assert set(answers[method.full_name]) <= allowed, (method.full_name, answers[method.full_name])
     assert service.running()
     return answers
 
