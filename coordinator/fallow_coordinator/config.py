@@ -26,7 +26,7 @@ class EngineSettings:
     """Commands that may wait; one more is refused as OVERLOADED."""
     batch_max: int = 512
     """Commands decided in one transaction."""
-    batch_ms_max: float = 12.0
+    batch_ms_max: float = 16.0
     """After so long a batch takes no further command: the first of it waits for the last, and for the disk."""
     collect_ms_max: float = 5.0
     """Longest time for which a busy writer lets commands gather into a batch."""

@@ -47,6 +47,7 @@ from fallow_coordinator.service.rate_limit import RateLimit
 from fallow_coordinator.service.server import (
     CONTROL_CONNECTIONS_SHARE,
     CONTROL_IDLE_MS_MAX,
+    ENROLLMENT_AGE_MS_MAX,
     ENROLLMENT_CONNECTIONS_SHARE,
     ENROLLMENT_IDLE_MS_MAX,
     ENROLLMENT_MESSAGE_BYTES_MAX,
@@ -242,6 +243,8 @@ class Coordinator:
             message_bytes_max=ENROLLMENT_MESSAGE_BYTES_MAX,
             idle_ms_max=ENROLLMENT_IDLE_MS_MAX,
             connections_share=ENROLLMENT_CONNECTIONS_SHARE,
+            # Short calls of strangers; at the control endpoint workers' streams last for days.
+            age_ms_max=ENROLLMENT_AGE_MS_MAX,
             reflect=True,
         )
 

@@ -15,7 +15,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from fallow.errors import FallowError, Reason
 from fallow.ids import Digest, digest_of
@@ -475,7 +475,7 @@ class Engine:
         counters = self._counters
         counters.commits += 1
         counters.events += len(batch.events)
-        counters.commitments += sum(isinstance(event, ev.CommitmentRecorded) for _, event in batch.events)
+        counters.commitments += [type(event) for _, event in batch.events].count(ev.CommitmentRecorded)
         for digest, data in batch.payloads.items():
             counters.payload_bytes += len(data)
             self._cache.put(digest, data)
@@ -605,19 +605,19 @@ class Engine:
         return dropped
 
 
+# A table of functions has another event in each row, which no type can say.
+_PAYLOADS_NAMED: dict[type, Callable[[Any], tuple[Digest, ...]]] = {
+    ev.JobSubmitted: lambda event: tuple(block.blob.digest for block in event.blocks if block.inline),
+    ev.TaskInputPacked: lambda event: (event.input.digest,) if event.inline else (),
+    ev.CommitmentRecorded: lambda event: (event.output.digest,) if event.inline else (),
+    ev.BundleRegistered: lambda event: (event.bundle_digest,),
+}
+
+
 def payload_digests(event: ev.Event) -> tuple[Digest, ...]:
     """Digests of the inline payloads that an event names."""
-    match event:
-        case ev.JobSubmitted():
-            return tuple(block.blob.digest for block in event.blocks if block.inline)
-        case ev.TaskInputPacked():
-            return (event.input.digest,) if event.inline else ()
-        case ev.CommitmentRecorded():
-            return (event.output.digest,) if event.inline else ()
-        case ev.BundleRegistered():
-            return (event.bundle_digest,)
-        case _:
-            return ()
+    named = _PAYLOADS_NAMED.get(type(event))
+    return named(event) if named is not None else ()
 
 
 class _PayloadCache:

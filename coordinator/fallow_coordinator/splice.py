@@ -15,7 +15,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, cast
 
 from fallow.errors import FallowError, Reason
 from fallow.identity import BLOBS_NAME, CONTROL_NAME, ENROLLMENT_NAME
@@ -89,8 +89,9 @@ class Splice:
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One connection, from its first byte to its last."""
-        peer: object = writer.get_extra_info("peername")
-        address = str(peer[0]) if isinstance(peer, tuple) else ""
+        # asyncio gives the pair, or the four, of the socket's family no type of its own.
+        peer = cast("tuple[str, ...] | None", writer.get_extra_info("peername"))
+        address = peer[0] if peer else ""
         if not self._door.enters(address, time.monotonic()):
             writer.transport.abort()
             return

@@ -29,7 +29,7 @@ from fallow_coordinator.latency import quantile_ms
 BUDGET_TASKS_PER_S = 2_000.0
 BUDGET_ASSIGN_P99_MS = 50.0
 BUDGET_RSS_MB = 400.0
-OPEN_PATIENCE_S = 120.0
+OPEN_PATIENCE_S = 300.0
 QUIET_PATIENCE_S = 60.0
 ROWS_AHEAD_S = 5.0
 """Rows that wait for a worker, in seconds of the fleet's work as budgeted."""

@@ -6,10 +6,10 @@ import asyncio
 import contextlib
 import json
 import secrets
-import sqlite3
 import subprocess
 import sys
-from collections.abc import AsyncGenerator, Sequence
+from collections import Counter
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -38,7 +38,7 @@ from fallow.v1 import admin_service_pb2
 from fallow.wire.schema import encode_schema
 from fallow_coordinator.admin_client import CALL_TIME_MAX_S, admin_stub
 from fallow_coordinator.core.limits import TASK_UNITS_TARGET, UNIT_MICROS
-from fallow_coordinator.store.journal_reader import JOURNAL_FILE
+from fallow_coordinator.store.journal_reader import JOURNAL_FILE, JournalReader
 
 INPUT: Final = Schema((TensorColumn("x", DType.FLOAT32, (4,)),))
 OUTPUT: Final = Schema((TensorColumn("y", DType.FLOAT32, (4,)),))
@@ -46,6 +46,7 @@ OUTPUT_DIGEST: Final = digest_of(encode_schema(OUTPUT))
 ROWS_PER_JOB: Final = 3_000
 """As many rows of 16 bytes as travel inside a submission: nothing of these jobs goes through the blob service."""
 START_PATIENCE_S: Final = 90.0
+RECORDS_AT_ONCE: Final = 5_000
 KILL_PATIENCE_S: Final = 20.0
 
 
@@ -67,7 +68,8 @@ class RunningCoordinator:
         return said
 
     def join_line(self, tier: str, uses: int) -> str:
-        """A fresh token for workers of this tier."""
+        """A fresh token for workers of this tier; some may have to try twice."""
+        uses += uses // 10
         line: str = self.cli("token", "new", "--role", "worker", "--tier", tier, "--uses", str(uses))["join_line"]
         return line
 
@@ -96,22 +98,24 @@ class RunningCoordinator:
     def events(self) -> dict[str, int]:
         """How many events of each kind the journal holds, by their protobuf tags."""
         names = {field.number: field.name for field in journal_pb2.Event.DESCRIPTOR.fields}
-        found: dict[str, int] = {}
-        with contextlib.closing(self._journal()) as journal:
-            for head, count in journal.execute("SELECT substr(event, 1, 3), count(*) FROM journal GROUP BY 1"):
-                name = names[_field_number(head)]
-                found[name] = found.get(name, 0) + count
-        return found
+        heads = Counter(event[:3] for event in self._events())
+        found: Counter[str] = Counter()
+        for head, count in heads.items():
+            found[names[_field_number(head)]] += count
+        return dict(found)
 
     def events_of(self, kind: str) -> list[journal_pb2.Event]:
         """All events of one kind, as the journal holds them."""
         tag = _tag(journal_pb2.Event.DESCRIPTOR.fields_by_name[kind].number)
-        asked = "SELECT event FROM journal WHERE substr(event, 1, ?) = ? ORDER BY sequence"
-        with contextlib.closing(self._journal()) as journal:
-            return [journal_pb2.Event.FromString(event) for (event,) in journal.execute(asked, (len(tag), tag))]
+        return [journal_pb2.Event.FromString(event) for event in self._events() if event.startswith(tag)]
 
-    def _journal(self) -> sqlite3.Connection:
-        return sqlite3.connect(f"file:{self.state / 'journal' / JOURNAL_FILE}?mode=ro", uri=True)
+    def _events(self) -> Iterator[bytes]:
+        """The bytes of every event of the journal, wherever its records lie by now."""
+        sequence = 0
+        with JournalReader(self.state / "journal" / JOURNAL_FILE) as journal:
+            while records := journal.stored(after_sequence=sequence, limit=RECORDS_AT_ONCE):
+                yield from (record.event for record in records)
+                sequence = records[-1].sequence
 
 
 def _tag(number: int) -> bytes:

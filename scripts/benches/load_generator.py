@@ -38,6 +38,7 @@ from fallow.session import (
     Device,
     DeviceKind,
     DeviceLevel,
+    Heartbeat,
     Hello,
     SandboxLevel,
     TaskKind,
@@ -53,10 +54,15 @@ CHECKED_ONE_IN: Final = 64
 ENROL_AT_ONCE: Final = 8
 ENROL_PATIENCE_S: Final = 180.0
 CONNECT_PATIENCE_S: Final = 30.0
-SESSIONS_OPENING_AT_ONCE: Final = 32
+OPENED_AT_ONCE: Final = 4
+"""Connections made before the others are listened to again."""
+HEARTBEATS_LOOKED_AT_S: Final = 2.0
+SILENT_S_MAX: Final = 8.0
+"""A session that said nothing for so long sends a heartbeat: the coordinator takes a silent one for half-open."""
 RECONNECT_AFTER_S: Final = 0.5
 _NONCE_BYTES: Final = 16
 _POLL_S: Final = 0.02
+_PATIENT_WITH: Final = (Reason.OVERLOADED, Reason.COORDINATOR_UNREACHABLE, Reason.DEADLINE_EXCEEDED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +109,8 @@ class _Worker:
     session_id: SessionId = NO_SESSION
     resume_token: bytes = b""
     sent: int = 0
+    said_s: float = 0.0
+    """When it said something last."""
     held: dict[str, float] = field(default_factory=dict[str, float])
     """Leases that are not settled yet, and when a commitment for them went out (0: not yet)."""
 
@@ -123,6 +131,7 @@ class LoadGenerator:
         self._number = 0
         self._paused = False
         self._number_received = 0
+        self._beat_at_s = 0.0
         self._chance = random.Random(load.sessions)
         row = bytes(_NONCE_BYTES)
         self._template = pack(Digest(load.output_schema_digest), [row], (), bytes(_NONCE_BYTES))
@@ -140,6 +149,8 @@ class LoadGenerator:
 
     def _step(self) -> bool:
         wait_s = _POLL_S if self._due or self._again else 1.0
+        if self._again and self._again[0][0] <= time.monotonic():
+            wait_s = 0.0
         if self._due:
             wait_s = max(0.0, min(wait_s, self._due[0][0] - time.monotonic()))
         for key, events in self._selector.select(wait_s):
@@ -169,16 +180,31 @@ class LoadGenerator:
                     self._say(worker, commitment)
                 except StreamEnded as ended:
                     self._lost(worker, str(ended))
-        while self._again and self._again[0][0] <= now:
+        opened = 0
+        while self._again and self._again[0][0] <= now and opened < OPENED_AT_ONCE:
             _, _, worker = heapq.heappop(self._again)
             self._open(worker)
+            opened += 1
+        if now >= self._beat_at_s:
+            self._beat_at_s = now + HEARTBEATS_LOOKED_AT_S
+            self._beat(now)
+
+    def _beat(self, now: float) -> None:
+        """Lets sessions be heard of that had nothing else to say."""
+        for worker in self._workers:
+            if worker.stream is not None and worker.session_id and now - worker.said_s > SILENT_S_MAX:
+                try:
+                    self._say(worker, Heartbeat())
+                except StreamEnded as ended:
+                    self._lost(worker, str(ended))
 
     def _obey(self) -> bool:
         """Does what the parent says; False when that is to stop."""
         word: Any = self._parent.recv()
         if word == "open":
             for worker in self._workers:
-                self._open(worker)
+                self._number += 1
+                heapq.heappush(self._again, (0.0, self._number, worker))
             self._parent.send("opened")
         elif word == "count":
             self._counts.cpu_s = time.process_time()
@@ -234,7 +260,7 @@ class LoadGenerator:
             if worker.session_id:
                 self._counts.open -= 1
         self._counts.broken += 1
-        self._counts.trouble = why
+        self._counts.trouble = self._counts.trouble or why
         worker.held.clear()
         if self._load.reconnect:
             self._number += 1
@@ -246,6 +272,7 @@ class LoadGenerator:
         assert stream is not None, "there is a stream to speak on"
         payload = encode_worker_message(message)
         worker.sent += 1
+        worker.said_s = time.monotonic()
         signature = sign_worker_payload(
             worker.credentials.key,
             payload,
@@ -360,8 +387,8 @@ async def _enrolled(load: Load) -> list[_Worker]:
                 try:
                     return _Worker(await join(line, folder, f"bench-{number}"), folder)
                 except FallowError as error:
-                    # The door lets a burst through and then so many a second.
-                    if error.reason is not Reason.OVERLOADED or time.monotonic() > deadline:
+                    # The door lets a burst through and then so many a second; on a busy machine handshakes run out.
+                    if error.reason not in _PATIENT_WITH or time.monotonic() > deadline:
                         raise
                 await asyncio.sleep(0.5)
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import struct
 from enum import StrEnum
+from functools import lru_cache
+from typing import Final
 
 from fallow.errors import FallowError, Reason
 from fallow.identity import PrivateKey, verify
@@ -26,6 +28,9 @@ class Domain(StrEnum):
 
 
 SESSION_METHOD = "/fallow.v1.WorkerService/Session"
+HEADS_REMEMBERED_MAX: Final = 8_192
+_LENGTH: Final = struct.Struct(">I")
+_NUMBER: Final = struct.Struct(">Q")
 NO_PEER = KeyFingerprint(bytes(32))
 """For signatures that many may check, such as grants and receipts."""
 
@@ -40,13 +45,15 @@ def transcript(
     peer: KeyFingerprint = NO_PEER,
 ) -> bytes:
     """The bytes that are signed."""
-    parts = bytearray()
-    for field in (domain.value.encode(), method.encode(), session.encode()):
-        parts += struct.pack(">I", len(field)) + field
-    parts += struct.pack(">Q", sequence)
-    for field in (peer, payload):
-        parts += struct.pack(">I", len(field)) + field
-    return bytes(parts)
+    head = _head(domain, method, session)
+    return b"".join((head, _NUMBER.pack(sequence), _LENGTH.pack(len(peer)), peer, _LENGTH.pack(len(payload)), payload))
+
+
+@lru_cache(maxsize=HEADS_REMEMBERED_MAX)
+def _head(domain: Domain, method: str, session: str) -> bytes:
+    """What all transcripts of a session begin with."""
+    fields = (domain.value.encode(), method.encode(), session.encode())
+    return b"".join([_LENGTH.pack(len(field)) + field for field in fields])
 
 
 def sign_payload(

@@ -7,10 +7,14 @@ is signed for the empty session, and the Welcome for the session that it names i
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from fallow.envelope import SESSION_METHOD, Domain, check_signature, sign_payload
 from fallow.identity import PrivateKey, fingerprint_of
 from fallow.ids import KeyFingerprint, SessionId
 
+_fingerprint_of = lru_cache(maxsize=64)(fingerprint_of)
+"""Every message names the same coordinator."""
 NO_SESSION = SessionId("")
 """The session for which a Hello is signed."""
 
@@ -26,7 +30,7 @@ def sign_worker_payload(
         method=SESSION_METHOD,
         session=session,
         sequence=sequence,
-        peer=fingerprint_of(coordinator_key),
+        peer=_fingerprint_of(coordinator_key),
     )
 
 
@@ -42,7 +46,7 @@ def check_worker_signature(
         method=SESSION_METHOD,
         session=session,
         sequence=sequence,
-        peer=fingerprint_of(coordinator_key),
+        peer=_fingerprint_of(coordinator_key),
     )
 
 

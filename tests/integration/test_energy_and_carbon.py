@@ -80,3 +80,13 @@ def test_a_job_tells_its_energy_and_one_that_may_wait_waits_for_a_clean_hour(tmp
             table(state / "carbon.csv", dirty_now=False)
             assert clean.wait().state is JobState.SUCCEEDED
             assert clean.status().footprint.millijoules > 0
+
+
+def test_a_bad_table_is_refused_at_the_start_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "mine.csv"
+    path.write_text("region,hour_of_year,grams_per_kwh\nde,0,100\nde,1,many\n")
+    command = [sys.executable, "-m", "fallow_coordinator", "start", "--state", str(tmp_path / "state"), "--port", "0"]
+    done = subprocess.run([*command, "--carbon", str(path)], capture_output=True, timeout=60, check=False)
+    told = done.stderr.decode()
+    assert done.returncode == 1 and "Traceback" not in told
+    assert f"{path}, line 3: grams_per_kwh is 'many'" in told

@@ -126,7 +126,7 @@ def in_database(folder: Path) -> tuple[int, int]:
 def test_power_cut_while_records_leave_the_database_loses_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Segments are synced before any record of theirs leaves: whatever is left of the deletion, all are there."""
     monkeypatch.setattr(sqlite, "JOURNAL_TAIL_RECORDS", 3)
-    monkeypatch.setattr(sqlite, "CHECKPOINT_PAGES", 20)
+    monkeypatch.setattr(sqlite, "CHECKPOINT_PAGES_MAX", 20)
     folder, chance = tmp_path / "journal", random.Random(5)
     store = SqliteStore(folder)
     grow(store, 200)

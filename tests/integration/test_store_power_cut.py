@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import pytest
 from fallow.ids import AccountId, digest_of
 from fallow_coordinator.core.events import AccountCreated
 from fallow_coordinator.ports import StorageFailed
-from fallow_coordinator.store import sqlite
+from fallow_coordinator.store import checkpoints, sqlite
 from fallow_coordinator.store.sqlite import SqliteStore
 from integration.power_cut_disk import SQLITE_FULL, SQLITE_IOERR_FSYNC, DiskHistory, Fault, Operation, PowerCutDisk
 
@@ -115,7 +116,7 @@ def first_loss(recording: Recording, folder: Path, cuts: int, seed: int) -> str:
 @pytest.fixture
 def small_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that cuts fall into checkpoints too."""
-    monkeypatch.setattr(sqlite, "CHECKPOINT_PAGES", 40)
+    monkeypatch.setattr(sqlite, "CHECKPOINT_PAGES_MAX", 40)
 
 
 @pytest.mark.usefixtures("small_checkpoints")
@@ -124,6 +125,24 @@ def test_acknowledged_batches_survive_a_power_cut_at_any_moment(tmp_path: Path) 
     kinds = {(operation.kind, Path(operation.path).suffix) for operation in recording.log}
     assert ("sync", ".db") in kinds, "no checkpoint happened: the test would not cover one"
     assert first_loss(recording, tmp_path, CUTS, seed=1) == ""
+
+
+class MovedBeside(SqliteStore):
+    """Waits after each batch until the checkpoint beside it, if one is due, has at least begun."""
+
+    def append(self, **batch: Any) -> None:
+        super().append(**batch)
+        while self._checkpoints._due.is_set():
+            time.sleep(0.000_1)
+
+
+def test_acknowledged_batches_survive_a_power_cut_while_the_log_is_moved_beside_the_writer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoints, "CHECKPOINT_PAGES", 10)
+    recording = record(tmp_path / "state", MovedBeside, seed=9)
+    assert sum(one.kind == "sync" and one.path.endswith(".db") for one in recording.log) > 5
+    assert first_loss(recording, tmp_path, CUTS, seed=9) == ""
 
 
 @pytest.mark.slow

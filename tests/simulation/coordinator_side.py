@@ -85,6 +85,8 @@ class CoordinatorLife:
         self.faults = faults
         self.bugs = bugs
         self.alive = True
+        self.measuring: c.MeasuringRules | None = None
+        """None: no device is challenged."""
         self.state = State()
         self.links: dict[SessionId, Link] = {}
         self.turns = 0
@@ -208,7 +210,7 @@ class CoordinatorLife:
 
     def _tick(self) -> None:
         if self.alive:
-            self.submit(c.Tick(), _ignore)
+            self.submit(c.Tick(self.measuring), _ignore)
             if self.schedule.chance(0.2):
                 self.submit(c.ArchiveJobs(self.disk.oracle.sequence - self.schedule.between(0, 50)), _ignore)
             self.schedule.after(TICK_MS, self._tick)

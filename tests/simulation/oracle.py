@@ -8,6 +8,7 @@ from fallow.ids import Digest, JobId, LeaseId, PartyId, SessionId, TaskId
 from fallow.job import JOB_STATES_FINAL, JobOptions, JobState
 from fallow.session import Capability, Cause
 from fallow_coordinator.core import events as e
+from fallow_coordinator.core import evolve_devices
 from simulation.virtual_time import SimulationError
 
 IDEMPOTENCY_MS = 24 * 3_600_000
@@ -35,6 +36,15 @@ class SeenLease:
     session_id: SessionId
     deadline_ms: int
     output: Digest | None = None
+
+
+@dataclass
+class SeenChallenge:
+    """What the journal says of a challenge."""
+
+    worker_id: PartyId
+    model: str
+    answered: bool = False
 
 
 def _must(holds: bool, what: str) -> None:
@@ -77,6 +87,15 @@ class Oracle:
     """Workers of which a lease just ended by their own fault."""
     restarted_at_ms: int = 0
     granted_at_ms: dict[LeaseId, int] = field(default_factory=dict[LeaseId, int])
+    models: dict[PartyId, str] = field(default_factory=dict[PartyId, str])
+    """Of each worker's device, as it was last told."""
+    challenges: dict[TaskId, SeenChallenge] = field(default_factory=dict[TaskId, SeenChallenge])
+    certified: dict[PartyId, str] = field(default_factory=dict[PartyId, str])
+    """Model for which a worker holds a certificate, or half of one."""
+    measured: int = 0
+    """Certificates, and halves of them."""
+    true_answers: dict[Digest, bool] = field(default_factory=dict[Digest, bool])
+    """Answers that were looked at, and whether they hold."""
     lied: set[LeaseId] = field(default_factory=set[LeaseId])
     """Leases whose worker delivered something else than it had committed to."""
 
@@ -116,6 +135,7 @@ class Oracle:
                 self.sessions[event.session_id] = event.worker_id
                 self.windows[event.worker_id] = event.window
                 self.capabilities[event.worker_id] = event.capability
+                self._devices(event.worker_id, event.capability)
                 self.away_since_ms.pop(event.worker_id, None)
                 for lease_id in event.kept:
                     self.leases[lease_id].session_id = event.session_id
@@ -125,6 +145,7 @@ class Oracle:
                 self.windows[self.sessions[event.session_id]] = event.window
                 if event.capability is not None:
                     self.capabilities[self.sessions[event.session_id]] = event.capability
+                    self._devices(self.sessions[event.session_id], event.capability)
             case e.WorkerStruck():
                 _must(event.worker_id in self.blamed, "a worker was blamed for what is not its fault")
                 self.blamed.discard(event.worker_id)
@@ -159,8 +180,45 @@ class Oracle:
                     self._deliver(job_id, spans, event.cursor, None)
             case e.TaskDropped():
                 self._finish_task(event.task_id)
+            case (
+                e.ChallengeIssued()
+                | e.ChallengeAnswered()
+                | e.DeviceMeasured()
+                | e.DeviceCertificateEnded()
+                | e.ChallengeEnded()
+            ):
+                self._measure(event)
             case _:
                 pass
+
+    def _devices(self, worker_id: PartyId, capability: Capability) -> None:
+        if not capability.devices:
+            return
+        self.models[worker_id] = capability.devices[0].model
+        held = self.certified.get(worker_id)
+        _must(held is None or held == self.models[worker_id], "a certificate outlived its device")
+
+    def _measure(self, event: evolve_devices.DeviceEvent) -> None:
+        match event:
+            case e.ChallengeIssued():
+                worker_id = event.worker_id
+                _must(all(c.worker_id != worker_id for c in self.challenges.values()), "a device has two challenges")
+                self.challenges[event.task_id] = SeenChallenge(worker_id, self.models[worker_id])
+            case e.ChallengeAnswered():
+                self.challenges[event.task_id].answered = True
+            case e.DeviceMeasured():
+                seen = self.challenges.pop(event.task_id)
+                _must(seen.answered and event.task_id in self.over, "a certificate without an answer in time")
+                _must(event.check_lease_id in self.settled, "a certificate without a check")
+                _must(self.true_answers[event.answer], "a wrong answer was certified")
+                _must(seen.worker_id == event.worker_id, "a certificate for another worker's answer")
+                _must(seen.model == self.models[event.worker_id], "a certificate for a device that is gone")
+                self.certified[event.worker_id] = seen.model
+                self.measured += 1
+            case e.DeviceCertificateEnded():
+                del self.certified[event.worker_id]
+            case e.ChallengeEnded():
+                del self.challenges[event.task_id]
 
     def _check_graces(self, at_ms: int) -> None:
         long_gone = {worker_id for worker_id, since in self.away_since_ms.items() if at_ms - since > AWAY_MS_MAX}

@@ -21,7 +21,6 @@ from fallow_coordinator.core import (
     evolve_sessions,
     evolve_tasks,
     groups,
-    health,
     jobs,
     lanes,
     leases,
@@ -374,12 +373,6 @@ def fleets_idle_beside_work(patch: pytest.MonkeyPatch) -> EngineBugs:
     return EngineBugs()
 
 
-def rests_never_end(patch: pytest.MonkeyPatch) -> EngineBugs:
-    """A host that rested once is never asked again."""
-    patch.setattr(health, "warmed", lambda state, now_ms: [])
-    return EngineBugs()
-
-
 PLANTED: tuple[Plant, ...] = (
     fence_compared_with_greater_or_equal,
     fence_does_not_grow,
@@ -412,5 +405,4 @@ PLANTED: tuple[Plant, ...] = (
     owners_are_blamed,
     no_amnesty,
     fleets_idle_beside_work,
-    rests_never_end,
 )

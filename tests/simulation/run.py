@@ -95,8 +95,10 @@ class Weather:
 class Simulation:
     """The world of one seed."""
 
-    def __init__(self, seed: int, bugs: EngineBugs | None = None) -> None:
+    def __init__(self, seed: int, bugs: EngineBugs | None = None, *, measures: bool = False) -> None:
         self.seed = seed
+        self.measures = measures
+        """Devices are challenged, now and then lie, and now and then change."""
         self.schedule = Schedule(seed)
         dice = self.schedule.dice
         self.bugs = bugs or EngineBugs()
@@ -119,20 +121,22 @@ class Simulation:
         self.unit_micros_per_row = dice.choice((20_000, 100_000, 400_000))
         self.clients = [self._client(number) for number in range(dice.randint(1, 3))]
         self.coordinator = self._new_life()
+        kinds = (TaskKind.MAP, TaskKind.CHALLENGE) if measures else ()
+        checks = (TaskKind.CHECK,) if measures else ()
         self.workers = [
             SimulatedWorker(
                 self,
                 f"worker-{n}",
                 # Each region has one, so that whatever is asked for is there.
                 replace(
-                    capability(slots=dice.randint(1, 2)),
+                    capability(*kinds, slots=dice.randint(1, 2)),
                     region=(self.weather.region(), *("north", "south")[n : n + 1])[-1],
                 ),
                 dice.randint(1, 4),
             )
             for n in range(dice.randint(2, 4))
         ]
-        self.inspector = SimulatedWorker(self, "inspector", capability(TaskKind.INSPECT), 1)
+        self.inspector = SimulatedWorker(self, "inspector", capability(TaskKind.INSPECT, *checks), 1)
         self.client_party = digest("no party")
         self.file = BlobReference(digest("file"), 10)
         self.bundle_digest = digest("bundle")
@@ -146,7 +150,8 @@ class Simulation:
         wishes = JobOptions(
             failed_rows_max=len(rows),
             priority=own.randint(0, 9),
-            region=own.choice(("", "", "north", "south")),
+            # Where much fails, a region of one worker may use up a task's attempts.
+            region=own.choice(("", "", "north", "south")) if self.faults.task_trouble < 0.3 else "",
             device_kind=own.choice(("", "", "cpu")),
             deadline_ms=WALL_MS + 3_600_000 if own.random() < 0.2 else 0,
         )
@@ -154,7 +159,10 @@ class Simulation:
 
     def _new_life(self) -> CoordinatorLife:
         wall_ms = WALL_MS + self.schedule.now_ms + self.wall_error_ms
-        return CoordinatorLife(self.schedule, self.disk, self.blobs, lambda: self.faults, self.bugs, wall_ms)
+        life = CoordinatorLife(self.schedule, self.disk, self.blobs, lambda: self.faults, self.bugs, wall_ms)
+        if self.measures:
+            life.measuring = c.MeasuringRules(idle_ms=2_000)
+        return life
 
     # ---------------------------------------------------------------------------------------------- what goes on
 
@@ -231,6 +239,8 @@ class Simulation:
                 worker.change_window()
             elif worker.party_id is not None and chance(self.faults.worker_crash / 4):
                 self._quarantine(worker.party_id)
+            elif self.measures and chance(0.02):
+                worker.change_device()
         if self.coordinator.alive and self.disk.records and chance(self.faults.coordinator_crash):
             self.coordinator.crash(synced=chance(0.5))
             self.wall_error_ms += self.schedule.dice.choice((0, 0, -300_000, 300_000))
@@ -406,22 +416,24 @@ def _ignore(_: Answer | FallowError) -> None:
     return
 
 
-def simulate(seed: int, bugs: EngineBugs | None = None) -> Simulation:
+def simulate(seed: int, bugs: EngineBugs | None = None, *, measures: bool = False) -> Simulation:
     """Runs one seed; a failure says how to see it again."""
     simulation = None
     try:
-        simulation = Simulation(seed, bugs)
+        simulation = Simulation(seed, bugs, measures=measures)
         simulation.run()
     except Exception as error:
         at_ms = simulation.schedule.now_ms if simulation is not None else 0
         raise SimulationError(
             f"seed {seed}, at {at_ms} ms: {type(error).__name__}: {error}\n"
-            f"reproduce: PYTHONPATH=tests .venv/bin/python -m simulation.run {seed}"
+            f"reproduce: PYTHONPATH=tests .venv/bin/python -m simulation.run {'measuring ' * measures}{seed}"
         ) from error
     return simulation
 
 
 if __name__ == "__main__":
     for argument in sys.argv[1:]:
-        ran = simulate(int(argument))
+        if argument == "measuring":
+            continue
+        ran = simulate(int(argument), measures="measuring" in sys.argv)
         print(f"seed {argument}: {len(ran.disk.records)} records, {ran.schedule.now_ms} virtual ms, {ran.refusals}")

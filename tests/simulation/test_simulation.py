@@ -12,12 +12,20 @@ from simulation.virtual_time import SimulationError
 
 SEEDS = 240
 SEEDS_A_TEST = 20
+MEASURING_SEEDS = 60
 
 
 @pytest.mark.parametrize("first", range(0, SEEDS, SEEDS_A_TEST))
 def test_every_promise_holds_in_every_seed(first: int) -> None:
     for seed in range(first, first + SEEDS_A_TEST):
         simulate(seed)
+
+
+@pytest.mark.parametrize("first", range(0, MEASURING_SEEDS, SEEDS_A_TEST))
+def test_certificates_are_of_devices_that_answered(first: int) -> None:
+    """Devices are measured while messages are lost, workers and coordinators crash, and devices lie and change."""
+    measured = sum(simulate(seed, measures=True).disk.oracle.measured for seed in range(first, first + SEEDS_A_TEST))
+    assert measured, "nothing was measured"
 
 
 def test_a_seed_always_tells_the_same_story() -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from fallow.challenge import OUTPUT_SCHEMA_DIGEST, ChallengeVerdict
 from fallow.errors import FallowError, Reason
 from fallow.ids import Digest, LeaseId, PartyId, SessionId
 from fallow.session import Capability, Cause, HeldLease, RowFailure, TaskKind, Usage
@@ -22,12 +23,19 @@ if TYPE_CHECKING:
     from simulation.run import Simulation
 
 FAILED_ROW = -1
+LIES = 0.2
+"""How often the answer to a challenge is wrong."""
 SessionCommand = Callable[[SessionId], c.Command]
 
 
 def answer_of(row: int) -> int:
     """What the program makes of a row."""
     return row * 7 + 3
+
+
+def answer_of_seed(seed: bytes) -> int:
+    """What an honest device makes of a challenge."""
+    return int.from_bytes(seed[:4], "big") % 1_000_000
 
 
 def root_of(rows: Rows) -> Digest:
@@ -42,6 +50,7 @@ class Work:
     lease: questions.LeaseToSend
     output: Rows | None = None
     """Set when it is done."""
+    taken_at_ms: int = 0
     delivered: bool = False
     """An honest delivery is on its way."""
 
@@ -186,7 +195,7 @@ class SimulatedWorker:
     def _take(self, lease: questions.LeaseToSend) -> None:
         if lease.lease_id in self.held:
             return
-        work = self.held[lease.lease_id] = Work(lease)
+        work = self.held[lease.lease_id] = Work(lease, taken_at_ms=self.schedule.now_ms)
         life = self.life
         self.schedule.after(
             self.schedule.between(20, 2_500), lambda: self._finish(work) if self.life == life and self.alive else None
@@ -200,6 +209,11 @@ class SimulatedWorker:
             self._trouble(work)
         elif lease.kind is TaskKind.INSPECT:
             self._report(work)
+        elif lease.kind is TaskKind.CHECK:
+            self._check(work)
+        elif lease.challenge is not None:
+            work.output = (answer_of_seed(lease.challenge.seed) + self.schedule.chance(LIES),)
+            self._commit(work)
         else:
             assert lease.input is not None
             rows = self.simulation.blobs.rows[lease.input.digest]
@@ -249,13 +263,28 @@ class SimulatedWorker:
             )
         )
 
+    def _check(self, work: Work) -> None:
+        lease = work.lease
+        assert lease.challenge is not None and lease.input is not None
+        holds = self.simulation.blobs.rows[lease.input.digest] == (answer_of_seed(lease.challenge.seed),)
+        verdict = ChallengeVerdict(holds, "" if holds else "it is wrong")
+        self.simulation.disk.oracle.true_answers[lease.input.digest] = holds
+        self._tell(lambda s: c.ReportCheck(s, lease.worker_id, lease.lease_id, lease.fence, verdict))
+
+    def change_device(self) -> None:
+        """Its owner puts another processor in."""
+        (device,) = self.capability.devices
+        model = f"model {self.schedule.between(0, 2)}"
+        self.capability = replace(self.capability, devices=(replace(device, model=model),))
+        self._tell(lambda s: c.ChangeCapability(s, self.capability, self.window))
+
     def _stored(self, work: Work) -> c.StoredBlob:
         assert work.output is not None
         return c.StoredBlob(
             blob=self.simulation.blobs.put(work.output),
             rows=len(work.output),
             root=root_of(work.output),
-            schema_digest=OUTPUT_SCHEMA,
+            schema_digest=OUTPUT_SCHEMA if work.lease.kind is TaskKind.MAP else OUTPUT_SCHEMA_DIGEST,
             rows_failed=work.output.count(FAILED_ROW),
         )
 
@@ -285,6 +314,7 @@ class SimulatedWorker:
                 signature=b"",
                 sequence=1,
                 stored=stored if inline else None,
+                elapsed_ms=self.schedule.now_ms - work.taken_at_ms + 1 if s == lease.session_id else 0,
             )
         )
 

@@ -19,6 +19,7 @@ from fallow_worker.core.limits import CAPABILITY_SAID_EVERY_MS, MEMORY_SAID_EVER
 from fallow_worker.core.observe import observe
 from fallow_worker.core.plan import begun, next_wake_ms, plan
 from fallow_worker.core.world import Offline, Terms, World
+from fallow_worker.network import NetworkMeter
 from fallow_worker.surroundings import Surroundings
 from recorded_machine import RecordedMachine
 
@@ -109,6 +110,26 @@ def test_memory_alone_is_told_rarely_and_in_steps() -> None:
     worker.hears(CapabilitySeen(BASE))
     worker.until(worker.now_ms + 2 * MEMORY_SAID_EVERY_MS)
     assert [at - worker.told[0][0] for at, _ in worker.told] == [0, MEMORY_SAID_EVERY_MS]
+
+
+def test_the_network_is_told_rarely_and_in_steps() -> None:
+    meter = NetworkMeter()
+    meter.received(1_000, 1.0)
+    assert meter.into(BASE) == BASE, "a short transfer says nothing of the width"
+    meter.received(10_000_000, 1.0)
+    meter.sent(1_000_000, 1.0)
+    meter.answered(0.030)
+    meter.answered(0.050)
+    measured = meter.into(BASE)
+    assert (measured.network_down_bytes_per_s, measured.network_up_bytes_per_s) == (10_000_000, 1_000_000)
+    assert measured.network_round_trip_microseconds == 30_000
+    worker = Telling()
+    worker.hears(CapabilitySeen(measured))
+    worker.until(worker.opened_ms + 2 * MEMORY_SAID_EVERY_MS)
+    assert worker.told == [(worker.opened_ms + MEMORY_SAID_EVERY_MS, measured)]
+    worker.hears(CapabilitySeen(replace(measured, network_up_bytes_per_s=1_400_000)))
+    worker.until(worker.now_ms + 2 * MEMORY_SAID_EVERY_MS)
+    assert len(worker.told) == 1, "a rate that wavers is no news"
 
 
 def test_a_new_session_says_the_latest_and_nothing_is_told_twice() -> None:

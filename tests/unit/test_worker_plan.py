@@ -12,6 +12,7 @@ from fallow.ids import Digest, LeaseId, PoolId, SessionId
 from fallow.session import (
     BlobReference,
     BundleOffer,
+    Capability,
     CapabilityChanged,
     Cause,
     Commitment,
@@ -46,6 +47,7 @@ from fallow_worker.core.actions import (
     Upload,
 )
 from fallow_worker.core.happenings import (
+    CapabilitySeen,
     DrainAsked,
     Fetched,
     FetchFailed,
@@ -434,6 +436,20 @@ def test_what_still_runs_after_the_grace_is_cancelled_and_returned(worker: Worke
         Say(LeaseReturned(granted.lease_id, 1, Cause.OWNER_PREEMPT, "stop")),
         Forget(granted.lease_id),
         Leave(),
+    ]
+
+
+def test_a_challenge_is_given_back_when_the_machine_goes_on_battery() -> None:
+    worker = Worker(slots=2, kinds=frozenset({TaskKind.MAP, TaskKind.CHALLENGE}))
+    worker.opens()
+    challenge, rows = lease(1, kind=TaskKind.CHALLENGE), lease(2)
+    worker.runs(challenge)
+    worker.runs(rows)
+    actions = worker.after(CapabilitySeen(Capability(on_battery=True)))
+    assert [action for action in actions if isinstance(action, Cancel)] == [Cancel(challenge.lease_id)]
+    assert worker.after(RunFailed(challenge.lease_id, Cause.OWNER_PREEMPT, "cancelled", 0.0)) == [
+        Say(LeaseReturned(challenge.lease_id, 1, Cause.OWNER_PREEMPT, "the machine runs on its battery")),
+        Forget(challenge.lease_id),
     ]
 
 

@@ -30,6 +30,7 @@ from fallow.session import (
     Settled,
     SignedBytes,
     TaskKind,
+    UploadOffer,
     Welcome,
     WorkerMessage,
 )
@@ -163,6 +164,8 @@ class Daemon:
         self._inputs: dict[LeaseId, Inputs] = {}
         self._outputs: dict[LeaseId, bytes] = {}
         self._rows_done: dict[LeaseId, int] = {}
+        self._committed_at: dict[LeaseId, float] = {}
+        """When a commitment that nobody has answered yet was said last."""
         self._release: asyncio.Task[None] | None = None
 
     @property
@@ -284,6 +287,7 @@ class Daemon:
         self._inputs.pop(lease_id, None)
         self._outputs.pop(lease_id, None)
         self._rows_done.pop(lease_id, None)
+        self._committed_at.pop(lease_id, None)
         self._transfers.forget(lease_id)
 
     # ------------------------------------------------------------------------------------------- the session
@@ -291,6 +295,7 @@ class Daemon:
     def _say(self, message: WorkerMessage) -> None:
         if isinstance(message, Commitment):
             self.counts.commitments += 1
+            self._committed_at[message.lease_id] = self._loop.time()
         _log.debug("session.say kind=%s lease=%s", type(message).__name__, getattr(message, "lease_id", ""))
         if self._session is not None:
             self._session.say(message)
@@ -336,6 +341,8 @@ class Daemon:
 
     def _heard(self, message: CoordinatorMessage) -> None:
         _log.debug("session.heard kind=%s lease=%s", type(message).__name__, getattr(message, "lease_id", ""))
+        if isinstance(message, UploadOffer | Settled):
+            self._answered(message.lease_id)
         match message:
             case Goodbye():
                 raise _SaidGoodbyeError(goodbye_error(message), message.reconnect_after_ms)
@@ -363,6 +370,12 @@ class Daemon:
                 self._happened(Received(message))
             case _:
                 self._happened(Received(message))
+
+    def _answered(self, lease_id: LeaseId) -> None:
+        """The coordinator answered a commitment: one round trip, and what its disk took."""
+        said_at = self._committed_at.pop(lease_id, None)
+        if said_at is not None:
+            self._transfers.network.answered(self._loop.time() - said_at)
 
     async def _session_over(self, error: FallowError) -> None:
         self.last_error = error
@@ -398,7 +411,7 @@ class Daemon:
     async def _keep_looking(self, looks: AsyncIterator[Capability]) -> None:
         """Runs for ever: tells the plan what every look has found; the plan decides what is worth saying."""
         async for capability in looks:
-            self._happened(CapabilitySeen(capability))
+            self._happened(CapabilitySeen(self._transfers.network.into(capability)))
 
     # ------------------------------------------------------------------------------------------- certificates
 

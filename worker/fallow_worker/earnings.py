@@ -134,7 +134,7 @@ def text(found: pb.GetEarningsResponse, days: int, tariff_microcredits_per_kwh: 
         f"units, {credits_text(total.microcredits)} credits earned",
     ]
     if total.energy_millijoules:
-        kwh = f"{total.energy_millijoules / MILLIJOULES_PER_KWH:.3f} kWh"
+        kwh = f"{total.energy_millijoules / MILLIJOULES_PER_KWH:.3g} kWh"
         cost = energy_cost(total, tariff_microcredits_per_kwh)
         net = total.microcredits - cost
         told = f", which cost {credits_text(cost)} credits; {credits_text(net)} are left"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from fallow.ids import LeaseId, digest_of
 from fallow.session import BlobReference, BundleOffer, Lease, SignedBytes
 from fallow_worker.bundle_cache import BundleCache
 from fallow_worker.core.happenings import FetchTrouble
+from fallow_worker.network import NetworkMeter
 from fallow_worker.ports import LoadedBundle
 
 _TROUBLES: Final[dict[Reason, FetchTrouble]] = {
@@ -96,6 +98,7 @@ class Transfers:
         self._busy: dict[Blobs, int] = {}
         """Transfers under way through each."""
         self.counts = TransferCounts()
+        self.network = NetworkMeter()
 
     async def use(self, blobs: Blobs) -> None:
         """From now on goes through `blobs`; the old ones close once nothing is under way through them."""
@@ -117,7 +120,9 @@ class Transfers:
     async def upload(self, grant: SignedBytes, output: bytes) -> SignedBytes:
         """The receipt of a stored output. Raises FallowError."""
         async with self._in_use() as blobs:
+            began = time.monotonic()
             receipt = await blobs.put(grant, output)
+        self.network.sent(len(output), time.monotonic() - began)
         self.counts.bytes_uploaded += len(output)
         return receipt
 
@@ -152,7 +157,9 @@ class Transfers:
             return lease.inline_input
         if lease.input_grant is None:
             raise FallowError(Reason.GRANT_EXPIRED, "the lease came without a grant for its input")
+        began = time.monotonic()
         block = await blobs.get(lease.input_grant, lease.input)
+        self.network.received(len(block), time.monotonic() - began)
         self.counts.blob_bytes_fetched += len(block)
         return block
 

@@ -10,10 +10,14 @@ from fallow_coordinator.core.sessions import REPLACED
 from fallow_coordinator.core.state import State, TaskPhase
 
 _NOTHING: tuple[f.Effect, ...] = ()
+_SILENT = frozenset({e.TaskCreated, e.TaskInputPacked})
+"""Frequent events from which nothing follows, told before the long way through all others."""
 
 
 def effects_of(state: State, event: e.Event) -> tuple[f.Effect, ...]:  # noqa: PLR0911 one arm each
     """Effects of one event, asked right after `evolve` applied it, so that `state` is the state it left behind."""
+    if type(event) in _SILENT:
+        return _NOTHING
     match event:
         case e.PackRequested():
             return (f.PackTask(task_id=event.task_id, pack_number=event.pack_number),)

@@ -115,7 +115,7 @@ CHECK_WAIT_MS = 30 * MINUTE_MS
 """How long an answer waits for a checker, from its challenge on."""
 CHECKS_PER_CHALLENGE_MAX = 3
 """Checks of one answer that may come to nothing."""
-CLAIM_MILLI_PER_CORE = 500
+CLAIM_MILLI_PER_CORE = 1_000
 """Speed taken for granted of a core, in thousandths of a unit a second, when a device states none."""
 CLAIM_MILLI_PER_S_MAX = 10_000_000
 """Largest claim that a challenge is sized to: 500 TFLOP/s."""

@@ -36,5 +36,5 @@ class Names:
 
 
 def entropy_of_step(entropy: bytes, step: int) -> bytes:
-    """Entropy of a turn's step, unrelated to that of its command."""
-    return hashlib.sha256(b"step" + step.to_bytes(8, "big") + entropy).digest()
+    """Entropy of a turn's step: draws hash it, so they are unrelated to those of the command and of other steps."""
+    return entropy[:24] + step.to_bytes(8, "big")

@@ -22,6 +22,7 @@ from google.protobuf.message import DecodeError, Message
 from fallow.errors import FallowError, Reason
 from fallow.identity import load_certificate, public_der_of_certificate
 from fallow.ids import KeyFingerprint, digest_of
+from fallow.limits import CONTROL_MESSAGE_BYTES_MAX, KIB
 from fallow_coordinator.service.errors import abort
 from fallow_coordinator.service.rate_limit import RateLimit
 
@@ -32,6 +33,8 @@ UNARY_TIME_MAX_S: Final = 30.0
 CERTIFICATES_REMEMBERED_MAX: Final = 4096
 BYTES_OF_ONE_CALL: Final = 2048
 """A longer request counts as several calls: decoding and checking it takes as long."""
+SIMPLE_REQUEST_BYTES_MAX: Final = 4 * KIB
+"""Longest request that has only names and numbers."""
 STREAM_OPENING_COST: Final = 20.0
 """Opening a worker's stream writes to the journal."""
 
@@ -140,7 +143,37 @@ def admitted(raw: bytes, context: Context, request_type: type[RequestT], limit: 
     peer = peer_of(context)
     charge = partial(limit.take, peer.key_fingerprint or peer.address)
     charge(1.0 + len(raw) / BYTES_OF_ONE_CALL)
+    most = request_bytes_max(request_type)
+    if len(raw) > most:
+        raise FallowError(
+            Reason.LIMIT_EXCEEDED,
+            f"a {request_type.DESCRIPTOR.name} of {len(raw)} bytes",
+            field=request_type.DESCRIPTOR.name,
+            limit=f"{most} bytes",
+        )
     return Call(decoded(raw, request_type), raw, peer, charge)
+
+
+def request_bytes_max(request_type: type[Message]) -> int:
+    """Longest request of a method: a few KiB where it has only names and numbers, else what the server takes.
+
+    It follows from the contract, so that a new method needs no entry anywhere.
+    """
+    descriptor = request_type.DESCRIPTOR
+    known = _request_bytes_max.get(descriptor.full_name)
+    if known is None:
+        simple = all(
+            field.message_type is None and not field.is_repeated and field.type != field.TYPE_BYTES
+            for field in descriptor.fields
+        )
+        known = _request_bytes_max[descriptor.full_name] = (
+            SIMPLE_REQUEST_BYTES_MAX if simple else CONTROL_MESSAGE_BYTES_MAX
+        )
+    return known
+
+
+_request_bytes_max: dict[str, int] = {}
+"""By message; no more entries than the contract has."""
 
 
 def decoded(raw: bytes, request_type: type[RequestT]) -> RequestT:

@@ -51,8 +51,13 @@ class Pace:
 
     async def keep(self, cost: float) -> None:
         """Returns when something of that cost may come in."""
+        wait_s = self.wait_s(cost)
+        if wait_s:
+            await asyncio.sleep(wait_s)
+
+    def wait_s(self, cost: float) -> float:
+        """Takes something of that cost; how long it must wait to come in, 0 for not at all."""
         now = self._clock()
         self._level = min(self._burst, self._level + (now - self._seen) * self._per_s) - cost
         self._seen = now
-        if self._level < 0:
-            await asyncio.sleep(-self._level / self._per_s)
+        return -self._level / self._per_s if self._level < 0 else 0.0

@@ -25,6 +25,7 @@ ENROLLMENT_CONNECTIONS_SHARE: Final = 0.1
 """Of the process's descriptors: strangers at the open door never take those of parties."""
 HANDSHAKE_TIMEOUT_MS: Final = 10_000
 """Who has not proved a key by then is cut off: connections of strangers cost a descriptor each."""
+ENROLLMENT_AGE_MS_MAX: Final = 600_000
 ENROLLMENT_IDLE_MS_MAX: Final = 30_000
 CONTROL_IDLE_MS_MAX: Final = 300_000
 KEEPALIVE_INTERVAL_MS: Final = 30_000
@@ -40,6 +41,10 @@ def assert_fast_protobuf() -> None:
         raise RuntimeError(f"protobuf runs on {backend!r}, not on upb; unset PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION")
 
 
+AGE_GRACE_MS: Final = 60_000
+"""How long calls may go on upon a connection whose time is over."""
+
+
 class RpcServer:
     """One listening server with health, and reflection where asked."""
 
@@ -52,13 +57,15 @@ class RpcServer:
         idle_ms_max: int,
         connections_share: float,
         reflect: bool,
+        age_ms_max: int = 0,
     ) -> None:
         """`service_names` are those of `handlers`, for health and reflection. Connections without calls end after
-        `idle_ms_max`; it holds at most `connections_share` of the process's descriptors."""
+        `idle_ms_max`, all of them after `age_ms_max` (0: never); it holds at most `connections_share` of the process's
+        descriptors."""
         self._names = service_names
         self.server = grpc.aio.server(
             interceptors=(SideCallLimit(),),
-            options=_options(message_bytes_max, idle_ms_max, connections_max(connections_share)),
+            options=_options(message_bytes_max, idle_ms_max, connections_max(connections_share), age_ms_max),
             maximum_concurrent_rpcs=CALLS_MAX,
         )
         self.server.add_generic_rpc_handlers(tuple(handlers))
@@ -99,8 +106,10 @@ def mutual_tls(key: PrivateKey, certificate_pem: bytes, authority_pem: bytes) ->
     )
 
 
-def _options(message_bytes_max: int, idle_ms_max: int, connections: int) -> list[tuple[str, int]]:
+def _options(message_bytes_max: int, idle_ms_max: int, connections: int, age_ms_max: int) -> list[tuple[str, int]]:
+    age = [("grpc.max_connection_age_ms", age_ms_max), ("grpc.max_connection_age_grace_ms", AGE_GRACE_MS)]
     return [
+        *(age if age_ms_max else ()),
         ("grpc.max_allowed_incoming_connections", connections),
         ("grpc.server_handshake_timeout_ms", HANDSHAKE_TIMEOUT_MS),
         ("grpc.max_connection_idle_ms", idle_ms_max),

@@ -260,9 +260,11 @@ class WorkerSession:
             if raw is None:
                 break
             self.last_heard = asyncio.get_running_loop().time()
-            await pace.keep(1.0 + len(raw) / BYTES_OF_ONE_MESSAGE)
+            if wait_s := pace.wait_s(1.0 + len(raw) / BYTES_OF_ONE_MESSAGE):
+                await asyncio.sleep(wait_s)
             request = self._next(raw)
-            await self._until_waiting(INBOUND_MAX - 1)
+            if self._waiting >= INBOUND_MAX:
+                await self._until_waiting(INBOUND_MAX - 1)
             self._begin(request, handle)
         await self._until_waiting(0)
 

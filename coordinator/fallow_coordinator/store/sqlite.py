@@ -16,6 +16,7 @@ from pathlib import Path
 from fallow.ids import Digest
 from fallow_coordinator.core.events import Event
 from fallow_coordinator.ports import Record, StorageFailed, WriterFenced
+from fallow_coordinator.store.checkpoints import Checkpoints
 from fallow_coordinator.store.encoding import SALT_BYTES, encode_event, leaf_of
 from fallow_coordinator.store.failures import storage_failures
 from fallow_coordinator.store.journal_reader import (
@@ -31,8 +32,8 @@ logger = logging.getLogger(__name__)
 
 LOCK_WAIT_S = 5.0
 """How long a transaction of another process may hold us up before we give up."""
-CHECKPOINT_PAGES = 4_000
-"""Pages (4 KiB) in the write-ahead log before a commit moves them into the file: 16 MB, so few commits pay for it."""
+CHECKPOINT_PAGES_MAX = 16_000
+"""Pages (4 KiB) in the write-ahead log before a commit moves into the file what `Checkpoints` has not moved: 64 MB."""
 WAL_BYTES_KEPT = 32 * 1024 * 1024
 """Size to which the write-ahead log is cut back after a checkpoint."""
 JOURNAL_TAIL_RECORDS = 10_000
@@ -71,6 +72,7 @@ class SqliteStore:
             row = self._writer.execute("SELECT sequence, at_ms FROM journal ORDER BY sequence DESC LIMIT 1").fetchone()
         self._last_sequence, self._last_at_ms = (0, 0) if row is None else (int(row[0]), int(row[1]))
         self._reader = JournalReader(self._path)
+        self._checkpoints = Checkpoints(self._path)
         self._segments = SegmentShelf(folder)
         self._trusted: Segment | None = None
         """The segment that was last compared with the database."""
@@ -105,6 +107,7 @@ class SqliteStore:
             # What of this batch reached the disk is unknown, and after a failed sync unknowable: nothing may follow it.
             self._failure = failure
             raise
+        self._checkpoints.note(records=len(events), payloads=len(payloads))
         if events:
             self._last_sequence = expected_sequence + len(events)
             self._last_at_ms = events[-1][0]
@@ -216,6 +219,7 @@ class SqliteStore:
         return True
 
     def close(self) -> None:
+        self._checkpoints.close()
         self._reader.close()
         self._writer.close()
 
@@ -227,7 +231,7 @@ def _open_writer(path: Path) -> sqlite3.Connection:
         check_format(writer, path)
     writer.execute("PRAGMA journal_mode = WAL")
     writer.execute("PRAGMA synchronous = FULL")
-    writer.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
+    writer.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES_MAX}")
     writer.execute(f"PRAGMA journal_size_limit = {WAL_BYTES_KEPT}")
     writer.execute("BEGIN IMMEDIATE")
     if not writer.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import click
@@ -43,14 +44,13 @@ def show_command(login: Path | None, as_json: bool) -> None:
 @click.option("--csv", "as_csv", is_flag=True, help="Comma-separated values, one line each.")
 @login_option
 @json_option
-def statement_command(since: object, as_csv: bool, login: Path | None, as_json: bool) -> None:
+def statement_command(since: timedelta | None, as_csv: bool, login: Path | None, as_json: bool) -> None:
     """Show what came and went; work is one line for each job and worker."""
     output = Output(as_json=as_json)
-    back_s = since.total_seconds() if hasattr(since, "total_seconds") else 0.0
 
     async def work() -> None:
         async with await connect_async(login) as client:
-            since_ms = int((time.time() - back_s) * 1_000) if back_s else 0
+            since_ms = int((time.time() - since.total_seconds()) * 1_000) if since is not None else 0
             statement = await client.statement(since_ms=since_ms)
         if as_csv and not as_json:
             click.echo(csv_text(statement), nl=False)

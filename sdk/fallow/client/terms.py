@@ -87,7 +87,8 @@ def terms_of(given: JobTerms, options: JobOptions, *, now: datetime.datetime) ->
     return Terms(
         options=replace(options, **changes),  # type: ignore[arg-type]  # each key goes with its own type above
         limit_microcredits_per_1000_rows=None if limit is None else _amount(limit, "limit"),
-        budget_microcredits=None if budget is None else _amount(budget, "budget"),
+        # A budget among the options is stated as well.
+        budget_microcredits=(options.budget_microcredits or None) if budget is None else _amount(budget, "budget"),
         accept=tuple(dict.fromkeys(_member(VariantForm, form, "accept") for form in forms)),
     )
 

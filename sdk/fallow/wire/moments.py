@@ -12,8 +12,8 @@ def moment_to_message(at_ms: int) -> Timestamp:
 
 
 def moment_from_message(message: Timestamp) -> int:
-    """Milliseconds since 1970; an unset timestamp is 0."""
-    return message.seconds * 1000 + message.nanos // 1_000_000
+    """Milliseconds since 1970; an unset timestamp is 0, one beyond the year 9999 its end."""
+    return _within(message.seconds) * 1000 + message.nanos // 1_000_000
 
 
 def duration_to_message(duration_ms: int) -> Duration:
@@ -22,5 +22,13 @@ def duration_to_message(duration_ms: int) -> Duration:
 
 
 def duration_from_message(message: Duration) -> int:
-    """Milliseconds; an unset duration is 0."""
-    return message.seconds * 1000 + message.nanos // 1_000_000
+    """Milliseconds; an unset duration is 0, one beyond 8,000 years as long as that."""
+    return _within(message.seconds) * 1000 + message.nanos // 1_000_000
+
+
+_SECONDS_MAX = 253_402_300_799
+"""9999-12-31T23:59:59Z, the end of protobuf's timestamps: milliseconds beyond it would not fit a database's integers."""
+
+
+def _within(seconds: int) -> int:
+    return max(-_SECONDS_MAX, min(_SECONDS_MAX, seconds))

@@ -46,6 +46,8 @@ CAPABILITY_SAID_EVERY_MS: Final = 10_000
 """A change of what the worker can do (a device, the battery) is told at most so often, however often it flips."""
 MEMORY_SAID_EVERY_MS: Final = 60_000
 """The same when free memory alone has changed."""
+NETWORK_STEP_PERCENT: Final = 150
+"""A rate or round trip of the network is told anew when it is so much of what was told, or was told so much of it."""
 MEMORY_STEP_BYTES: Final = GIB
 MEMORY_STEP_PART: Final = 8
 """Free memory is told anew when it has moved by a step of this size, or by this part of what was told."""

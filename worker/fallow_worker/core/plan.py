@@ -19,6 +19,7 @@ from fallow.session import (
     GrantsWanted,
     LeaseReturned,
     TaskFailed,
+    TaskKind,
 )
 from fallow_worker.core import limits
 from fallow_worker.core.actions import (
@@ -161,10 +162,15 @@ def _cancellations(world: World, now_ms: int) -> Iterator[Action]:
         match held.phase:
             case Cancelling(told=False):
                 yield Cancel(held.lease_id)
-            case Running() if over:
+            case Running() if over or _disturbs(world, held):
                 yield Cancel(held.lease_id)
             case _:
                 pass
+
+
+def _disturbs(world: World, held: Held) -> bool:
+    """Whether a challenge drains a battery: nobody's rows wait for it."""
+    return held.lease.kind is TaskKind.CHALLENGE and world.capability.on_battery
 
 
 def _by_urgency(world: World, kind: type[Phase]) -> list[Held]:
@@ -289,8 +295,9 @@ def _said(world: World, action: Say, now_ms: int) -> World:
 def _cancel_told(world: World, held: Held) -> World:
     if isinstance(held.phase, Cancelling):
         return _with_phase(world, held.lease_id, replace(held.phase, told=True))
-    assert world.drain is not None, "only a drain stops what somebody wants"
-    returned = LeaseReturned(held.lease_id, held.fence, Cause.OWNER_PREEMPT, world.drain.reason)
+    assert world.drain is not None or _disturbs(world, held), "only a drain stops what somebody wants"
+    reason = world.drain.reason if world.drain is not None else "the machine runs on its battery"
+    returned = LeaseReturned(held.lease_id, held.fence, Cause.OWNER_PREEMPT, reason)
     return _with_phase(world, held.lease_id, Cancelling(told=True, then=returned))
 
 
