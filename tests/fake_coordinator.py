@@ -21,6 +21,7 @@ import numpy as np
 
 from fallow.credentials import Credentials, key_of_folder, pem_of
 from fallow.errors import FallowError, Reason
+from fallow.explanation import JobExplanation, Obstacle
 from fallow.identity import BLOBS_NAME, CONTROL_NAME, PrivateKey
 from fallow.ids import AccountId, Digest, JobId, KeyFingerprint, PartyId, PoolId, digest_of
 from fallow.job import JobProgress, JobRowFailure, JobState, JobStatus, RowSpan, TaskResult
@@ -43,6 +44,7 @@ from fallow.wire.blob import (
 )
 from fallow.wire.bundle import decode_manifest
 from fallow.wire.errors import ERROR_METADATA_KEY, encode_error
+from fallow.wire.explanation import job_explanation_to_message
 from fallow.wire.job import result_to_message, status_to_message
 from fallow.wire.quote import quote_request_from_message, quote_to_message
 from fallow.wire.schema import encode_schema
@@ -278,6 +280,14 @@ class FakeCoordinator(job_service_pb2_grpc.JobServiceServicer, blob_service_pb2_
         await self._arrive("GetJob", context)
         await self._job(request.job_id, context)
         return job_service_pb2.GetJobResponse(job=status_to_message(self._status(request.job_id)))
+
+    async def ExplainJob(self, request: Any, context: Any) -> Any:
+        await self._arrive("ExplainJob", context)
+        await self._job(request.job_id, context)
+        status = self._status(request.job_id)
+        away = Obstacle("away", 3, "it is not connected", "start it")
+        told = JobExplanation(status.job_id, status.state, 5, 2, 0, (away,), (Obstacle("BUSY", 2, "busy"),), 1, 2, 30)
+        return job_service_pb2.ExplainJobResponse(explanation=job_explanation_to_message(told))
 
     async def ListJobs(self, request: Any, context: Any) -> Any:
         await self._arrive("ListJobs", context)

@@ -132,8 +132,22 @@ async def record() -> list[StoredRecord]:
     await later.submit_job(ROWS, title="running")
     await later.reconnect(first)
     await later.commit(first, later.leases_of(first)[0])
+    await bad_host(later)
     await later.engine.stop()
     return disk.records
+
+
+async def bad_host(world: World) -> None:
+    """A host that fails by its own fault until it rests, comes back and recovers."""
+    world.clock.now_ms += 120_000
+    bad = await world.volunteer("bad host")
+    await world.submit_job(ROWS, title="on a bad host", failed_rows_max=len(ROWS))
+    for _ in range(3):
+        await fail_first_lease(world, bad, Cause.WORKER)
+        world.clock.now_ms += 60_000
+        await world.tell(c.Tick())
+        await packers_done()
+    await world.commit(bad, world.leases_of(bad)[0])
 
 
 async def record_door() -> list[StoredRecord]:

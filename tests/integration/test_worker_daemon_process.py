@@ -10,9 +10,12 @@ import signal
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from fallow.explanation import Obstacle, WorkerExplanation
+from fallow.ids import PartyId
 from fallow_worker.testing import PATIENCE_S, Conversation, ScriptedCoordinator
 
 pytestmark = pytest.mark.processes
@@ -151,6 +154,35 @@ async def test_status_tells_a_running_worker_from_one_that_is_not(coordinator: S
         await process.ended()
         status = await told()
         assert status["running"] is False
+
+
+async def test_why_says_what_the_coordinator_sees_and_answers_without_it_too(coordinator: ScriptedCoordinator) -> None:
+    busy = Obstacle("WORKING", 2, "it has as much work as it takes")
+    coordinator.why = WorkerExplanation(PartyId("worker"), True, 2, 2, 2, 0, 5, 3, (), (busy,))
+
+    async def told(folder: Path) -> dict[str, Any]:
+        code, output, errors = await run("why", "--state", str(folder), "--json")
+        assert code == 0, errors
+        found: dict[str, Any] = json.loads(output)
+        return found
+
+    async with worker(coordinator) as process:
+        conversation = await online(coordinator)
+        async with asyncio.timeout(PATIENCE_S):
+            while (found := await told(process.folder))["session"] != "online":
+                pass
+        assert found["explanation"]["jobs_fitting"] == 3
+        assert [reason["code"] for reason in found["reasons"]] == ["WORKING"]
+        process.process.terminate()
+        await conversation.ends()
+        await process.ended()
+        await coordinator.stop()
+        found = await told(process.folder)
+        assert found["explanation"] is None
+        assert [reason["code"] for reason in found["reasons"]] == ["NOT_RUNNING", "COORDINATOR_UNREACHABLE"]
+        code, output, _ = await run("why", "--state", str(process.folder))
+        assert code == 0
+        assert "fallow-worker start" in output
 
 
 async def test_the_daemon_at_rest_is_small_and_carries_no_runtime(coordinator: ScriptedCoordinator) -> None:

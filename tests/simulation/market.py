@@ -73,6 +73,8 @@ class MarketSimulation(Simulation):
         budget, limit = self.budgets[client.number], self.limits[client.number]
         return replace(
             super()._options(client),
+            region="",
+            device_kind="",
             budget_microcredits=budget,
             limit_microcredits_per_unit=limit if budget else 0,
         )

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from fallow.ids import Digest, JobId, LeaseId, PartyId, SessionId, TaskId
-from fallow.job import JOB_STATES_FINAL, JobState
-from fallow.session import Capability
+from fallow.job import JOB_STATES_FINAL, JobOptions, JobState
+from fallow.session import Capability, Cause
 from fallow_coordinator.core import events as e
 from fallow_coordinator.core import evolve_devices
 from simulation.virtual_time import SimulationError
@@ -79,6 +79,14 @@ class Oracle:
     dead_sessions: set[SessionId] = field(default_factory=set[SessionId])
     """Sessions of coordinators that are no more."""
     away_since_ms: dict[PartyId, int] = field(default_factory=dict[PartyId, int])
+    capabilities: dict[PartyId, Capability] = field(default_factory=dict[PartyId, Capability])
+    wishes: dict[JobId, JobOptions] = field(default_factory=dict[JobId, JobOptions])
+    resting: set[PartyId] = field(default_factory=set[PartyId])
+    """Workers that get nothing for now."""
+    blamed: set[PartyId] = field(default_factory=set[PartyId])
+    """Workers of which a lease just ended by their own fault."""
+    restarted_at_ms: int = 0
+    granted_at_ms: dict[LeaseId, int] = field(default_factory=dict[LeaseId, int])
     models: dict[PartyId, str] = field(default_factory=dict[PartyId, str])
     """Of each worker's device, as it was last told."""
     challenges: dict[TaskId, SeenChallenge] = field(default_factory=dict[TaskId, SeenChallenge])
@@ -109,6 +117,7 @@ class Oracle:
                 _must(last is None or at_ms - last >= IDEMPOTENCY_MS, "one idempotency key made two jobs")
                 self.keys[key] = at_ms
                 self.jobs[event.job_id] = SeenJob(event.rows)
+                self.wishes[event.job_id] = event.options
                 self.cut[event.job_id] = 0
             case e.JobStateChanged():
                 self._move(event)
@@ -125,6 +134,7 @@ class Oracle:
                 _must(event.worker_id not in self.sessions.values(), "a worker has two sessions")
                 self.sessions[event.session_id] = event.worker_id
                 self.windows[event.worker_id] = event.window
+                self.capabilities[event.worker_id] = event.capability
                 self._devices(event.worker_id, event.capability)
                 self.away_since_ms.pop(event.worker_id, None)
                 for lease_id in event.kept:
@@ -134,14 +144,26 @@ class Oracle:
             case e.CapabilityReported():
                 self.windows[self.sessions[event.session_id]] = event.window
                 if event.capability is not None:
+                    self.capabilities[self.sessions[event.session_id]] = event.capability
                     self._devices(self.sessions[event.session_id], event.capability)
+            case e.WorkerStruck():
+                _must(event.worker_id in self.blamed, "a worker was blamed for what is not its fault")
+                self.blamed.discard(event.worker_id)
+                self.resting.discard(event.worker_id)
+                if event.cool_ms:
+                    self.resting.add(event.worker_id)
+            case e.WorkerWarmed():
+                _must(event.worker_id in self.resting, "who does not rest came back")
+                self.resting.discard(event.worker_id)
             case e.Restarted():
                 self.away_since_ms = dict.fromkeys([*self.sessions.values(), *self.away_since_ms], at_ms)
                 self.sessions.clear()
+                self.restarted_at_ms = at_ms
                 for lease in self.leases.values():
                     lease.deadline_ms += event.down_time_ms
             case e.LeaseGranted():
                 self._grant(event)
+                self.granted_at_ms[event.lease_id] = at_ms
             case e.LeaseEnded():
                 self._end(event, at_ms)
             case e.CommitmentRecorded():
@@ -220,7 +242,20 @@ class Oracle:
                 _must(start == self.cut[event.job_id] < end, "rows were cut twice or passed over")
                 self.cut[event.job_id] = end
 
+    def _check_fit(self, event: e.LeaseGranted) -> None:
+        """By the job's words and the worker's alone."""
+        _must(event.worker_id not in self.resting, "a resting worker was given a lease")
+        job_id, _ = self.spans[event.task_id]
+        if job_id is None:
+            return
+        wishes, able = self.wishes[job_id], self.capabilities[event.worker_id]
+        region = not wishes.region or (able.region + "-").startswith(wishes.region + "-")
+        _must(region, "a lease left its job's region")
+        kinds = {device.kind.value for device in able.devices}
+        _must(not wishes.device_kind or wishes.device_kind in kinds, "a lease went to another kind of device")
+
     def _grant(self, event: e.LeaseGranted) -> None:
+        self._check_fit(event)
         _must(event.task_id not in self.over, "a task that is over was leased")
         _must(event.fence > self.fences.get(event.task_id, 0), "a fence did not grow")
         _must(self.sessions.get(event.session_id) == event.worker_id, "a lease went to a closed session")
@@ -239,6 +274,9 @@ class Oracle:
     def _end(self, event: e.LeaseEnded, at_ms: int) -> None:
         lease = self.leases.pop(event.lease_id, None)
         _must(lease is not None, "a lease ended twice")
+        ours = self.granted_at_ms.get(event.lease_id, 0) < self.restarted_at_ms
+        if lease is not None and event.cause is Cause.WORKER and not ours:
+            self.blamed.add(lease.worker_id)
         if lease is not None and event.outcome is e.LeaseOutcome.EXPIRED:
             _must(at_ms >= lease.deadline_ms, "a lease expired before its deadline")
 

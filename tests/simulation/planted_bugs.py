@@ -13,17 +13,19 @@ from typing import Any
 import pytest
 
 from fallow.ids import LeaseId, PartyId, SessionId, TaskId
-from fallow.session import HeldLease
+from fallow.session import Cause, HeldLease
 from fallow_coordinator.core import commands as c
 from fallow_coordinator.core import (
     decide,
     draft,
     evolve_sessions,
     evolve_tasks,
+    groups,
     jobs,
     lanes,
     leases,
     matching,
+    needs,
     questions,
     sessions,
     time_passing,
@@ -336,6 +338,41 @@ def cancelled_job_keeps_its_leases(patch: pytest.MonkeyPatch) -> EngineBugs:
     return EngineBugs()
 
 
+def region_ignored(patch: pytest.MonkeyPatch) -> EngineBugs:
+    """Work goes wherever somebody is free."""
+    right = needs.misfit
+
+    def wrong(wanted: needs.Needs, ability: needs.Ability) -> needs.Misfit | None:
+        return right(wanted._replace(region=""), ability)
+
+    patch.setattr(groups, "misfit", wrong)
+    return EngineBugs()
+
+
+def resting_hosts_get_work(patch: pytest.MonkeyPatch) -> EngineBugs:
+    """A host that keeps failing goes on as if nothing were."""
+    patch.setattr(Worker, "room", property(lambda worker: worker.window))
+    return EngineBugs()
+
+
+def owners_are_blamed(patch: pytest.MonkeyPatch) -> EngineBugs:
+    """Whoever takes his machine back has failed."""
+    patch.setattr(draft, "is_strike", lambda state, lease, outcome, cause: cause is not Cause.PLATFORM)
+    return EngineBugs()
+
+
+def no_amnesty(patch: pytest.MonkeyPatch) -> EngineBugs:
+    """Workers pay for our own outages."""
+    patch.setattr(draft, "is_strike", lambda state, lease, outcome, cause: cause is Cause.WORKER)
+    return EngineBugs()
+
+
+def fleets_idle_beside_work(patch: pytest.MonkeyPatch) -> EngineBugs:
+    """Stock that was leased is never made anew."""
+    patch.setattr(lanes, "_unstock", lambda state, task: None)
+    return EngineBugs()
+
+
 PLANTED: tuple[Plant, ...] = (
     fence_compared_with_greater_or_equal,
     fence_does_not_grow,
@@ -363,4 +400,9 @@ PLANTED: tuple[Plant, ...] = (
     welcome_lost_locks_out,
     requeued_without_packing,
     cancelled_job_keeps_its_leases,
+    region_ignored,
+    resting_hosts_get_work,
+    owners_are_blamed,
+    no_amnesty,
+    fleets_idle_beside_work,
 )

@@ -47,6 +47,7 @@ class Client:
     blocks: int
     inline: bool
     cancels: bool
+    options: JobOptions
     job_id: JobId | None = None
     acknowledged: bool = False
     seen: list[TaskResult] = field(default_factory=list[TaskResult])
@@ -126,7 +127,11 @@ class Simulation:
             SimulatedWorker(
                 self,
                 f"worker-{n}",
-                replace(capability(*kinds, slots=dice.randint(1, 2)), region=self.weather.region()),
+                # Each region has one, so that whatever is asked for is there.
+                replace(
+                    capability(*kinds, slots=dice.randint(1, 2)),
+                    region=(self.weather.region(), *("north", "south")[n : n + 1])[-1],
+                ),
                 dice.randint(1, 4),
             )
             for n in range(dice.randint(2, 4))
@@ -141,7 +146,16 @@ class Simulation:
         dice = self.schedule.dice
         count = dice.randint(1, 60)
         rows = tuple(dice.randrange(1_000_000) for _ in range(count))
-        return Client(number, rows, min(count, dice.randint(1, 4)), dice.random() < 0.5, dice.random() < 0.1)
+        own = random.Random(f"wishes {self.seed} {number}")
+        wishes = JobOptions(
+            failed_rows_max=len(rows),
+            priority=own.randint(0, 9),
+            # Where much fails, a region of one worker may use up a task's attempts.
+            region=own.choice(("", "", "north", "south")) if self.faults.task_trouble < 0.3 else "",
+            device_kind=own.choice(("", "", "cpu")),
+            deadline_ms=WALL_MS + 3_600_000 if own.random() < 0.2 else 0,
+        )
+        return Client(number, rows, min(count, dice.randint(1, 4)), dice.random() < 0.5, dice.random() < 0.1, wishes)
 
     def _new_life(self) -> CoordinatorLife:
         wall_ms = WALL_MS + self.schedule.now_ms + self.wall_error_ms
@@ -306,7 +320,7 @@ class Simulation:
         )
 
     def _options(self, client: Client) -> JobOptions:
-        return JobOptions(failed_rows_max=len(client.rows), objective=self.weather.objective(client.number))
+        return replace(client.options, objective=self.weather.objective(client.number))
 
     def _accepted(self, client: Client) -> AnswerHeard:
         def heard(answer: Answer | FallowError) -> None:

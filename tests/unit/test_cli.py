@@ -278,3 +278,15 @@ def _status(state: JobState, reason: str, progress: JobProgress | None = None) -
         results=0,
         progress=progress or JobProgress(),
     )
+
+
+def test_explain_tells_who_fell_out_and_what_a_job_waits_for(
+    coordinator: FakeCoordinator, model: Path, rows: Path
+) -> None:
+    submitted = invoke("job", "submit", model, rows, "--data", "public", "--input", "x=a,b", "--json")
+    job_id = json.loads(submitted.stdout)["job_id"]
+    told = invoke("job", "explain", job_id)
+    assert "5 considered, 2 fit, 0 free now" in told.stdout
+    assert "3 × it is not connected: start it" in told.stdout
+    facts = json.loads(invoke("job", "explain", job_id, "--json").stdout)
+    assert facts["fallen_out"][0] == {"code": "away", "count": 3, "words": "it is not connected", "advice": "start it"}

@@ -16,7 +16,7 @@ from fallow_coordinator.core import effects as f
 from fallow_coordinator.core import events as e
 from fallow_coordinator.core import questions
 from fallow_coordinator.core.holding import CLEARANCES_MAX
-from fallow_coordinator.core.limits import TASK_LOSSES_MAX
+from fallow_coordinator.core.limits import COOL_DOWN_MS_MAX, TASK_LOSSES_MAX
 from fallow_coordinator.core.state import Lease
 from simulation.core_world import World, digest, of_kind
 
@@ -98,7 +98,7 @@ def test_a_commitment_with_wrong_content_is_the_workers_failure(changes: dict[st
     world, _, _, lease = leased_world()
     honest = world.commit_command(lease)
     turn = world.take(replace(honest, **changes))  # type: ignore[arg-type]
-    assert [type(event) for event in turn.events] == [e.LeaseEnded]
+    assert [type(event) for event in turn.events] == [e.LeaseEnded, e.WorkerStruck]
     assert world.state.ended_leases[lease.lease_id].outcome is e.LeaseOutcome.FAILED
 
 
@@ -268,7 +268,7 @@ def test_a_task_that_fails_too_often_is_given_up_and_its_rows_fail() -> None:
         (lease,) = world.leases_of(worker_id)
         assert lease.fence == attempt + 1
         world.take(world.fail_command(lease, Cause.WORKER, "no memory"))
-        world.pass_time(10_000)
+        world.pass_time(COOL_DOWN_MS_MAX)
         world.pack_all()
     (result,) = questions.results_after(world.state, job_id, 0, 10)
     assert result.output is None and result.cursor == 1

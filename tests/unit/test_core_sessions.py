@@ -89,7 +89,7 @@ def test_leases_outlive_their_session_for_the_grace_and_no_longer() -> None:
     world.take(c.CloseSession(session_id, "link lost"))
     assert world.pass_time(SESSION_GRACE_MS - 1).events == ()
     turn = world.pass_time(1)
-    assert [type(event) for event in turn.events] == [e.LeaseEnded, e.LeaseEnded]
+    assert [type(event) for event in turn.events] == [e.LeaseEnded, e.WorkerStruck, e.LeaseEnded]
     assert all(world.state.ended_leases[lease.lease_id].outcome is e.LeaseOutcome.LOST for lease in leases)
     assert of_kind(turn.effects, f.SendRevoked) == [], "nobody is there to be told"
 

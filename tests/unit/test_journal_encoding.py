@@ -156,6 +156,8 @@ def test_numbers_of_kinds_are_for_ever() -> None:
         "job_deleted": 34,
         "blobs_forgotten": 35,
         "blob_quota_set": 36,
+        "worker_struck": 40,
+        "worker_warmed": 41,
         "account_admitted": 75,
         "account_expelled": 76,
         "bundle_cleared": 85,

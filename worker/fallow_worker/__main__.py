@@ -1,4 +1,4 @@
-"""The command line of a worker: join, start, prepare-image, status, ask, earnings, probe."""
+"""The command line of a worker: join, start, prepare-image, status, why, ask, earnings, probe."""
 
 from __future__ import annotations
 
@@ -182,6 +182,20 @@ def _status(options: argparse.Namespace) -> int:
     return 0
 
 
+def _why(options: argparse.Namespace) -> int:
+    from fallow_worker.start import joined, print_json
+    from fallow_worker.state_folder import StateFolder
+    from fallow_worker.why import why, why_facts, why_text
+
+    folder = StateFolder(_state(options))
+    found = why(folder, joined(folder))
+    if options.json:
+        print_json(why_facts(found))
+    else:
+        sys.stdout.write(shown(why_text(found)))
+    return 0
+
+
 def _ask(options: argparse.Namespace) -> int:
     from fallow.credits import credits_text, price_per_hour
     from fallow_worker.start import print_json
@@ -301,6 +315,7 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     command("status", "how the worker on this folder fares", _status)
+    command("why", "why this machine has no work now", _why)
     ask = command("ask", "what you ask in market pools: shown, or changed also while the worker runs", _ask)
     ask.add_argument(
         "ask",

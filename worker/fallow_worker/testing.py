@@ -21,6 +21,7 @@ from cryptography.x509.oid import NameOID
 
 from fallow.credentials import Credentials, key_of_folder
 from fallow.errors import FallowError, Reason
+from fallow.explanation import WorkerExplanation
 from fallow.identity import BLOBS_NAME, CONTROL_NAME, ENROLLMENT_NAME, PrivateKey, fingerprint_of
 from fallow.ids import AccountId, Digest, LeaseId, PartyId, PoolId, SessionId, digest_of
 from fallow.limits import PROTOCOL_VERSION, PROTOCOL_VERSION_MIN_SUPPORTED
@@ -47,6 +48,7 @@ from fallow.session_signature import NO_SESSION, check_worker_signature, sign_co
 from fallow.v1 import worker_service_pb2 as pb
 from fallow.v1 import worker_service_pb2_grpc
 from fallow.wire.errors import ERROR_METADATA_KEY, encode_error
+from fallow.wire.explanation import worker_explanation_to_message
 from fallow.wire.session import decode_worker_message, encode_coordinator_message
 from fallow_worker.ports import Outcome, Work
 
@@ -286,6 +288,8 @@ class ScriptedCoordinator:
         self.key = PrivateKey.generate()
         self.heartbeat_interval_ms = 1_000
         self.keep: Callable[[Hello], tuple[LeaseId, ...]] = lambda hello: tuple(h.lease_id for h in hello.held_leases)
+        self.why = WorkerExplanation(PartyId("worker"), True, 0, 1, 1, 0, 0, 0, (), ())
+        """What it says to a worker that asks why it has no work."""
         self.refusal: FallowError | None = None
         """Every Hello is refused with it while it is set."""
         self._folder = folder
@@ -457,6 +461,11 @@ class _Servicer(worker_service_pb2_grpc.WorkerServiceServicer):
     async def Session(self, request_iterator, context):  # type: ignore[no-untyped-def, override] # noqa: N802
         del request_iterator
         await self._coordinator.serve(context, bytes(context.auth_context()["x509_pem_cert"][0]))
+
+    async def GetWhy(self, request, context):  # type: ignore[no-untyped-def] # noqa: N802
+        del request
+        del context
+        return pb.GetWhyResponse(explanation=worker_explanation_to_message(self._coordinator.why))
 
 
 _STATUSES: Mapping[Reason, grpc.StatusCode] = {

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from fallow.credits import PoolMode
 from fallow.errors import Reason
-from fallow.ids import Digest, JobId, LeaseId, TaskId
+from fallow.ids import Digest, JobId, LeaseId, PartyId, TaskId
 from fallow.job import JOB_STATES_FINAL, Footprint, JobState
 from fallow.limits import ROW_FAILURE_REASON_BYTES_MAX, TASK_ATTEMPTS_MAX
 from fallow.session import Cause, TaskKind
@@ -23,6 +23,7 @@ from fallow_coordinator.core.events import (
 )
 from fallow_coordinator.core.evolve_tasks import MEASURING_KINDS, counts_as_attempt
 from fallow_coordinator.core.funding import is_short, resumed, settlement, short_of_allotment
+from fallow_coordinator.core.health import is_strike, struck
 from fallow_coordinator.core.limits import TASK_LOSSES_MAX
 from fallow_coordinator.core.state import Job, Lease, State, Task
 
@@ -46,6 +47,7 @@ class Draft:
         self._tallies: dict[JobId, _Tally] = {}
         self._leases_ended: set[LeaseId] = set()
         self._tasks_gone: set[TaskId] = set()
+        self._struck: set[PartyId] = set()
         self._resumed: set[JobId] = set()
 
     def end_lease(self, lease: Lease, outcome: LeaseOutcome, cause: Cause, reason: str) -> None:
@@ -56,6 +58,9 @@ class Draft:
         task = self._state.tasks[lease.task_id]
         self._leases_ended.add(lease.lease_id)
         self.events.append(LeaseEnded(lease_id=lease.lease_id, outcome=outcome, cause=cause, reason=reason))
+        if lease.worker_id not in self._struck and is_strike(self._state, lease, outcome, cause):
+            self._struck.add(lease.worker_id)
+            self.events.append(struck(self._state.workers[lease.worker_id]))
         self._given_back(task, lease.reserved_microcredits)
         if task.kind in MEASURING_KINDS:
             self._drop_measurement(task, outcome, cause, reason)
@@ -102,8 +107,9 @@ class Draft:
         *,
         rows_failed: int,
         footprint: Footprint = Footprint(),  # noqa: B008 - frozen
+        speed_milliunits_per_s: int = 0,
     ) -> None:
-        """The lease's commitment becomes the task's result."""
+        """The lease's commitment becomes the task's result; the speed is the worker's from here on, 0: unchanged."""
         self._tasks_gone.add(task.task_id)
         self._leases_ended.add(lease.lease_id)
         cursor = 0
@@ -122,6 +128,7 @@ class Draft:
                 cursor=cursor,
                 rows=task.rows,
                 rows_failed=rows_failed,
+                speed_milliunits_per_s=speed_milliunits_per_s,
                 microcredits=got.microcredits,
                 released=got.released,
                 contribution_microcredits=got.contribution_microcredits,

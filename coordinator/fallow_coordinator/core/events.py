@@ -211,6 +211,24 @@ class CapabilityReported:
 
 
 @dataclass(frozen=True, slots=True)
+class WorkerStruck:
+    """A lease of the worker ended by its own fault."""
+
+    worker_id: PartyId
+    strikes: int
+    """So many by now."""
+    cool_ms: int
+    """It gets nothing for so long from now; 0: goes on."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerWarmed:
+    """Its rest is over."""
+
+    worker_id: PartyId
+
+
+@dataclass(frozen=True, slots=True)
 class BlobRecorded:
     account_id: AccountId
     blob: BlobReference
@@ -447,6 +465,8 @@ class TaskSettled:
     rows_failed: int
     microcredits: int
     """What the job pays for the rows done."""
+    speed_milliunits_per_s: int = 0
+    """The worker's speed with the bundle from here on (`speeds`); 0: unchanged."""
     released: bool = False
     """True: the worker's account may spend it at once; false: it is pending."""
     contribution_microcredits: int = 0
@@ -602,6 +622,8 @@ Event = (
     | SessionOpened
     | SessionClosed
     | CapabilityReported
+    | WorkerStruck
+    | WorkerWarmed
     | BlobRecorded
     | BlobsForgotten
     | BlobQuotaSet

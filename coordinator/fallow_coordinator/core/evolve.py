@@ -17,6 +17,7 @@ from fallow_coordinator.core import (
     evolve_ledger,
     evolve_sessions,
     evolve_tasks,
+    health,
 )
 from fallow_coordinator.core.postings import postings_of
 from fallow_coordinator.core.state import State
@@ -53,6 +54,8 @@ def evolve(state: State, event: e.Event, at_ms: int) -> None:
             | e.TaskDropped()
         ):
             evolve_tasks.evolve_task(state, event, at_ms)
+        case e.WorkerStruck() | e.WorkerWarmed():
+            health.evolve_health(state, event, at_ms)
         case e.SessionOpened() | e.SessionClosed() | e.CapabilityReported() | e.Restarted():
             evolve_sessions.evolve_session(state, event, at_ms)
         case (

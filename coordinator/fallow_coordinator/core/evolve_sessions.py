@@ -6,6 +6,7 @@ from bisect import bisect_left, insort
 from typing import assert_never
 
 from fallow_coordinator.core import events as e
+from fallow_coordinator.core.availability import comes, goes
 from fallow_coordinator.core.groups import place, slots_of, unplace
 from fallow_coordinator.core.holders import forget_all, unload_all
 from fallow_coordinator.core.limits import BUNDLES_KEPT_AWAY_MS_MAX, RESTART_GRACE_MS, SESSION_GRACE_MS
@@ -33,9 +34,10 @@ def evolve_session(state: State, event: SessionEvent, at_ms: int) -> None:
             place(state, worker)
         case e.Restarted():
             assert event.epoch > state.epoch, "every writer has an epoch of its own"
+            state.restarted_at_ms = at_ms if state.epoch else 0
             state.epoch = event.epoch
             for worker_id in list(state.sessions.values()):
-                _close(state, state.workers[worker_id], at_ms, grace_ms=RESTART_GRACE_MS)
+                _close(state, state.workers[worker_id], at_ms, grace_ms=RESTART_GRACE_MS, cut_off=True)
             for _, worker_id in list(state.graces):
                 worker = state.workers[worker_id]
                 _end_grace(state, worker)
@@ -54,6 +56,7 @@ def _open(state: State, event: e.SessionOpened, at_ms: int) -> None:
         forget_all(state, worker)
     if event.presented_token_digest is None:
         unload_all(worker)
+    comes(worker.stays, at_ms)
     worker.session_id = event.session_id
     worker.sessions += 1
     worker.presented_token_digest = event.presented_token_digest
@@ -71,13 +74,14 @@ def _open(state: State, event: e.SessionOpened, at_ms: int) -> None:
     place(state, worker)
 
 
-def _close(state: State, worker: Worker, at_ms: int, *, grace_ms: int) -> None:
+def _close(state: State, worker: Worker, at_ms: int, *, grace_ms: int, cut_off: bool = False) -> None:
     assert worker.session_id is not None, "an open session is closed"
     unplace(state, worker)
     del state.sessions[worker.session_id]
     worker.session_id = None
     worker.free_since_ms = 0
     worker.closed_at_ms = at_ms
+    goes(worker.stays, at_ms, cut_off=cut_off)
     if worker.leases:
         _begin_grace(state, worker, at_ms + grace_ms)
 

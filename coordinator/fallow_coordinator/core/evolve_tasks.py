@@ -11,7 +11,8 @@ from fallow.limits import ROW_FAILURES_LISTED_PER_TASK_MAX
 from fallow.session import Cause, RowFailure, TaskKind
 from fallow_coordinator.core import events as e
 from fallow_coordinator.core.evolve_sessions import end_grace_if_empty
-from fallow_coordinator.core.groups import hold
+from fallow_coordinator.core.groups import hold, learns_speed
+from fallow_coordinator.core.health import recovers
 from fallow_coordinator.core.holders import forget_bundle, takes_bundle
 from fallow_coordinator.core.lanes import enter_lane, lane_of, leave_lane, leave_queue, move_share, release_lane
 from fallow_coordinator.core.limits import (
@@ -91,7 +92,7 @@ def evolve_task(state: State, event: TaskEvent, at_ms: int) -> None:
         case e.CommitmentRecorded():
             _commit(state, event, at_ms)
         case e.TaskSettled():
-            _settle(state, event)
+            _settle(state, event, at_ms)
         case e.TaskAbandoned():
             _abandon(state, event)
         case e.TaskDropped():
@@ -221,6 +222,7 @@ def _commit(state: State, event: e.CommitmentRecorded, at_ms: int) -> None:
         failures=event.failures,
         rows_failed=event.rows_failed,
         node=event.usage.node,
+        wall_us=event.usage.wall_microseconds,
         millijoules=event.millijoules,
         energy_measured=event.energy_measured,
     )
@@ -316,9 +318,11 @@ def _remove(state: State, task: Task) -> None:
         release_lane(state, task.lane)
 
 
-def _settle(state: State, event: e.TaskSettled) -> None:
+def _settle(state: State, event: e.TaskSettled, at_ms: int) -> None:
     lease = state.leases[event.lease_id]
     commitment = lease.commitment
+    worker = state.workers[lease.worker_id]
+    learns_speed(state, worker, state.tasks[lease.task_id].bundle_digest, event.speed_milliunits_per_s)
     task = _release(state, event.lease_id, None)
     assert task.task_id == event.task_id, "a lease settles its own task"
     _remove(state, task)
@@ -328,8 +332,9 @@ def _settle(state: State, event: e.TaskSettled) -> None:
         challenge.output, challenge.output_inline = commitment.output, commitment.inline
     if task.kind in MEASURING_KINDS:
         return
-    worker = state.workers[lease.worker_id]
     worker.tasks_settled += 1
+    worker.settled_at_ms = at_ms
+    recovers(state, worker)
     worker.rows_settled += event.rows - event.rows_failed
     worker.footprint = worker.footprint.plus(event.footprint)
     if task.job_id is None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Iterator
 
-from fallow.ids import AccountId, LeaseId, PartyId
+from fallow.ids import AccountId, Digest, LeaseId, PartyId
 from fallow.roles import Tier
 from fallow.session import Capability, DeviceLevel
 from fallow_coordinator.core.devices import measured
-from fallow_coordinator.core.limits import SLOTS_PER_WORKER_MAX, UNIT_MICROS
+from fallow_coordinator.core.limits import BUNDLES_PER_WORKER_MAX, SLOTS_PER_WORKER_MAX, UNIT_MICROS
 from fallow_coordinator.core.needs import MARKET, Ability, Needs, ability_of, misfit
 from fallow_coordinator.core.state import NO_GROUP, Account, Lane, State, Worker, WorkerGroup
 
@@ -107,6 +107,23 @@ def hold(state: State, worker: Worker, *, lease_id: LeaseId, unit_micros: int, h
     else:
         del worker.leases[lease_id]
         worker.unit_micros_held -= unit_micros
+    if group is not None:
+        _remember_free(state, group, worker)
+
+
+def learns_speed(state: State, worker: Worker, bundle_digest: Digest, speed_milliunits_per_s: int) -> None:
+    """The worker's speed with a bundle is so much from here on; 0: unchanged."""
+    if not speed_milliunits_per_s:
+        return
+    group = state.groups[worker.group] if worker.group != NO_GROUP else None
+    if group is not None:
+        _forget_free(state, group, worker)
+    worker.speeds.pop(bundle_digest, None)
+    worker.speeds[bundle_digest] = speed_milliunits_per_s
+    if len(worker.speeds) > BUNDLES_PER_WORKER_MAX:
+        del worker.speeds[next(iter(worker.speeds))]
+    known = worker.speed_milliunits_per_s
+    worker.speed_milliunits_per_s = (3 * known + speed_milliunits_per_s) // 4 if known else speed_milliunits_per_s
     if group is not None:
         _remember_free(state, group, worker)
 

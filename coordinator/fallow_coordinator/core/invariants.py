@@ -11,6 +11,7 @@ from fallow.limits import JOB_TASKS_MAX, LEASES_PER_WORKER_MAX, TASK_ATTEMPTS_MA
 from fallow.ranges import RangeSet
 from fallow.roles import Tier
 from fallow.session import TaskKind
+from fallow_coordinator.core.availability import HOURS_OF_WEEK
 from fallow_coordinator.core.devices import identity_of, measurable
 from fallow_coordinator.core.groups import ability_of_worker, duration_of_next_unit, fits
 from fallow_coordinator.core.holding import CLEARANCES_MAX
@@ -18,9 +19,11 @@ from fallow_coordinator.core.lanes import CUTTABLE, wants_cutting
 from fallow_coordinator.core.ledger import BookKind
 from fallow_coordinator.core.ledger import held as held_by
 from fallow_coordinator.core.limits import (
+    BUNDLES_PER_WORKER_MAX,
     IDEMPOTENCY_KEYS_PER_ACCOUNT_MAX,
     JOBS_UNFINISHED_PER_ACCOUNT_MAX,
     LEASES_REMEMBERED_MAX,
+    STRIKES_MAX,
     TASK_LOSSES_MAX,
 )
 from fallow_coordinator.core.needs import Ability
@@ -43,6 +46,8 @@ def check(state: State) -> None:
     _check_tasks(state)
     _check_devices(state)
     _check_groups(state)
+    _check_health(state)
+    _check_stays(state)
     _check_lanes(state)
     _check_own(state)
     _check_carbon(state)
@@ -220,6 +225,24 @@ def _check_groups(state: State) -> None:
     sets = (state.free_groups, state.hungry_groups, state.wanting_groups)
     _must(sets == (free, hungry, wanting), "sets of groups say what the groups say")
     _must(len(state.groups) == len(state.group_numbers), "each group is found")
+
+
+def _check_health(state: State) -> None:
+    resting = sorted((w.cooling_until_ms, worker_id) for worker_id, w in state.workers.items() if w.cooling_until_ms)
+    _must(resting == state.cooling, "who rests stands in the index")
+    for worker in state.workers.values():
+        _must(0 <= worker.strikes <= STRIKES_MAX, "strikes have a limit")
+        _must(not worker.cooling_until_ms or worker.window_max == 1, "who rests begins anew with one lease")
+        _must(len(worker.speeds) <= BUNDLES_PER_WORKER_MAX, "speeds remembered have a limit")
+
+
+def _check_stays(state: State) -> None:
+    for worker in state.workers.values():
+        stays = worker.stays
+        _must(all(0 <= hour < HOURS_OF_WEEK for hour in stays.minutes), "a week has its hours")
+        _must(min(stays.minutes.values(), default=0) >= 0, "time is not negative")
+        risks = zip(stays.ends, stays.at_risk, strict=True)
+        _must(all(0 <= ended <= risked for ended, risked in risks), "who left was there")
 
 
 def _check_lanes(state: State) -> None:

@@ -16,6 +16,7 @@ from fallow_coordinator.core.draft import Draft, shortened
 from fallow_coordinator.core.footprints import believed_energy, footprint_of
 from fallow_coordinator.core.holding import blame_program
 from fallow_coordinator.core.names import Names
+from fallow_coordinator.core.speeds import speed_after
 from fallow_coordinator.core.state import CommitmentFacts, EndedLease, Lease, State, Task
 
 COMMITTED_KINDS = frozenset({TaskKind.MAP, TaskKind.CHALLENGE})
@@ -76,8 +77,11 @@ def commit(state: State, command: c.Commit, now_ms: int) -> Decision:
     if task.kind is TaskKind.CHALLENGE:
         draft.events.append(measuring.answered(state, task, command))
     if command.inline:
+        speed = speed_after(
+            state.workers[lease.worker_id], task, lease, wall_us=command.usage.wall_microseconds, now_ms=now_ms
+        )
         footprint = footprint_of(state, lease, millijoules, measured=measured, now_ms=now_ms)
-        draft.settle(task, lease, rows_failed=rows_failed, footprint=footprint)
+        draft.settle(task, lease, rows_failed=rows_failed, footprint=footprint, speed_milliunits_per_s=speed)
     return Decision(tuple(draft.events))
 
 
@@ -100,9 +104,18 @@ def deliver(state: State, command: c.Deliver, now_ms: int) -> Decision:
     if fault:
         draft.end_lease(lease, e.LeaseOutcome.FAILED, Cause.WORKER, fault)
     else:
+        speed = speed_after(
+            state.workers[lease.worker_id], task, lease, wall_us=lease.commitment.wall_us, now_ms=now_ms
+        )
         committed = lease.commitment
         footprint = footprint_of(state, lease, committed.millijoules, measured=committed.energy_measured, now_ms=now_ms)
-        draft.settle(task, lease, rows_failed=command.stored.rows_failed, footprint=footprint)
+        draft.settle(
+            task,
+            lease,
+            rows_failed=command.stored.rows_failed,
+            footprint=footprint,
+            speed_milliunits_per_s=speed,
+        )
     return Decision(tuple(draft.events))
 
 

@@ -182,3 +182,26 @@ HOLDERS_PER_BUNDLE_MAX = 16
 """Workers looked at for one that has a bundle already."""
 BUNDLES_KEPT_AWAY_MS_MAX = 7 * DAY_MS
 """A worker that was away for longer may have emptied its cache."""
+SPEED_MILLIUNITS_PER_S_MAX = 10**9
+"""Fastest slot that is believed: a million reference cores."""
+
+STRIKES_FREE = 2
+"""Failures of a host's own, without success between, that cost it nothing."""
+STRIKES_MAX = 32
+COOL_DOWN_MS_MIN = 10 * SECOND_MS
+"""Rest after the first strike that counts; doubles with each further one."""
+COOL_DOWN_MS_MAX = 10 * MINUTE_MS
+AMNESTY_MS = MINUTE_MS
+"""Leases granted so soon after a restart of ours are no strikes, whatever becomes of them."""
+
+WEEK_MS = 7 * DAY_MS
+WEEKS_REMEMBERED = 8
+"""After so many weeks what is known of a worker's presence counts half."""
+STAY_GAP_MS = 5 * MINUTE_MS
+"""A worker that is away for longer has left; before, its connection was lost."""
+STAYS_BUCKETS = 16
+"""Doublings of a minute in which stays are counted: up to three weeks."""
+LONG_TASK_UNITS = 300
+"""Tasks of more units are placed by who is likely to stay."""
+STAYERS_LOOKED_AT_MAX = 8
+"""Free workers of each group that are looked at for a long task."""

@@ -7,6 +7,7 @@ tasks as with ten thousand of each.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -16,6 +17,7 @@ from fallow.job import JobState, Objective
 from fallow.roles import Tier
 from fallow.session import TaskKind
 from fallow_coordinator.core import events as e
+from fallow_coordinator.core.availability import stays_permille
 from fallow_coordinator.core.carbon import grams_at
 from fallow_coordinator.core.cutting import Layout, cost_of, cut_size, unit_micros
 from fallow_coordinator.core.evolve_tasks import submitter_of
@@ -23,11 +25,13 @@ from fallow_coordinator.core.funding import Shortage, lease_terms, paused
 from fallow_coordinator.core.groups import numbers_in
 from fallow_coordinator.core.limits import (
     INSPECTION_RUNTIME_MS,
+    LONG_TASK_UNITS,
     OWN_WORKERS_LOOKED_AT_MAX,
     READY_LOOK_AHEAD,
     RUNTIME_FACTOR,
     RUNTIME_MS_MAX,
     RUNTIME_MS_MIN,
+    STAYERS_LOOKED_AT_MAX,
     TASK_UNIT_MICROS_MAX,
     TRANSFER_BYTES_PER_MS_MIN,
     UNIT_MICROS,
@@ -35,6 +39,7 @@ from fallow_coordinator.core.limits import (
 from fallow_coordinator.core.names import Names
 from fallow_coordinator.core.needs import INSPECTION, Needs, fits_own, misfit
 from fallow_coordinator.core.shares import share_key_after
+from fallow_coordinator.core.speeds import expected_ms
 from fallow_coordinator.core.state import NO_GROUP, Account, Job, Lane, State, Task, Worker, WorkerGroup
 
 _TIER_RANK = {Tier.VOLUNTEER: 0, Tier.MANAGED: 1, Tier.OPERATOR: 2}
@@ -135,8 +140,12 @@ def _pair_of(state: State, key: Needs, lane: Lane, task: Task) -> _Pair | None:
         fitting = (_groups_wherever(state, key) if task.avoid else lane.groups) & state.free_groups
         best = _best_in(state, key, task, fitting, limit)
     if best is not None:
-        holder_id = _holder(state, fitting, task, best) if key.objective is not Objective.SPEED else None
-        worker = state.workers[holder_id or best[3]]
+        chosen_id: PartyId | None = None
+        if task.unit_micros > LONG_TASK_UNITS * UNIT_MICROS:
+            chosen_id = _stayer(state, fitting, task, best[3])
+        elif key.objective is not Objective.SPEED:
+            chosen_id = _holder(state, fitting, task, best)
+        worker = state.workers[chosen_id or best[3]]
         return _Pair(task, worker, _runner_up_ask(state, lane, worker) if key.paid else None)
     if not task.avoid or _somebody_else_takes_work(state, key, lane, task):
         return None
@@ -217,6 +226,29 @@ def _holder(state: State, fitting: int, task: Task, best: tuple[int, int, int, P
     return found[2] if found is not None else None
 
 
+def _stayer(state: State, fitting: int, task: Task, best_id: PartyId) -> PartyId:
+    """Who, among workers as cheap as the best one and trusted no more, most likely stays for a long task."""
+    best = state.workers[best_id]
+    entries = [(best_id, best.load)]
+    for number in numbers_in(fitting):
+        group = state.groups[number]
+        if _TIER_RANK[group.ability.tier] <= _TIER_RANK[best.tier]:
+            first = bisect_left(group.cheapest, (best.ask_microcredits_per_unit, 0, ""))
+            entries += [
+                (worker_id, load)
+                for ask, load, worker_id in group.cheapest[first : first + STAYERS_LOOKED_AT_MAX]
+                if ask == best.ask_microcredits_per_unit and worker_id not in task.avoid
+            ]
+
+    def rank(entry: tuple[PartyId, int]) -> tuple[int, int, PartyId]:
+        worker = state.workers[entry[0]]
+        needed_ms = expected_ms(state, worker, task.bundle_digest, task.unit_micros)
+        # By tenths: the next one who is as good as certain is no better for being a little more so.
+        return -(stays_permille(worker, state.clock_ms, needed_ms) // 100), entry[1], entry[0]
+
+    return min(entries, key=rank)[0]
+
+
 def _runner_up_ask(state: State, lane: Lane, winner: Worker) -> int | None:
     """The cheapest ask of a free worker that fits and is not the winner."""
     asks = (
@@ -237,11 +269,13 @@ def _prepare(state: State, now_ms: int, names: Names) -> tuple[e.Event, ...]:
             if _serves_own(state, account, key):
                 return _cut(state, state.jobs[state.lanes[key].accounts[account_id][0][2]], now_ms, names)
     best: tuple[tuple[int, AccountId], JobId] | None = None
-    if not state.wanting_groups | state.hungry_groups:
+    starving = state.wanting_groups | state.hungry_groups
+    if not starving:
         return ()
     for key, lane in state.lanes.items():
-        wanting = state.wanting_groups if lane.ready else state.wanting_groups | state.hungry_groups
-        if key.kind is TaskKind.INSPECT or not lane.groups & wanting:
+        # Ready tasks beside free windows are such as nobody free may take: a few more may be made for those.
+        wanting = starving if len(lane.ready) < READY_LOOK_AHEAD else state.wanting_groups
+        if not lane.groups & wanting or key.kind is TaskKind.INSPECT:
             continue
         if lane.waiting and lane.waiting[0][0] <= now_ms:
             task = state.tasks[lane.waiting[0][2]]

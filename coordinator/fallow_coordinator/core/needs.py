@@ -68,7 +68,6 @@ class Misfit(StrEnum):
 
     REVOKED = "revoked"
     QUARANTINED = "quarantined"
-    AWAY = "away"
     KIND = "kind"
     POOL = "pool"
     TIER = "tier"
@@ -78,8 +77,9 @@ class Misfit(StrEnum):
     REGION = "region"
     NOT_MEASURED = "not-measured"
     ASK = "ask"
-    WINDOW_CLOSED = "window-closed"
+    AWAY = "away"
     COOLING_DOWN = "cooling-down"
+    WINDOW_CLOSED = "window-closed"
     BUSY = "busy"
     FAILED_BEFORE = "failed-before"
 
@@ -88,7 +88,7 @@ MISFIT_WORDS: dict[Misfit, tuple[str, str]] = {
     Misfit.REVOKED: ("its certificate is revoked", "join anew with a fresh token, if the operator gives one"),
     Misfit.QUARANTINED: ("the operator holds it back", "ask the operator why and to release it"),
     Misfit.AWAY: ("it is not connected", "start it with `fallow-worker start`"),
-    Misfit.KIND: ("it does not take work of this kind", "update the worker's software"),
+    Misfit.KIND: ("it was started for tasks of other kinds", "see `fallow-worker start --tasks`"),
     Misfit.POOL: ("it serves another pool", "submit to its pool with --pool, or join it to this one"),
     Misfit.TIER: (
         "its tier may not see rows of this data class",

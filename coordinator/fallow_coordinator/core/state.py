@@ -18,6 +18,7 @@ from fallow_coordinator.core.carbon import Forecast
 from fallow_coordinator.core.commands import StoredBlob
 from fallow_coordinator.core.events import LeaseOutcome
 from fallow_coordinator.core.ledger import Ledger
+from fallow_coordinator.core.limits import STAYS_BUCKETS
 from fallow_coordinator.core.needs import INSPECTION, Ability, Needs
 
 LaneKey = Needs
@@ -185,6 +186,26 @@ class Challenge:
 
 
 @dataclass(slots=True)
+class Stays:
+    """When a worker was there, counted by `availability`."""
+
+    first_at_ms: int = 0
+    """Since when it is known; 0: it never came."""
+    since_ms: int = 0
+    """When its present or latest stay began."""
+    opened_at_ms: int = 0
+    left_at_ms: int = 0
+    cut_off: bool = False
+    """Its latest session was closed by a restart of ours."""
+    minutes: dict[int, int] = field(default_factory=dict[int, int])
+    """Minutes in which it was connected, by hour of the week (UTC, from Thursday, as 1970 began)."""
+    ends: list[int] = field(default_factory=lambda: [0] * STAYS_BUCKETS)
+    """Stays that ended, by doublings of a minute."""
+    at_risk: list[int] = field(default_factory=lambda: [0] * STAYS_BUCKETS)
+    """Stays that lasted into each."""
+
+
+@dataclass(slots=True)
 class Worker:
     """A party of role worker: its session, what it can do, what it holds."""
 
@@ -225,6 +246,17 @@ class Worker:
     """Devices whose last challenge came to nothing."""
     speed_milliunits_per_s: int = 0
     """One slot's speed on accepted work, lately; 0: not known."""
+    speeds: dict[Digest, int] = field(default_factory=dict[Digest, int])
+    """The same for each bundle, the latest last."""
+    settled_at_ms: int = 0
+    """When its latest task was accepted."""
+    stays: Stays = field(default_factory=Stays)
+    strikes: int = 0
+    """Failures of its own that no success has made good (`health`)."""
+    cooling_until_ms: int = 0
+    """It rests until a tick after this moment; 0: it does not rest."""
+    window_max: int = 0
+    """Leases that it may hold while it proves itself again; 0: as many as it likes."""
     bundles: dict[Digest, bool] = field(default_factory=dict[Digest, bool])
     """Bundles that it is thought to have, the latest last; true: loaded."""
     group: int = NO_GROUP
@@ -235,7 +267,9 @@ class Worker:
     @property
     def room(self) -> int:
         """Leases it may hold at once now."""
-        return self.window
+        if self.cooling_until_ms:
+            return 0
+        return min(self.window, self.window_max) if self.window_max else self.window
 
     @property
     def free(self) -> int:
@@ -429,6 +463,8 @@ class CommitmentFacts:
     failures: tuple[RowFailure, ...]
     rows_failed: int
     node: int
+    wall_us: int = 0
+    """What the worker says it took."""
     millijoules: int = 0
     energy_measured: bool = False
 
@@ -510,6 +546,8 @@ class State:
     """Of the newest event."""
     clock_ms: int = 0
     """Moment of the newest event."""
+    restarted_at_ms: int = 0
+    """When a writer came back last; 0: there was none before the first."""
     operator_account_id: AccountId = field(default=AccountId(""))
     """The first account."""
     default_pool_id: PoolId = field(default=PoolId(""))
@@ -542,6 +580,8 @@ class State:
     """(deadline, lease) of every live lease, sorted."""
     graces: list[tuple[int, PartyId]] = field(default_factory=list[tuple[int, PartyId]])
     """(grace_until_ms, worker) of every worker away that holds leases, sorted."""
+    cooling: list[tuple[int, PartyId]] = field(default_factory=list[tuple[int, PartyId]])
+    """(until, worker) of every worker that rests, sorted."""
     groups: dict[int, WorkerGroup] = field(default_factory=dict[int, WorkerGroup])
     """By number; sets of groups are integers with a bit for each number."""
     group_numbers: dict[Ability, int] = field(default_factory=dict[Ability, int])

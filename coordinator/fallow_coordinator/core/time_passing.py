@@ -5,7 +5,7 @@ from __future__ import annotations
 from fallow.session import Cause
 from fallow_coordinator.core import commands as c
 from fallow_coordinator.core import events as e
-from fallow_coordinator.core import measuring
+from fallow_coordinator.core import health, measuring
 from fallow_coordinator.core.answers import Decision
 from fallow_coordinator.core.deferral import planned
 from fallow_coordinator.core.draft import Draft
@@ -35,6 +35,7 @@ def tick(state: State, command: c.Tick, now_ms: int, names: Names) -> Decision:
         if deadline_ms > now_ms:
             break
         draft.end_lease(state.leases[lease_id], e.LeaseOutcome.EXPIRED, Cause.WORKER, "it was not done in time")
+    draft.events.extend(health.warmed(state, now_ms))
     gone = {event.task_id for event in draft.events if isinstance(event, e.TaskDropped)}
     for lane in state.lanes.values():
         for task_id in lane.packing:

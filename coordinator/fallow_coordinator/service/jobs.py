@@ -35,6 +35,7 @@ from fallow.wire.blob import (
 )
 from fallow.wire.bundle import decode_manifest, report_to_message
 from fallow.wire.enums import DATA_CLASSES
+from fallow.wire.explanation import job_explanation_to_message
 from fallow.wire.job import (
     block_from_message,
     block_to_message,
@@ -58,6 +59,7 @@ from fallow_coordinator.core.commands import (
     SubmitMapJob,
 )
 from fallow_coordinator.core.events import JobDeleted
+from fallow_coordinator.core.explaining import explain_ended, explain_job
 from fallow_coordinator.core.questions import BundleStatus, bundle_status
 from fallow_coordinator.core.quotes import quote
 from fallow_coordinator.engine import Engine
@@ -86,6 +88,8 @@ PAGE_SIZE_DEFAULT: Final = 100
 PAGE_SIZE_MAX: Final = 1_000
 GRANTS_OF_ONE_CALL: Final = 20
 """So many signatures take about as long as a call of another kind."""
+EXPLANATION_COST: Final = 10.0
+"""Looking at every worker takes as long as so many calls of another kind."""
 BLOCKS_PER_PAGE: Final = 2_000
 """Blocks of a dataset told at a time."""
 BLOCKS_OF_ONE_CALL: Final = 200
@@ -151,6 +155,7 @@ class JobService:
                     handler("SubmitMapJob", pb.SubmitMapJobRequest, self.submit_map_job),
                     handler("QuoteMapJob", pb.QuoteMapJobRequest, self.quote_map_job),
                     handler("GetJob", pb.GetJobRequest, self.get_job),
+                    handler("ExplainJob", pb.ExplainJobRequest, self.explain_job),
                     handler("ListJobs", pb.ListJobsRequest, self.list_jobs),
                     handler("CancelJob", pb.CancelJobRequest, self.cancel_job),
                     handler("DeleteJob", pb.DeleteJobRequest, self.delete_job),
@@ -327,6 +332,16 @@ class JobService:
         caller = await self._caller(call.peer)
         status = await self._reads.status(caller.account_id, JobId(call.request.job_id))
         return pb.GetJobResponse(job=status_to_message(status))
+
+    async def explain_job(self, call: Call[pb.ExplainJobRequest]) -> pb.ExplainJobResponse:
+        """Why one job waits."""
+        caller = await self._caller(call.peer)
+        call.charge(EXPLANATION_COST)
+        job_id = JobId(call.request.job_id)
+        status = await self._reads.status(caller.account_id, job_id)
+        now_ms = self._now_ms()
+        told = await self._engine.read(lambda state: explain_job(state, job_id, now_ms))
+        return pb.ExplainJobResponse(explanation=job_explanation_to_message(told or explain_ended(status)))
 
     async def list_jobs(self, call: Call[pb.ListJobsRequest]) -> pb.ListJobsResponse:
         """A page of the account's jobs, newest first."""

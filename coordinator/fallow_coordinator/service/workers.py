@@ -38,6 +38,7 @@ from fallow.session import (
 )
 from fallow.session_signature import NO_SESSION
 from fallow.v1 import worker_service_pb2 as pb
+from fallow.wire.explanation import worker_explanation_to_message
 from fallow_coordinator.core.answers import Decision, SessionGranted
 from fallow_coordinator.core.commands import (
     ChangeCapability,
@@ -52,10 +53,20 @@ from fallow_coordinator.core.commands import (
     ReturnLease,
     StoredBlob,
 )
+from fallow_coordinator.core.explaining import explain_worker
 from fallow_coordinator.core.questions import LeaseToSend
 from fallow_coordinator.engine import Engine
 from fallow_coordinator.service.auth import Caller, Doorkeeper
-from fallow_coordinator.service.calls import Context, Peer, both_streams, decoded, method_name, service_handlers
+from fallow_coordinator.service.calls import (
+    Call,
+    Context,
+    Peer,
+    both_streams,
+    decoded,
+    method_name,
+    service_handlers,
+    unary,
+)
 from fallow_coordinator.service.errors import told
 from fallow_coordinator.service.grants import stored_blob
 from fallow_coordinator.service.inline_blocks import inspected_block
@@ -121,10 +132,22 @@ class WorkerService:
         self._closing: set[asyncio.Task[None]] = set()
 
     def handlers(self, limit: RateLimit) -> grpc.GenericRpcHandler:
-        """The one method; `limit` counts openings by key."""
+        """Both methods; `limit` counts openings and calls by key."""
         return service_handlers(
-            _SERVICE, {"Session": both_streams(method_name(_SERVICE, "Session"), self.session, limit)}
+            _SERVICE,
+            {
+                "Session": both_streams(method_name(_SERVICE, "Session"), self.session, limit),
+                "GetWhy": unary(method_name(_SERVICE, "GetWhy"), pb.GetWhyRequest, self.get_why, limit),
+            },
         )
+
+    async def get_why(self, call: Call[pb.GetWhyRequest]) -> pb.GetWhyResponse:
+        """Why the calling worker has no more work now."""
+        caller = await self._doorkeeper.admit(call.peer, Role.WORKER)
+        now_ms = self._now_ms()
+        told = await self._engine.read(lambda state: explain_worker(state, caller.party_id, now_ms))
+        assert told is not None, "a party of role worker is a worker"
+        return pb.GetWhyResponse(explanation=worker_explanation_to_message(told))
 
     async def session(self, context: Context, peer: Peer) -> None:
         """The whole life of one stream."""

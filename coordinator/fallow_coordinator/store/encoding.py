@@ -16,6 +16,7 @@ from fallow_coordinator.store import (
     credit_events,
     device_events,
     door_events,
+    health_events,
     identity_events,
     work_events,
 )
@@ -28,6 +29,7 @@ _LEAF_PREFIX = b"\x00"
 KINDS: tuple[AnyKind, ...] = (
     *identity_events.KINDS,
     *work_events.KINDS,
+    *health_events.KINDS,
     *credit_events.KINDS,
     *device_events.KINDS,
     *carbon_events.KINDS,

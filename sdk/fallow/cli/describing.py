@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from typing import Any
 
 from fallow.cli.output import counted
 from fallow.client.tables import Saved
 from fallow.credits import PoolMode, credits_text
+from fallow.explanation import JobExplanation
 from fallow.job import JobStatus
 
 
@@ -125,6 +127,28 @@ def status_text(status: JobStatus) -> str:
         "finished": _moment(status.finished_at_ms) if status.finished_at_ms else "",
     }
     return "\n".join(f"{name:<10}{value}" for name, value in facts.items() if value)
+
+
+def explanation_facts(told: JobExplanation) -> dict[str, Any]:
+    """Why a job waits, for JSON."""
+    return asdict(told)
+
+
+def explanation_text(told: JobExplanation) -> str:
+    """Why a job waits, for people."""
+    lines = [
+        f"job        {told.job_id}  {told.state.value}",
+        f"workers    {told.workers_considered} considered, {told.workers_fitting} fit, {told.workers_free} free now",
+    ]
+    lines += [f"  {reason.count:>6} × {reason.words}: {reason.advice}" for reason in told.fallen_out]
+    lines.append(
+        f"turn       {told.accounts_before} accounts and {told.jobs_before} of your jobs before it; "
+        f"{told.usage_units:,} units used lately"
+    )
+    for reason in told.waits_for:
+        lines.append(f"waits for  {reason.words}")
+        lines += [f"  do       {reason.advice}"] if reason.advice else []
+    return "\n".join(lines)
 
 
 def _moment(at_ms: int) -> str:

@@ -1,4 +1,4 @@
-"""`fallow job …`: quote, submit, list, show, watch, wait, results, retry, cancel, delete."""
+"""`fallow job …`: quote, submit, list, show, explain, watch, wait, results, retry, cancel, delete."""
 
 from __future__ import annotations
 
@@ -7,7 +7,15 @@ from pathlib import Path
 
 import click
 
-from fallow.cli.describing import saved_facts, saved_text, status_facts, status_line, status_text
+from fallow.cli.describing import (
+    explanation_facts,
+    explanation_text,
+    saved_facts,
+    saved_text,
+    status_facts,
+    status_line,
+    status_text,
+)
 from fallow.cli.options import json_option, login_option, run
 from fallow.cli.output import Output
 from fallow.cli.progress import job_bar
@@ -60,6 +68,22 @@ def show_command(job_id: str, login: Path | None, as_json: bool) -> None:
         async with await connect_async(login) as client:
             status = await (await client.job(job_id)).status()
         output.result(status_facts(status), status_text(status))
+
+    run(output, work())
+
+
+@job_group.command("explain")
+@click.argument("job_id")
+@login_option
+@json_option
+def explain_command(job_id: str, login: Path | None, as_json: bool) -> None:
+    """Tell why a job waits: who could do its work, who cannot and why, and what it waits for now."""
+    output = Output(as_json=as_json)
+
+    async def work() -> None:
+        async with await connect_async(login) as client:
+            told = await (await client.job(job_id)).explain()
+        output.result(explanation_facts(told), explanation_text(told))
 
     run(output, work())
 

@@ -25,6 +25,7 @@ from fallow.client.results import RowResult
 from fallow.client.retry import PATIENCE_S
 from fallow.client.tables import Saved
 from fallow.client.terms import JobTerms
+from fallow.explanation import JobExplanation
 from fallow.ids import Digest, JobId
 from fallow.job import JobOptions, JobProgress, JobStatus
 from fallow.quote import Quote
@@ -166,6 +167,10 @@ class Job:
     def progress(self) -> JobProgress:
         """Rows done, failed and leased so far."""
         return self._loop.run(self._job.progress())
+
+    def explain(self) -> JobExplanation:
+        """Who could do the job's work, who cannot and why, and what it waits for now."""
+        return self._loop.run(self._job.explain())
 
     def statuses(self) -> Iterator[JobStatus]:
         """Each change of status until the job has ended."""

@@ -35,9 +35,11 @@ from fallow.client.stream import (
 from fallow.client.tables import ResultFile, ResultTables, Saved, WorkerShare
 from fallow.credits import parse_credits
 from fallow.errors import FallowError, Reason
+from fallow.explanation import JobExplanation
 from fallow.ids import JobId
 from fallow.job import JOB_STATES_FINAL, JobProgress, JobState, JobStatus, RowSpan, TaskResult
 from fallow.v1 import job_service_pb2, ledger_service_pb2
+from fallow.wire.explanation import job_explanation_from_message
 from fallow.wire.job import status_from_message
 
 Order = Literal["row", "any"]
@@ -87,6 +89,12 @@ class AsyncJob:
     async def progress(self) -> JobProgress:
         """Rows done, failed and leased so far."""
         return (await self.status()).progress
+
+    async def explain(self) -> JobExplanation:
+        """Who could do the job's work, who cannot and why, and what it waits for now."""
+        request = job_service_pb2.ExplainJobRequest(job_id=self.id)
+        answer = await self._connection.call(lambda jobs: jobs.ExplainJob(request, timeout=CALL_TIMEOUT_S))
+        return job_explanation_from_message(answer.explanation)
 
     async def statuses(self) -> AsyncGenerator[JobStatus, None]:
         """Each change of status until the job has ended."""

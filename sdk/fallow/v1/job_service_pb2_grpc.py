@@ -87,6 +87,11 @@ class JobServiceStub(object):
                 request_serializer=fallow_dot_v1_dot_job__service__pb2.GetJobRequest.SerializeToString,
                 response_deserializer=fallow_dot_v1_dot_job__service__pb2.GetJobResponse.FromString,
                 _registered_method=True)
+        self.ExplainJob = channel.unary_unary(
+                '/fallow.v1.JobService/ExplainJob',
+                request_serializer=fallow_dot_v1_dot_job__service__pb2.ExplainJobRequest.SerializeToString,
+                response_deserializer=fallow_dot_v1_dot_job__service__pb2.ExplainJobResponse.FromString,
+                _registered_method=True)
         self.ListJobs = channel.unary_unary(
                 '/fallow.v1.JobService/ListJobs',
                 request_serializer=fallow_dot_v1_dot_job__service__pb2.ListJobsRequest.SerializeToString,
@@ -216,6 +221,15 @@ class JobServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ExplainJob(self, request, context):
+        """Why a job of the account waits, who could do its work and who cannot.
+
+        Statuses: NOT_FOUND: not in this account.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListJobs(self, request, context):
         """Jobs of the account, newest first.
 
@@ -313,6 +327,11 @@ def add_JobServiceServicer_to_server(servicer, server):
                     servicer.GetJob,
                     request_deserializer=fallow_dot_v1_dot_job__service__pb2.GetJobRequest.FromString,
                     response_serializer=fallow_dot_v1_dot_job__service__pb2.GetJobResponse.SerializeToString,
+            ),
+            'ExplainJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExplainJob,
+                    request_deserializer=fallow_dot_v1_dot_job__service__pb2.ExplainJobRequest.FromString,
+                    response_serializer=fallow_dot_v1_dot_job__service__pb2.ExplainJobResponse.SerializeToString,
             ),
             'ListJobs': grpc.unary_unary_rpc_method_handler(
                     servicer.ListJobs,
@@ -591,6 +610,33 @@ class JobService(object):
             '/fallow.v1.JobService/GetJob',
             fallow_dot_v1_dot_job__service__pb2.GetJobRequest.SerializeToString,
             fallow_dot_v1_dot_job__service__pb2.GetJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExplainJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fallow.v1.JobService/ExplainJob',
+            fallow_dot_v1_dot_job__service__pb2.ExplainJobRequest.SerializeToString,
+            fallow_dot_v1_dot_job__service__pb2.ExplainJobResponse.FromString,
             options,
             channel_credentials,
             insecure,

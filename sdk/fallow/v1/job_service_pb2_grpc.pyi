@@ -96,6 +96,11 @@ class JobServiceStub:
 
     Statuses: NOT_FOUND: not in this account.
     """
+    ExplainJob: _grpc.UnaryUnaryMultiCallable[_job_service_pb2.ExplainJobRequest, _job_service_pb2.ExplainJobResponse]
+    """Why a job of the account waits, who could do its work and who cannot.
+
+    Statuses: NOT_FOUND: not in this account.
+    """
     ListJobs: _grpc.UnaryUnaryMultiCallable[_job_service_pb2.ListJobsRequest, _job_service_pb2.ListJobsResponse]
     """Jobs of the account, newest first.
 
@@ -192,6 +197,11 @@ class JobServiceAsyncStub(JobServiceStub):
     """
     GetJob: _aio.UnaryUnaryMultiCallable[_job_service_pb2.GetJobRequest, _job_service_pb2.GetJobResponse]  # type: ignore[assignment]
     """One job.
+
+    Statuses: NOT_FOUND: not in this account.
+    """
+    ExplainJob: _aio.UnaryUnaryMultiCallable[_job_service_pb2.ExplainJobRequest, _job_service_pb2.ExplainJobResponse]  # type: ignore[assignment]
+    """Why a job of the account waits, who could do its work and who cannot.
 
     Statuses: NOT_FOUND: not in this account.
     """
@@ -342,6 +352,17 @@ class JobServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_job_service_pb2.GetJobResponse, _abc.Awaitable[_job_service_pb2.GetJobResponse]]:
         """One job.
+
+        Statuses: NOT_FOUND: not in this account.
+        """
+
+    @_abc_1.abstractmethod
+    def ExplainJob(
+        self,
+        request: _job_service_pb2.ExplainJobRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_job_service_pb2.ExplainJobResponse, _abc.Awaitable[_job_service_pb2.ExplainJobResponse]]:
+        """Why a job of the account waits, who could do its work and who cannot.
 
         Statuses: NOT_FOUND: not in this account.
         """

@@ -22,19 +22,24 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from fallow.v1 import explanation_pb2 as fallow_dot_v1_dot_explanation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x66\x61llow/v1/worker_service.proto\x12\tfallow.v1\"F\n\x0eSessionRequest\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x0f\n\x07payload\x18\x02 \x01(\x0c\x12\x11\n\tsignature\x18\x03 \x01(\x0c\"G\n\x0fSessionResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x0f\n\x07payload\x18\x02 \x01(\x0c\x12\x11\n\tsignature\x18\x03 \x01(\x0c\x32U\n\rWorkerService\x12\x44\n\x07Session\x12\x19.fallow.v1.SessionRequest\x1a\x1a.fallow.v1.SessionResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x66\x61llow/v1/worker_service.proto\x12\tfallow.v1\x1a\x1b\x66\x61llow/v1/explanation.proto\"\x0f\n\rGetWhyRequest\"C\n\x0eGetWhyResponse\x12\x31\n\x0b\x65xplanation\x18\x01 \x01(\x0b\x32\x1c.fallow.v1.WorkerExplanation\"F\n\x0eSessionRequest\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x0f\n\x07payload\x18\x02 \x01(\x0c\x12\x11\n\tsignature\x18\x03 \x01(\x0c\"G\n\x0fSessionResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x0f\n\x07payload\x18\x02 \x01(\x0c\x12\x11\n\tsignature\x18\x03 \x01(\x0c\x32\x94\x01\n\rWorkerService\x12\x44\n\x07Session\x12\x19.fallow.v1.SessionRequest\x1a\x1a.fallow.v1.SessionResponse(\x01\x30\x01\x12=\n\x06GetWhy\x12\x18.fallow.v1.GetWhyRequest\x1a\x19.fallow.v1.GetWhyResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'fallow.v1.worker_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SESSIONREQUEST']._serialized_start=45
-  _globals['_SESSIONREQUEST']._serialized_end=115
-  _globals['_SESSIONRESPONSE']._serialized_start=117
-  _globals['_SESSIONRESPONSE']._serialized_end=188
-  _globals['_WORKERSERVICE']._serialized_start=190
-  _globals['_WORKERSERVICE']._serialized_end=275
+  _globals['_GETWHYREQUEST']._serialized_start=74
+  _globals['_GETWHYREQUEST']._serialized_end=89
+  _globals['_GETWHYRESPONSE']._serialized_start=91
+  _globals['_GETWHYRESPONSE']._serialized_end=158
+  _globals['_SESSIONREQUEST']._serialized_start=160
+  _globals['_SESSIONREQUEST']._serialized_end=230
+  _globals['_SESSIONRESPONSE']._serialized_start=232
+  _globals['_SESSIONRESPONSE']._serialized_end=303
+  _globals['_WORKERSERVICE']._serialized_start=306
+  _globals['_WORKERSERVICE']._serialized_end=454
 # @@protoc_insertion_point(module_scope)

@@ -40,6 +40,11 @@ class WorkerServiceStub(object):
                 request_serializer=fallow_dot_v1_dot_worker__service__pb2.SessionRequest.SerializeToString,
                 response_deserializer=fallow_dot_v1_dot_worker__service__pb2.SessionResponse.FromString,
                 _registered_method=True)
+        self.GetWhy = channel.unary_unary(
+                '/fallow.v1.WorkerService/GetWhy',
+                request_serializer=fallow_dot_v1_dot_worker__service__pb2.GetWhyRequest.SerializeToString,
+                response_deserializer=fallow_dot_v1_dot_worker__service__pb2.GetWhyResponse.FromString,
+                _registered_method=True)
 
 
 class WorkerServiceServicer(object):
@@ -63,6 +68,15 @@ class WorkerServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetWhy(self, request, context):
+        """Why the calling worker has no more work now.
+
+        Statuses: as above, without those of sessions.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WorkerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -70,6 +84,11 @@ def add_WorkerServiceServicer_to_server(servicer, server):
                     servicer.Session,
                     request_deserializer=fallow_dot_v1_dot_worker__service__pb2.SessionRequest.FromString,
                     response_serializer=fallow_dot_v1_dot_worker__service__pb2.SessionResponse.SerializeToString,
+            ),
+            'GetWhy': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetWhy,
+                    request_deserializer=fallow_dot_v1_dot_worker__service__pb2.GetWhyRequest.FromString,
+                    response_serializer=fallow_dot_v1_dot_worker__service__pb2.GetWhyResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -100,6 +119,33 @@ class WorkerService(object):
             '/fallow.v1.WorkerService/Session',
             fallow_dot_v1_dot_worker__service__pb2.SessionRequest.SerializeToString,
             fallow_dot_v1_dot_worker__service__pb2.SessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetWhy(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fallow.v1.WorkerService/GetWhy',
+            fallow_dot_v1_dot_worker__service__pb2.GetWhyRequest.SerializeToString,
+            fallow_dot_v1_dot_worker__service__pb2.GetWhyResponse.FromString,
             options,
             channel_credentials,
             insecure,

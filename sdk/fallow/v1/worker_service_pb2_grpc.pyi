@@ -46,6 +46,11 @@ class WorkerServiceStub:
       RESOURCE_EXHAUSTED   too many sessions or messages: back off.
       UNAVAILABLE          coordinator stopping or restarting: reconnect with back-off.
     """
+    GetWhy: _grpc.UnaryUnaryMultiCallable[_worker_service_pb2.GetWhyRequest, _worker_service_pb2.GetWhyResponse]
+    """Why the calling worker has no more work now.
+
+    Statuses: as above, without those of sessions.
+    """
 
 @_typing.type_check_only
 class WorkerServiceAsyncStub(WorkerServiceStub):
@@ -64,6 +69,11 @@ class WorkerServiceAsyncStub(WorkerServiceStub):
       INVALID_ARGUMENT     malformed message or bad signature: a defect, report it.
       RESOURCE_EXHAUSTED   too many sessions or messages: back off.
       UNAVAILABLE          coordinator stopping or restarting: reconnect with back-off.
+    """
+    GetWhy: _aio.UnaryUnaryMultiCallable[_worker_service_pb2.GetWhyRequest, _worker_service_pb2.GetWhyResponse]  # type: ignore[assignment]
+    """Why the calling worker has no more work now.
+
+    Statuses: as above, without those of sessions.
     """
 
 class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -86,6 +96,17 @@ class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
           INVALID_ARGUMENT     malformed message or bad signature: a defect, report it.
           RESOURCE_EXHAUSTED   too many sessions or messages: back off.
           UNAVAILABLE          coordinator stopping or restarting: reconnect with back-off.
+        """
+
+    @_abc_1.abstractmethod
+    def GetWhy(
+        self,
+        request: _worker_service_pb2.GetWhyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_worker_service_pb2.GetWhyResponse, _abc.Awaitable[_worker_service_pb2.GetWhyResponse]]:
+        """Why the calling worker has no more work now.
+
+        Statuses: as above, without those of sessions.
         """
 
 def add_WorkerServiceServicer_to_server(servicer: WorkerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
