@@ -27,7 +27,7 @@ def duration_from_message(message: Duration) -> int:
 
 
 _SECONDS_MAX = 253_402_300_799
-"""9999-12-31T23:59:59Z, the end of protobuf's timestamps: milliseconds beyond would not fit a database's integers."""
+"""9999-12-31T23:59:59Z, the end of protobuf's timestamps; later milliseconds fit no database's integers."""
 
 
 def _within(seconds: int) -> int:
