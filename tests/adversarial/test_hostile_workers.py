@@ -13,7 +13,8 @@ import pytest
 from adversarial.attackers import Submitter, submitter, watched
 from fallow.bundle import InspectionReport
 from fallow.credentials import Credentials
-from fallow.errors import Reason
+from fallow.credits import ASK_MICROCREDITS_PER_UNIT_MAX
+from fallow.errors import FallowError, Reason
 from fallow.ids import Digest, LeaseId
 from fallow.limits import CAPABILITY_BYTES_MAX, LEASES_PER_WORKER_MAX, ROW_FAILURES_LISTED_PER_TASK_MAX
 from fallow.session import (
@@ -168,8 +169,13 @@ async def test_numbers_at_their_ends_are_survived(target: CoordinatorService, at
     device = _device(memory_bytes=most, cores=2**32 - 1, slots=2**32 - 1)
     capability = Capability(
         devices=(device,) * 60, memory_bytes_free=most, nodes=2**32 - 1, network_down_bytes_per_s=most,
-        network_up_bytes_per_s=most, ask_microcredits_per_unit=most,
+        network_up_bytes_per_s=most, ask_microcredits_per_unit=ASK_MICROCREDITS_PER_UNIT_MAX,
     )  # fmt: skip
+    absurd = replace(capability, ask_microcredits_per_unit=most)
+    async with raw_session(attacker) as session:
+        with pytest.raises(FallowError) as caught:
+            await session.open(replace(hello(), capability=absurd))
+        assert caught.value.field == "capability.ask_microcredits_per_unit"
     async with raw_session(attacker) as session:
         await session.open(replace(hello(), capability=capability, window=LEASES_PER_WORKER_MAX))
         await session.send(GrantsWanted(NOBODYS, most), sign=False, sequence=most)
