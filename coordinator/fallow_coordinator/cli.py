@@ -82,7 +82,7 @@ def json_option(command: CommandT) -> CommandT:
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")(command)
 
 
-COLLECTOR_THRESHOLDS: Final = (50_000, 20, 100)
+COLLECTOR_THRESHOLDS: Final = (10_000, 20, 100)
 """Python's garbage collector looks for cycles this rarely: a busy writer makes much that is free at once and little
 that is not, and with the usual thresholds the search took a seventh of its time."""
 

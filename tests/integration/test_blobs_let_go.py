@@ -118,6 +118,7 @@ async def test_a_job_whose_retention_is_over_lets_go_by_itself(service: Coordina
     assert file_of(service, kept.digest).exists(), "the other job keeps what is its"
 
 
+@pytest.mark.slow
 async def test_have_and_lack_stay_true_while_blobs_are_let_go_under_load(
     service: CoordinatorService, client: Client
 ) -> None:

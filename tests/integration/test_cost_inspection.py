@@ -138,6 +138,7 @@ def test_cost_that_grows_with_the_square_of_size_is_found_so(quiet_report: Inspe
     assert curve.unit_nanos(10 * TOKENS_MAX) == curve.unit_nanos(TOKENS_MAX), "no row is larger than the codec takes"
 
 
+@pytest.mark.slow
 def test_cost_is_within_ten_percent_beside_other_load(quiet_report: InspectionReport) -> None:
     model = dense_model(features=1024, hidden=8192)
     manifest = tensor_manifest(model, input_columns=(TensorColumn("x", DType.FLOAT32, (1024,)),))

@@ -137,6 +137,7 @@ def test_an_operator_worker_killed_in_mid_inspection_inspects_again(made: Rig) -
     assert state is not None and state.state == "accepted"
 
 
+@pytest.mark.slow
 def test_rows_of_a_killed_worker_are_redone_by_the_others(made: Rig) -> None:
     with a_worker(made, "doomed", "--executor", "process", "--cpus", "1") as doomed:
         wait_for(lambda: made.online() == 3, PATIENCE_S, "a third worker")

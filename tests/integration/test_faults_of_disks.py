@@ -19,6 +19,7 @@ pytestmark = [pytest.mark.processes, pytest.mark.timeout(240)]
 ROWS = 3_000
 
 
+@pytest.mark.slow
 def test_a_full_journal_ends_the_coordinator_with_words_and_it_goes_on_with_room(tmp_path: Path) -> None:
     with (
         small_disk(tmp_path / "coordinator" / "journal", 8 * MIB) as disk,
@@ -66,6 +67,7 @@ def test_a_full_blob_disk_is_told_and_work_goes_on_with_room(tmp_path: Path) -> 
             work.check()
 
 
+@pytest.mark.slow
 def test_a_worker_without_room_for_bundles_says_so_and_leaves_the_work_to_others(tmp_path: Path) -> None:
     with (
         rig(tmp_path) as made,

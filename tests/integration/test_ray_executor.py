@@ -95,7 +95,15 @@ async def test_rays_token_is_private_and_its_helpers_stay_out(executor: RayExecu
     assert not named("log_monitor") and not named("autoscaler") and not named("dashboard/dashboard.py")
 
 
-@pytest.mark.parametrize("victim", ["ray::NodeSupervisor", "raylet/raylet", "gcs/gcs_server", "executor.ray_driver"])
+@pytest.mark.parametrize(
+    "victim",
+    [
+        "ray::NodeSupervisor",
+        "raylet/raylet",
+        pytest.param("gcs/gcs_server", marks=pytest.mark.slow),
+        pytest.param("executor.ray_driver", marks=pytest.mark.slow),
+    ],
+)
 async def test_work_on_a_killed_ray_is_the_platforms_failure_and_the_next_run_is_fine(
     executor: RayExecutor, tmp_path: Path, victim: str
 ) -> None:

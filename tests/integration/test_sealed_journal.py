@@ -74,6 +74,7 @@ def writer_of(folder: Path, told: Told) -> Generator[subprocess.Popen[bytes]]:
         writer.stdout.close()
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_no_record_is_lost_when_writer_and_follower_are_killed_while_segments_are_sealed(tmp_path: Path) -> None:
     folder, key = tmp_path / "journal", tmp_path / "key.pem"

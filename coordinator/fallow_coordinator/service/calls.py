@@ -67,6 +67,10 @@ class Call(Generic[RequestT]):
     """Counts further work of this call against its peer, in calls. Raises OVERLOADED."""
 
 
+_NO_BYTES: Final = b""
+"""Takes the place of a refused request before the refusal is raised: gRPC keeps that exception, and with it the frames
+it went through, until the garbage collector comes by, which is seldom."""
+
 Answer = Callable[[Call[RequestT]], Awaitable[ResponseT]]
 Stream = Callable[[Call[RequestT]], AsyncGenerator[ResponseT, None]]
 
@@ -77,14 +81,17 @@ def unary(
     """A handler that answers one request with one response. `limit` counts by key, or by address without one."""
 
     async def handle(raw: bytes, context: Context) -> bytes:
+        call: Call[RequestT] | None = None
         try:
             call = admitted(raw, context, request_type, limit)
             async with asyncio.timeout(UNARY_TIME_MAX_S):
                 response = await answer(call)
         except TimeoutError:
             late = FallowError(Reason.DEADLINE_EXCEEDED, "the call took too long", limit=f"{UNARY_TIME_MAX_S:g} s")
+            raw, call = _NO_BYTES, None
             await abort(context, late, method)
         except Exception as error:
+            raw, call = _NO_BYTES, None
             await abort(context, error, method)
         return response.SerializeToString()
 
@@ -97,12 +104,14 @@ def server_stream(
     """A handler that answers one request with a stream; gRPC's flow control is the backpressure."""
 
     async def handle(raw: bytes, context: Context) -> None:
+        call: Call[RequestT] | None = None
         try:
             call = admitted(raw, context, request_type, limit)
             async with contextlib.aclosing(answer(call)) as responses:
                 async for response in responses:
                     await context.write(response.SerializeToString())
         except Exception as error:
+            raw, call = _NO_BYTES, None
             await abort(context, error, method)
 
     return grpc.unary_stream_rpc_method_handler(handle)

@@ -111,6 +111,8 @@ async def abort(context: grpc.aio.ServicerContext[Any, Any], error: BaseExceptio
         _log.error("call.failed method=%s", method, exc_info=error)
     else:
         _log.debug("call.refused method=%s reason=%s message=%s", method, error.reason.value, error.message)
+    # Its frames hold the request, and gRPC's own exception, raised next, holds this one for long.
+    error.__traceback__ = error.__context__ = None
     await context.abort(
         status_of(detail), detail.message, trailing_metadata=((ERROR_METADATA_KEY, encode_error(detail)),)
     )
