@@ -119,6 +119,7 @@ class WorkerSession:
         self._sent = 0
         self._outbound: deque[tuple[float, Outgoing]] = deque()
         self._outbound_ready = asyncio.Event()
+        self._writing_ends = False
         self._waiting = 0
         """Messages of the worker that wait for the disk."""
         self._settled_down = asyncio.Event()
@@ -148,12 +149,20 @@ class WorkerSession:
         self._outbound.append((self._engine.effects_since_s, item))
         self._outbound_ready.set()
 
+    async def end_writing(self, writing: asyncio.Task[None], patience_s: float) -> None:
+        """Lets the write under way finish: gRPC refuses the status of a stream while one is, and the peer waits on."""
+        self._writing_ends = True
+        self._outbound_ready.set()
+        await asyncio.wait({writing}, timeout=patience_s)
+        writing.cancel()
+        await asyncio.gather(writing, return_exceptions=True)
+
     async def write_all(self) -> None:
-        """Runs for ever: sends what is queued, in order."""
-        while True:
+        """Sends what is queued, in order, until `end_writing`."""
+        while not self._writing_ends:
             await self._outbound_ready.wait()
             self._outbound_ready.clear()
-            while self._outbound:
+            while self._outbound and not self._writing_ends:
                 messages, leases_since_s = self._next_outbound()
                 if messages:
                     response = self._signed(messages)

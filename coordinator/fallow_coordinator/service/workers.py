@@ -286,9 +286,10 @@ class WorkerService:
                     raise part.exception() or AssertionError
             return "the worker ended its stream" if reading.done() else "the worker went silent"
         finally:
-            for part in parts:
-                part.cancel()
-            await asyncio.gather(*parts, return_exceptions=True)
+            reading.cancel()
+            watching.cancel()
+            await session.end_writing(writing, GOODBYE_PATIENCE_S)
+            await asyncio.gather(reading, watching, return_exceptions=True)
 
     async def _until_silent(self, session: WorkerSession) -> None:
         patience_s = SILENT_HEARTBEATS_MAX * self._heartbeat_interval_ms / 1000
@@ -442,8 +443,7 @@ def checked_inline_output(commitment: Commitment) -> StoredBlob:
 
 async def _say_goodbye(session: WorkerSession, writing: asyncio.Task[None], error: FallowError) -> None:
     """Tells the worker in the stream too: a status alone is lost when a proxy ends the connection."""
-    writing.cancel()
-    await asyncio.gather(writing, return_exceptions=True)
+    await session.end_writing(writing, GOODBYE_PATIENCE_S)
     detail = told(error)
     with contextlib.suppress(TimeoutError, grpc.RpcError):
         async with asyncio.timeout(GOODBYE_PATIENCE_S):
