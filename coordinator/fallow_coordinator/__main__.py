@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fallow_coordinator.cli import main
+from fallow_coordinator.cli.root import main
 
 if __name__ == "__main__":
     main()

@@ -8,6 +8,8 @@ from fallow_coordinator.core.commands import MeasuringRules
 
 MIB = 1024 * 1024
 
+EXIT_FAILED = 1
+"""Something a person can act on: the line on standard error says what."""
 EXIT_STORAGE_FAILED = 74
 """The journal could not be written (EX_IOERR): look at the last line of the log."""
 EXIT_WRITER_FENCED = 75

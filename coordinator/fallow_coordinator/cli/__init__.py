@@ -1,0 +1,1 @@
+"""What `fallow-coordinator` does on the command line."""
