@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from fallow.credits import StatementLine
 from fallow.ids import AccountId, Digest, JobId, PartyId
 from fallow.job import JobStatus, TaskResult
 from fallow.session import BlobReference
@@ -135,26 +136,10 @@ class Views(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class StatementRow:
-    """What one event, or all work of one worker for one job, did to one book of an account."""
-
-    first_at_ms: int
-    last_at_ms: int
-    what: str
-    book: str
-    microcredits: int
-    job_id: str
-    worker_id: str
-    pool_id: str
-    note: str
-    count: int
-
-
-@dataclass(frozen=True, slots=True)
 class StatementPage:
     """Some rows of a statement, and what the books had before and after all of it."""
 
-    rows: Sequence[StatementRow]
+    rows: Sequence[StatementLine]
     opening: Mapping[str, int]
     closing: Mapping[str, int]
     sequence: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from enum import StrEnum
 from typing import Final
@@ -96,3 +97,23 @@ def check_amount(microcredits: int, field: str, *, least: int = 0, most: int = M
             limit=f"{least} to {most} micro-credits",
         )
     return microcredits
+
+
+@dataclass(frozen=True, slots=True)
+class StatementLine:
+    """What one event, or all work of one worker for one job, did to one book of the account."""
+
+    first_at_ms: int
+    last_at_ms: int
+    what: str
+    """`grant`, `budget`, `top up`, `work`, `returned`, `released`, `allotment`, `lapsed`."""
+    book: str
+    """`available`, `held`, `pending` or `allotment`."""
+    microcredits: int
+    """What came; negative: what went."""
+    job_id: str
+    worker_id: str
+    pool_id: str
+    note: str
+    count: int
+    """Events that the line sums up."""

@@ -44,13 +44,24 @@ def job_status(state: State, job_id: JobId) -> JobStatus | None:
         reason, code = waiting_reason(state, job_id)
     else:
         reason, code = job.reason, job.reason_code
+    return status_told(
+        job,
+        reason=reason,
+        reason_code=code,
+        workers=_workers_of(state, job),
+        deferred_until_ms=job.deferred_until_ms,
+    )
+
+
+def status_told(job: Job, *, reason: str, reason_code: str, workers: int, deferred_until_ms: int = 0) -> JobStatus:
+    """What is known of a job, with what depends on who asks: the state as it is now, or the views."""
     return JobStatus(
         job_id=job.job_id,
         account_id=job.account_id,
         pool_id=job.pool_id,
         state=job.state,
         reason=reason,
-        reason_code=code,
+        reason_code=reason_code,
         bundle_digest=job.bundle_digest,
         title=job.title,
         data_class=job.data_class.value,
@@ -67,7 +78,7 @@ def job_status(state: State, job_id: JobId) -> JobStatus | None:
             rows_failed=job.rows_failed,
             rows_leased=job.rows_leased,
             tasks_settled=job.tasks_settled,
-            workers=_workers_of(state, job),
+            workers=workers,
         ),
         deleted_at_ms=job.deleted_at_ms,
         pool_mode=job.mode,
@@ -76,7 +87,7 @@ def job_status(state: State, job_id: JobId) -> JobStatus | None:
         reserved_microcredits=job.reserved_microcredits,
         warnings=budget_warnings(job),
         footprint=job.footprint,
-        deferred_until_ms=job.deferred_until_ms,
+        deferred_until_ms=deferred_until_ms,
     )
 
 

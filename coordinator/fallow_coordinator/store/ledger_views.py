@@ -8,9 +8,10 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from fallow.credits import StatementLine
 from fallow.ids import AccountId, PartyId
 from fallow_coordinator.core.prices import PricePoint
-from fallow_coordinator.ports import EarningsRow, StatementPage, StatementRow
+from fallow_coordinator.ports import EarningsRow, StatementPage
 from fallow_coordinator.store.failures import storage_failures
 from fallow_coordinator.store.view_file import VIEWS_FILE
 
@@ -47,7 +48,7 @@ class SqliteLedgerViews:
                 return StatementPage((), {}, {}, 0)
             lines = connection.execute(_LINES, (account_id, since_ms, until_ms, limit, offset)).fetchall()
             return StatementPage(
-                rows=[StatementRow(*line) for line in lines],
+                rows=[StatementLine(*line) for line in lines],
                 opening=dict(connection.execute(_BALANCES, (account_id, since_ms)).fetchall()),
                 closing=dict(connection.execute(_BALANCES, (account_id, until_ms)).fetchall()),
                 sequence=_sequence(connection),

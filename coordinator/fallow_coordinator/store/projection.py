@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from fallow.ids import AccountId, Digest, JobId, LeaseId, PartyId, PoolId, SessionId, TaskId, TokenId
-from fallow.job import JOB_STATES_FINAL, JobProgress, JobStatus, TaskResult
+from fallow.job import JOB_STATES_FINAL, JobStatus, TaskResult
 from fallow.wire.job import result_to_message, status_to_message
 from fallow_coordinator.core import events as ev
 from fallow_coordinator.core.evolve import evolve
 from fallow_coordinator.core.limits import RETENTION_MS_DEFAULT
-from fallow_coordinator.core.questions import budget_warnings
+from fallow_coordinator.core.questions import status_told
 from fallow_coordinator.core.state import Bundle, Job, State
 from fallow_coordinator.ports import Record
 from fallow_coordinator.store.ledger_rows import posting_rows, settlement_row
@@ -320,38 +320,11 @@ def status_of(job: Job) -> JobStatus:
     service takes it from the bundle's manifest.
     """
     finished = job.state in JOB_STATES_FINAL
-    return JobStatus(
-        job_id=job.job_id,
-        account_id=job.account_id,
-        pool_id=job.pool_id,
-        state=job.state,
+    return status_told(
+        job,
         reason=job.reason,
         reason_code=job.reason_code,
-        bundle_digest=job.bundle_digest,
-        title=job.title,
-        data_class=job.data_class.value,
-        policy=job.policy,
-        price_microcredits=job.price_microcredits,
-        submitted_at_ms=job.submitted_at_ms,
-        finished_at_ms=job.finished_at_ms,
-        output_schema=b"",
-        kept=job.kept,
-        results=len(job.results),
-        progress=JobProgress(
-            rows_total=job.rows,
-            rows_done=len(job.done),
-            rows_failed=job.rows_failed,
-            rows_leased=job.rows_leased,
-            tasks_settled=job.tasks_settled,
-            workers=len({result.worker_id for result in job.results if result.worker_id}) if finished else 0,
-        ),
-        deleted_at_ms=job.deleted_at_ms,
-        pool_mode=job.mode,
-        budget_microcredits=job.budget_microcredits,
-        spent_microcredits=job.microcredits,
-        reserved_microcredits=job.reserved_microcredits,
-        warnings=budget_warnings(job),
-        footprint=job.footprint,
+        workers=len({result.worker_id for result in job.results if result.worker_id}) if finished else 0,
     )
 
 

@@ -12,9 +12,9 @@ import click
 
 from fallow.cli.options import DurationType, json_option, login_option, run
 from fallow.cli.output import Output
-from fallow.client.account import Balances, Statement, StatementLine
+from fallow.client.account import Balances, Statement
 from fallow.client.client import connect_async
-from fallow.credits import credits_text
+from fallow.credits import StatementLine, credits_text
 
 _COLUMNS = ("first_at", "last_at", "what", "book", "credits", "job", "worker", "pool", "count", "note")
 

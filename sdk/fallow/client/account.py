@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fallow.credits import TRANSFER_ID_BYTES
+from fallow.credits import TRANSFER_ID_BYTES, StatementLine
 from fallow.v1 import ledger_service_pb2 as pb
 from fallow.wire.moments import duration_from_message, moment_from_message
 
@@ -37,26 +37,6 @@ class Balances:
     contribution_microcredits: int
     """Work of its workers that nobody paid: one credit for a unit."""
     allotments: tuple[AllotmentLeft, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class StatementLine:
-    """What one event, or all work of one worker for one job, did to one book of the account."""
-
-    first_at_ms: int
-    last_at_ms: int
-    what: str
-    """`grant`, `budget`, `top up`, `work`, `returned`, `released`, `allotment`, `lapsed`."""
-    book: str
-    """`available`, `held`, `pending` or `allotment`."""
-    microcredits: int
-    """What came; negative: what went."""
-    job_id: str
-    worker_id: str
-    pool_id: str
-    note: str
-    count: int
-    """Events that the line sums up."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from typing import Final, Unpack
 
 from fallow.bundle import InspectionReport
 from fallow.bundle_file import Bundle, bundle_file
-from fallow.client.account import Balances, Statement, StatementLine, balances_from, lines_from
+from fallow.client.account import Balances, Statement, balances_from, lines_from
 from fallow.client.blobs import BlobTransfers, Upload
 from fallow.client.connection import CALL_TIMEOUT_S, Connection
 from fallow.client.job import AsyncJob
@@ -39,6 +39,7 @@ from fallow.client.submission import (
 from fallow.client.terms import JobTerms, Terms, limit_per_unit, terms_of
 from fallow.cost import SizeBin
 from fallow.credentials import Credentials
+from fallow.credits import StatementLine
 from fallow.errors import FallowError, Reason
 from fallow.ids import Digest, JobId
 from fallow.job import JobOptions, JobStatus
