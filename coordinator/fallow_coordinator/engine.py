@@ -12,7 +12,7 @@ import asyncio
 import logging
 import os
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, TypeVar
@@ -34,6 +34,7 @@ from fallow_coordinator.core.state import State
 from fallow_coordinator.core.turn import Turn, take_turn
 from fallow_coordinator.inline_packing import InlinePacker
 from fallow_coordinator.latency import Latencies
+from fallow_coordinator.payload_cache import PayloadCache
 from fallow_coordinator.ports import (
     EffectSink,
     LedgerUnsound,
@@ -193,7 +194,7 @@ class Engine:
         self._packs: asyncio.Queue[PackPlan] = asyncio.Queue()
         self._named: set[Digest] | None = None
         """Payloads that events named since a round of collecting began; None between rounds."""
-        self._cache = _PayloadCache(self._settings.payload_cache_bytes_max)
+        self._cache = PayloadCache(self._settings.payload_cache_bytes_max)
         self._inline_packer = InlinePacker()
         self._effects_since_s = 0.0
         self._counters = EngineCounters()
@@ -618,31 +619,3 @@ def payload_digests(event: ev.Event) -> tuple[Digest, ...]:
     """Digests of the inline payloads that an event names."""
     named = _PAYLOADS_NAMED.get(type(event))
     return named(event) if named is not None else ()
-
-
-class _PayloadCache:
-    """The payloads used last, up to a number of bytes, in which the cache's own part is counted."""
-
-    _ENTRY_BYTES = 250
-    """What an entry costs beside its bytes: two objects and a place in an ordered dictionary."""
-
-    def __init__(self, bytes_max: int) -> None:
-        self._bytes_max = bytes_max
-        self._bytes = 0
-        self._held: OrderedDict[Digest, bytes] = OrderedDict()
-
-    def get(self, digest: Digest) -> bytes | None:
-        data = self._held.get(digest)
-        if data is not None:
-            self._held.move_to_end(digest)
-        return data
-
-    def put(self, digest: Digest, data: bytes) -> None:
-        if digest in self._held:
-            self._held.move_to_end(digest)
-            return
-        self._held[digest] = data
-        self._bytes += len(data) + self._ENTRY_BYTES
-        while self._bytes > self._bytes_max:
-            _, dropped = self._held.popitem(last=False)
-            self._bytes -= len(dropped) + self._ENTRY_BYTES
