@@ -9,9 +9,10 @@ to `LEASES_AT_ONCE_MAX`. Everything happens in one event loop.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Generator
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -555,50 +556,44 @@ class Supervisor:
 
     async def _inspect(self, seat: Seat, shard: Shard) -> None:
         lease = shard.lease
-        work, manifest = lease.work, lease.manifest
         if seat not in self._seats:
             return
-        try:
+        with self._ending(seat, lease):
             child = self._spawn(self._options(ChildKind.INSPECT, lease.layout, lease.cap), lease.cap)
             seat.child = child
             self._begin(lease)
-            answer = await inspect_bundle(child, work, manifest, lease.progress)
+            answer = await inspect_bundle(child, lease.work, lease.manifest, lease.progress)
             if isinstance(answer, Failed):
                 self._fail(lease, answer.cause, _failed_text(answer))
             else:
                 self._inspected(lease, answer)
-        except ChildDiedError as error:
-            self._fail(lease, error.death.cause, error.death.reason)
-        except WorkFailed as failed:
-            self._fail(lease, failed.cause, failed.reason)
-        except OSError as error:
-            self._fail(lease, Cause.PLATFORM, f"no engine child can be had: {error}")
-        finally:
-            self._close_seat(seat)
-            self._dispatch()
-            self._rest_if_idle()
 
     async def _measure(self, seat: Seat, lease: LeaseRun, plan: ChallengePlan) -> None:
-        """A challenge or a check, in a child that is ended afterwards."""
+        """A challenge or a check."""
         if seat not in self._seats:
             return
-        try:
+        with self._ending(seat, lease):
             options = self._options(ChildKind.RUN, lease.layout, lease.cap)
             child = self._take_spare(options) or self._spawn(options, lease.cap)
             child.cap = lease.cap
             seat.child = child
             self._begin(lease)
             outcome = await measure(child, lease.work, plan, threads=self.cores, progress=lease.progress)
+            self._end(lease)
+            if not lease.outcome.done():
+                lease.outcome.set_result(outcome)
+
+    @contextlib.contextmanager
+    def _ending(self, seat: Seat, lease: LeaseRun) -> Generator[None]:
+        """For work that has a child of its own: what goes wrong fails the lease, and the child ends either way."""
+        try:
+            yield
         except ChildDiedError as error:
             self._fail(lease, error.death.cause, error.death.reason)
         except WorkFailed as failed:
             self._fail(lease, failed.cause, failed.reason)
         except OSError as error:
             self._fail(lease, Cause.PLATFORM, f"no engine child can be had: {error}")
-        else:
-            self._end(lease)
-            if not lease.outcome.done():
-                lease.outcome.set_result(outcome)
         finally:
             self._close_seat(seat)
             self._dispatch()
