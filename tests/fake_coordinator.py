@@ -43,6 +43,7 @@ from fallow.wire.blob import (
     reference_from_message,
 )
 from fallow.wire.bundle import decode_manifest
+from fallow.wire.chunks import LET_IN_METADATA
 from fallow.wire.errors import ERROR_METADATA_KEY, encode_error
 from fallow.wire.explanation import job_explanation_to_message
 from fallow.wire.job import result_to_message, status_to_message
@@ -370,7 +371,7 @@ class FakeCoordinator(job_service_pb2_grpc.JobServiceServicer, blob_service_pb2_
                     error = FallowError(Reason.OFFSET_MISMATCH, f"the upload stands at {len(stored)}")
                     await _abort(context, grpc.StatusCode.OUT_OF_RANGE, error)
                 # Lets the rest of the upload in.
-                await context.send_initial_metadata(())
+                await context.send_initial_metadata(((LET_IN_METADATA, "1"),))
             assert len(part.chunk) <= BLOB_CHUNK_BYTES
             stored += part.chunk
             if breaks_after is not None and len(stored) >= breaks_after:

@@ -25,6 +25,7 @@ from fallow.wire.blob import decode_grant, grant_to_message, receipt_from_messag
 from fallow.wire.chunks import (
     GET_METHOD,
     GET_UPLOAD_METHOD,
+    LET_IN_METADATA,
     LOCATE_METHOD,
     PUT_METHOD,
     PutPart,
@@ -373,10 +374,13 @@ class _Parts:
         """Waits until the service wants more than the first chunk; False when it has answered already.
 
         A call that ends while it writes loses its status in gRPC; so refusals are waited for while nothing is written.
+        A refusal has initial metadata too, a moment before the call knows that it is over: the key tells them apart.
         """
         assert self._call is not None, "parts are asked for once the call is there"
-        await self._call.initial_metadata()
-        return not self._call.done()
+        if any(key == LET_IN_METADATA for key, _ in await self._call.initial_metadata()):
+            return not self._call.done()
+        await self._call.code()
+        return False
 
 
 class _Source(Protocol):

@@ -31,7 +31,7 @@ from fallow.wire.blob import (
     reference_from_message,
     reference_to_message,
 )
-from fallow.wire.chunks import PutPart, decode_put_part, encode_get_part
+from fallow.wire.chunks import LET_IN_METADATA, PutPart, decode_put_part, encode_get_part
 from fallow.wire.moments import moment_from_message
 from fallow_coordinator.blobs.admission import Gate, Turn, Turns
 from fallow_coordinator.blobs.config import BlobLimits
@@ -292,7 +292,7 @@ class BlobService:
             self._growing.add(upload)
             try:
                 await self._in_thread(upload.open, first.offset_bytes)
-                await context.send_initial_metadata(())
+                await context.send_initial_metadata(((LET_IN_METADATA, "1"),))
                 await self._grow(upload, first, requests, turn)
                 return await self._stored(upload, grant)
             except UnfinishedError:

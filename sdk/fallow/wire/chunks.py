@@ -20,6 +20,8 @@ CHUNK_MESSAGE_BYTES_MAX: Final = BLOB_CHUNK_BYTES + 64 * KIB
 """A chunk and what may stand beside it: a grant and an offset."""
 
 BLOB_SERVICE: Final = blob_service_pb2.DESCRIPTOR.services_by_name["BlobService"].full_name
+LET_IN_METADATA: Final = "fallow-let-in"
+"""Key of the initial metadata of a Put that may go on; a refusal's has it not."""
 PUT_METHOD: Final = f"/{BLOB_SERVICE}/Put"
 GET_METHOD: Final = f"/{BLOB_SERVICE}/Get"
 GET_UPLOAD_METHOD: Final = f"/{BLOB_SERVICE}/GetUpload"
