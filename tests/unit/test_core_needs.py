@@ -9,13 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fallow.bundle import Precision
+from fallow.credits import PoolMode
 from fallow.ids import PoolId
 from fallow.job import JobOptions
 from fallow.roles import DataClass, Tier
 from fallow.session import Capability, Device, DeviceKind, DeviceLevel, TaskKind
 from fallow_coordinator.core.needs import (
     INSPECTION,
-    MARKET,
     MISFIT_WORDS,
     Ability,
     Misfit,
@@ -32,13 +32,17 @@ GPU = Device("gpu-0", DeviceKind.GPU, DeviceLevel.USABLE, memory_bytes=8 * GIB)
 NPU = Device("npu-0", DeviceKind.NPU, DeviceLevel.USABLE, memory_bytes=4 * GIB)
 
 
-def able(*devices: Device, tier: Tier = Tier.VOLUNTEER, mode: str = "donation", **changes: object) -> Ability:
+def able(
+    *devices: Device, tier: Tier = Tier.VOLUNTEER, mode: PoolMode = PoolMode.DONATION, **changes: object
+) -> Ability:
     """A worker's offer."""
     capability = replace(Capability(devices=devices or (CPU,)), **changes)  # type: ignore[arg-type]
     return ability_of(capability, pool_id=POOL, tier=tier, mode=mode, measured=True)
 
 
-def why(ability: Ability, mode: str = "donation", data_class: DataClass = DataClass.PUBLIC, **wishes: object) -> object:
+def why(
+    ability: Ability, mode: PoolMode = PoolMode.DONATION, data_class: DataClass = DataClass.PUBLIC, **wishes: object
+) -> object:
     """The reason for a job with these wishes."""
     options = JobOptions(**wishes)  # type: ignore[arg-type]
     return misfit(needs_of_job(options, pool_id=POOL, data_class=data_class, mode=mode), ability)
@@ -78,21 +82,21 @@ def test_rows_go_only_to_tiers_that_may_see_them() -> None:
 
 
 def test_asks_and_limits_count_in_markets_alone() -> None:
-    dear = able(mode=MARKET, ask_microcredits_per_unit=1_000)
+    dear = able(mode=PoolMode.MARKET, ask_microcredits_per_unit=1_000)
     assert why(able(ask_microcredits_per_unit=1_000), limit_microcredits_per_unit=10) is None
-    assert why(dear, mode=MARKET, limit_microcredits_per_unit=10) is Misfit.ASK
-    assert why(dear, mode=MARKET, limit_microcredits_per_unit=1_000) is None
-    assert why(dear, mode=MARKET) is Misfit.ASK, "no limit means free work only"
-    assert why(able(mode=MARKET), mode=MARKET) is None
-    unmeasured = able(mode=MARKET)._replace(measured=False)
-    assert why(unmeasured, mode=MARKET, limit_microcredits_per_unit=1) is Misfit.NOT_MEASURED
-    assert why(unmeasured, mode=MARKET) is None, "free work needs no measuring"
+    assert why(dear, mode=PoolMode.MARKET, limit_microcredits_per_unit=10) is Misfit.ASK
+    assert why(dear, mode=PoolMode.MARKET, limit_microcredits_per_unit=1_000) is None
+    assert why(dear, mode=PoolMode.MARKET) is Misfit.ASK, "no limit means free work only"
+    assert why(able(mode=PoolMode.MARKET), mode=PoolMode.MARKET) is None
+    unmeasured = able(mode=PoolMode.MARKET)._replace(measured=False)
+    assert why(unmeasured, mode=PoolMode.MARKET, limit_microcredits_per_unit=1) is Misfit.NOT_MEASURED
+    assert why(unmeasured, mode=PoolMode.MARKET) is None, "free work needs no measuring"
 
 
 @given(ask=st.integers(0, 10**12), limit=st.integers(1, 10**12))
 def test_a_class_never_shuts_out_an_ask_that_the_limit_allows(ask: int, limit: int) -> None:
-    ability = able(mode=MARKET, ask_microcredits_per_unit=ask)
-    reason = why(ability, mode=MARKET, limit_microcredits_per_unit=limit)
+    ability = able(mode=PoolMode.MARKET, ask_microcredits_per_unit=ask)
+    reason = why(ability, mode=PoolMode.MARKET, limit_microcredits_per_unit=limit)
     assert ask > limit or reason is None
     assert reason is None or ask > limit
     assert price_class(ask) <= price_class(limit) or ask > limit

@@ -5,12 +5,13 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Iterator
 
+from fallow.credits import PoolMode
 from fallow.ids import AccountId, Digest, LeaseId, PartyId
 from fallow.roles import Tier
 from fallow.session import Capability, DeviceLevel
 from fallow_coordinator.core.devices import measured
 from fallow_coordinator.core.limits import BUNDLES_PER_WORKER_MAX, SLOTS_PER_WORKER_MAX, UNIT_MICROS
-from fallow_coordinator.core.needs import MARKET, Ability, Needs, ability_of, misfit
+from fallow_coordinator.core.needs import Ability, Needs, ability_of, misfit
 from fallow_coordinator.core.state import NO_GROUP, Account, Lane, State, Worker, WorkerGroup
 
 
@@ -54,7 +55,7 @@ def place(state: State, worker: Worker) -> None:
     assert worker.group == NO_GROUP, "a worker is counted once"
     if worker.session_id is None or worker.quarantined:
         return
-    market = state.pools[worker.pool_id].mode == MARKET
+    market = state.pools[worker.pool_id].mode is PoolMode.MARKET
     worker.ask_microcredits_per_unit = worker.capability.ask_microcredits_per_unit if market else 0
     group = _group_of(state, ability_of_worker(state, worker))
     worker.group = group.number

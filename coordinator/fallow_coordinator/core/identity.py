@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fallow.credits import PoolMode
 from fallow.errors import FallowError, Reason
 from fallow.ids import AccountId, KeyFingerprint, PartyId, PoolId, TokenId
 from fallow.limits import TOKEN_USES_MAX
@@ -27,7 +28,6 @@ from fallow_coordinator.core.limits import (
 from fallow_coordinator.core.names import Names
 from fallow_coordinator.core.state import Party, State, Token, Worker
 
-MODE_DONATION = "donation"
 POLICY_UNVERIFIED = "unverified"
 
 
@@ -43,7 +43,7 @@ def start_journal(state: State, command: c.StartJournal, names: Names) -> Decisi
                 pool_id=pool_id,
                 account_id=account_id,
                 name=_name(command.pool_name, "pool_name"),
-                mode=MODE_DONATION,
+                mode=PoolMode.DONATION.value,
                 policy=POLICY_UNVERIFIED,
             ),
         ),
@@ -74,7 +74,7 @@ def create_pool(state: State, command: c.CreatePool, names: Names) -> Decision:
         pool_id=pool_id,
         account_id=command.account_id,
         name=name,
-        mode=MODE_DONATION,
+        mode=PoolMode.DONATION.value,
         policy=POLICY_UNVERIFIED,
         closed=command.closed,
     )

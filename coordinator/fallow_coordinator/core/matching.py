@@ -311,7 +311,7 @@ def _serves_own(state: State, account: Account, key: Needs) -> bool:
 def _grant(
     state: State, task: Task, worker: Worker, now_ms: int, names: Names, *, runner_up_ask: int | None
 ) -> tuple[e.Event, ...]:
-    """The one place where a lease is made; a job that cannot pay for it pauses instead."""
+    """The one place where a lease of a job, or an inspection, is made; a job that cannot pay for it pauses instead."""
     assert worker.session_id is not None, "free workers are connected"
     terms = lease_terms(state, task, worker, runner_up_ask)
     if isinstance(terms, Shortage):

@@ -14,6 +14,7 @@ from fallow.challenge import (
     ChallengePlan,
     speed_milliunits_per_s,
 )
+from fallow.credits import PoolMode
 from fallow.ids import LeaseId, PoolId, TaskId
 from fallow.roles import Tier
 from fallow.session import Device, DeviceLevel, TaskKind
@@ -96,7 +97,7 @@ def _is_at_leisure(state: State, worker: Worker, rules: c.MeasuringRules, now_ms
 
 
 def _is_donation(pool: Pool) -> bool:
-    return pool.mode == "donation"
+    return pool.mode is PoolMode.DONATION
 
 
 def _due(state: State, worker: Worker, now_ms: int) -> tuple[Device, ChallengeKind] | None:

@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from fallow.bundle import Precision
+from fallow.credits import PoolMode
 from fallow.ids import PoolId
 from fallow.job import JobOptions, Objective
 from fallow.roles import TIERS_ALLOWED, DataClass, Tier
@@ -19,8 +20,6 @@ from fallow.session import Capability, DeviceKind, DeviceLevel, TaskKind
 
 ANY_POOL = PoolId("")
 """Stands for the pool where trust does not depend on one: inspections go to operators' workers of every pool."""
-MARKET = "market"
-"""Mode of a pool where asks and limits count."""
 
 _ABSENT = -1
 _NPU_PRECISIONS = frozenset({Precision.FP16, Precision.INT8})
@@ -168,7 +167,7 @@ def _device_misfit(needs: Needs, ability: Ability) -> Misfit | None:
     return None
 
 
-def ability_of(capability: Capability, *, pool_id: PoolId, tier: Tier, mode: str, measured: bool) -> Ability:
+def ability_of(capability: Capability, *, pool_id: PoolId, tier: Tier, mode: PoolMode, measured: bool) -> Ability:
     """What a worker offers that says this of itself in a pool of this mode."""
     classes = dict.fromkeys(DeviceKind, _ABSENT)
     for device in capability.devices:
@@ -185,13 +184,13 @@ def ability_of(capability: Capability, *, pool_id: PoolId, tier: Tier, mode: str
         gpu_class=classes[DeviceKind.GPU],
         npu_class=classes[DeviceKind.NPU],
         measured=measured,
-        ask_class=price_class(capability.ask_microcredits_per_unit) if mode == MARKET else 0,
+        ask_class=price_class(capability.ask_microcredits_per_unit) if mode is PoolMode.MARKET else 0,
     )
 
 
-def needs_of_job(options: JobOptions, *, pool_id: PoolId, data_class: DataClass, mode: str) -> Needs:
+def needs_of_job(options: JobOptions, *, pool_id: PoolId, data_class: DataClass, mode: PoolMode) -> Needs:
     """What a job with these options asks of a worker in a pool of this mode."""
-    limit = options.limit_microcredits_per_unit if mode == MARKET else 0
+    limit = options.limit_microcredits_per_unit if mode is PoolMode.MARKET else 0
     return Needs(
         kind=TaskKind.MAP,
         pool_id=pool_id,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fallow.credits import Purse
+from fallow.credits import PoolMode, Purse
 from fallow.ids import JobId
 from fallow_coordinator.core import events as ev
 from fallow_coordinator.core.ledger import BookKind, Posting
@@ -104,7 +104,7 @@ def _job_and_worker(state: State, event: ev.Event) -> tuple[str, str]:
             job_id = state.tasks[event.task_id].job_id or ""
             lease = state.leases[event.lease_id]
             # A quota job's allotment is one line for each job: reservations know no worker by then.
-            paid = not job_id or state.jobs[JobId(job_id)].mode.value == "market"
+            paid = not job_id or state.jobs[JobId(job_id)].mode is PoolMode.MARKET
             return job_id, lease.worker_id if paid else ""
         case _:
             return "", ""

@@ -15,7 +15,7 @@ from fallow.bundle import BundleManifest, VariantForm
 from fallow.cli.options import DurationType, split_names
 from fallow.cli.output import counted
 from fallow.client.terms import MEMORY_BYTES_MAX, PRIORITY_MAX, JobTerms
-from fallow.credits import credits_text
+from fallow.credits import PoolMode, credits_text
 from fallow.job import Objective
 from fallow.quote import Quote
 from fallow.session import DeviceKind
@@ -148,16 +148,16 @@ def quote_text(quote: Quote, manifest: BundleManifest) -> str:
 
 
 def _price(quote: Quote) -> str:
-    if quote.pool_mode == "donation":
+    if quote.pool_mode == PoolMode.DONATION:
         return "nothing: workers of this pool donate"
     if not quote.workers_fitting:
         return "unknown: no worker fits"
-    what = "units of allotment" if quote.pool_mode == "quota" else "credits"
+    what = "units of allotment" if quote.pool_mode == PoolMode.QUOTA else "credits"
     text = (
         f"{credits_text(quote.price_microcredits_per_1000_rows)} {what} for 1,000 rows, "
         f"{credits_text(quote.price_microcredits)} in all"
     )
-    return text + (f"; budget {credits_text(quote.budget_microcredits)}" if quote.pool_mode == "market" else "")
+    return text + (f"; budget {credits_text(quote.budget_microcredits)}" if quote.pool_mode == PoolMode.MARKET else "")
 
 
 def _end(quote: Quote) -> str:

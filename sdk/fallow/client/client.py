@@ -39,7 +39,7 @@ from fallow.client.submission import (
 from fallow.client.terms import JobTerms, Terms, limit_per_unit, terms_of
 from fallow.cost import SizeBin
 from fallow.credentials import Credentials
-from fallow.credits import StatementLine
+from fallow.credits import PoolMode, StatementLine
 from fallow.errors import FallowError, Reason
 from fallow.ids import Digest, JobId
 from fallow.job import JobOptions, JobStatus
@@ -79,7 +79,7 @@ class Session:
     party_id: str
     account_id: str
     pool_id: str
-    pool_mode: str = "donation"
+    pool_mode: str = PoolMode.DONATION
     """How work is paid in the caller's own pool: `donation`, `quota` or `market`."""
 
 
@@ -265,7 +265,7 @@ class AsyncClient:
     async def _agreed(self, request: MapRequest, terms: Terms) -> MapRequest:
         """The request with limit, budget and form settled; asks for a quote only where it takes one."""
         own_pool = request.pool_id in {"", self.session.pool_id}
-        free = own_pool and self.session.pool_mode != "market"
+        free = own_pool and self.session.pool_mode != PoolMode.MARKET
         if terms.accept or not (
             free or (terms.budget_microcredits is not None and not terms.limit_microcredits_per_1000_rows)
         ):
@@ -291,7 +291,7 @@ class AsyncClient:
                 continue
             asked = replace(request, bundle=bundle)
             quote = replace(await self._ask_quote(asked, bins), form=form)
-            if terms.limit_microcredits_per_1000_rows is not None and quote.pool_mode == "market":
+            if terms.limit_microcredits_per_1000_rows is not None and quote.pool_mode == PoolMode.MARKET:
                 limit = limit_per_unit(terms.limit_microcredits_per_1000_rows, quote)
                 asked = replace(asked, options=replace(asked.options, limit_microcredits_per_unit=limit))
                 quote = replace(await self._ask_quote(asked, bins), form=form)
@@ -448,7 +448,7 @@ async def _session(connection: Connection) -> Session:
             limit=f"{PROTOCOL_VERSION_MIN_SUPPORTED} or newer",
             hint="ask its operator to upgrade fallow",
         )
-    return Session(answer.party_id, answer.account_id, answer.pool_id, answer.pool_mode or "donation")
+    return Session(answer.party_id, answer.account_id, answer.pool_id, answer.pool_mode or PoolMode.DONATION)
 
 
 def _bundle_state(message: job_service_pb2.BundleStatus) -> BundleState:

@@ -11,6 +11,7 @@ from fallow.bundle import VariantForm
 from fallow.client.submission import MapRequest
 from fallow.client.terms import Terms, limit_per_unit
 from fallow.cost import SizeBin, SizeCounter
+from fallow.credits import PoolMode
 from fallow.errors import FallowError, Reason
 from fallow.ids import digest_of
 from fallow.job import JobOptions, Objective
@@ -70,7 +71,7 @@ def best_quote(quotes: Sequence[Quote], objective: Objective) -> Quote:
 
 def agreed_options(options: JobOptions, terms: Terms, quote: Quote) -> JobOptions:
     """The options with limit and budget as the terms and the quote make them. Raises FIELD_INVALID, FIELD_MISSING."""
-    market = quote.pool_mode == "market"
+    market = quote.pool_mode == PoolMode.MARKET
     limit = terms.limit_microcredits_per_1000_rows
     if limit is not None and market:
         options = replace(options, limit_microcredits_per_unit=limit_per_unit(limit, quote))
