@@ -158,18 +158,23 @@ def delete_job(state: State, command: c.DeleteJob) -> Decision:
             field="job_id",
             hint=f"`fallow job cancel {command.job_id}` ends it",
         )
-    return Decision((e.JobDeleted(command.job_id, command.account_id, DELETED_BY_OWNER),))
+    draft = Draft(state)
+    if job is not None:
+        draft.end_late_leases(job, DELETED_BY_OWNER)
+    return Decision((*draft.events, e.JobDeleted(command.job_id, command.account_id, DELETED_BY_OWNER)))
 
 
 def expire_jobs(state: State, command: c.ExpireJobs) -> Decision:
     """Lets go of what these jobs keep, except of those that are deleted already."""
     assert len(command.jobs) <= EXPIRED_PER_COMMAND_MAX, "the collector asks page by page"
-    events: list[e.Event] = []
+    draft = Draft(state)
     for account_id, job_id in command.jobs:
         job = state.jobs.get(job_id)
         if job is None or (job.state in JOB_STATES_FINAL and not job.deleted_at_ms):
-            events.append(e.JobDeleted(job_id, account_id, DELETED_BY_TIME))
-    return Decision(tuple(events))
+            if job is not None:
+                draft.end_late_leases(job, DELETED_BY_TIME)
+            draft.events.append(e.JobDeleted(job_id, account_id, DELETED_BY_TIME))
+    return Decision(tuple(draft.events))
 
 
 def task_packed(state: State, command: c.TaskPacked) -> Decision:
@@ -206,6 +211,8 @@ def archive_jobs(state: State, command: c.ArchiveJobs) -> Decision:
     """Finished jobs that the views show leave the state, oldest first, so many at a time."""
     events: list[e.Event] = []
     for job_id, end_sequence in state.finished.items():
+        if state.jobs[job_id].late:
+            continue
         if end_sequence > command.view_sequence or len(events) >= ARCHIVED_PER_COMMAND_MAX:
             break
         events.append(e.JobArchived(job_id=job_id))
