@@ -19,6 +19,7 @@ from fallow_coordinator.store import (
     duplicate_events,
     health_events,
     identity_events,
+    verification_events,
     work_events,
 )
 from fallow_coordinator.store.event_kind import AnyKind
@@ -36,6 +37,7 @@ KINDS: tuple[AnyKind, ...] = (
     *carbon_events.KINDS,
     *door_events.KINDS,
     *duplicate_events.KINDS,
+    *verification_events.KINDS,
 )
 """Every kind of event; complete, or importing this module fails."""
 
