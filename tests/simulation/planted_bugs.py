@@ -22,6 +22,7 @@ from fallow_coordinator.core import (
     evolve_sessions,
     evolve_tasks,
     groups,
+    health,
     jobs,
     lanes,
     leases,
@@ -370,7 +371,7 @@ def no_amnesty(patch: pytest.MonkeyPatch) -> EngineBugs:
 
 def rests_never_end(patch: pytest.MonkeyPatch) -> EngineBugs:
     """A host that failed too often is never tried again."""
-    patch.setattr(time_passing.health, "warmed", lambda state, now_ms: [])
+    patch.setattr(health, "warmed", lambda state, now_ms: [])
     return EngineBugs()
 
 

@@ -16,6 +16,7 @@ from fallow.limits import (
     JOB_ROWS_MAX,
     TITLE_BYTES_MAX,
 )
+from fallow.region import REGION_RULE, is_region
 from fallow.session import DeviceKind
 from fallow_coordinator.core import commands as c
 from fallow_coordinator.core import events as e
@@ -39,7 +40,6 @@ from fallow_coordinator.core.limits import (
     MEMORY_BYTES_MIN_MAX,
     PACK_ATTEMPTS_MAX,
     PRIORITY_MAX,
-    REGION_BYTES_MAX,
     RETENTION_MS_DEFAULT,
     RETENTION_MS_MAX,
     RETENTION_MS_MIN,
@@ -346,11 +346,11 @@ def check_needs(options: JobOptions, now_ms: int) -> None:
             f"there is no device kind {shortened(options.device_kind)!r}",
             ", ".join(kind.value for kind in DeviceKind),
         )
-    if options.region and not _is_region(options.region):
+    if options.region and not is_region(options.region):
         raise _not_allowed(
             "region",
             "this is no name of a region",
-            f"1 to {REGION_BYTES_MAX} letters, digits, '-' and '_', such as de or us-east",
+            REGION_RULE,
         )
     if options.deadline_ms and not now_ms < options.deadline_ms <= now_ms + DEADLINE_MS_MAX:
         past = options.deadline_ms <= now_ms
@@ -360,10 +360,6 @@ def check_needs(options: JobOptions, now_ms: int) -> None:
             f"the deadline {'was' if past else 'is in'} {away_s} seconds{' ago' if past else ''}",
             f"from now on, at most {DEADLINE_MS_MAX // DAY_MS} days ahead",
         )
-
-
-def _is_region(text: str) -> bool:
-    return len(text) <= REGION_BYTES_MAX and text.isascii() and text.replace("-", "").replace("_", "").isalnum()
 
 
 def _not_allowed(option: str, message: str, limit: str) -> FallowError:

@@ -189,7 +189,10 @@ SHARE_FLOOR_UNITS = 60
 READY_LOOK_AHEAD = 16
 """Ready tasks of a lane that are looked at for one that a free worker may take."""
 OWN_WORKERS_LOOKED_AT_MAX = 16
-REGION_BYTES_MAX = 32
+REGIONS_UNKNOWN_MAX = 64
+"""Regions of connected workers that are told apart although no forecast knows them; others count as `other`."""
+GROUPS_MAX = 1_024
+"""Kinds of connected workers that are told apart: matching looks at some of them for each task."""
 MEMORY_BYTES_MIN_MAX = 1 << 50
 """Most memory that a job may ask for on one device: 1 PiB."""
 LEARNED_SETTLEMENTS = 16
