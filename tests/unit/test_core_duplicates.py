@@ -13,7 +13,7 @@ from fallow.job import JobOptions, JobState, Objective
 from fallow.roles import Role, Tier
 from fallow.session import Cause, HeldLease, RowFailure
 from fallow_coordinator.core import commands as c
-from fallow_coordinator.core import duplicates, groups, questions
+from fallow_coordinator.core import duplicates, explaining, groups, questions
 from fallow_coordinator.core import effects as f
 from fallow_coordinator.core import events as e
 from fallow_coordinator.core.ledger import available, held, pending
@@ -83,6 +83,9 @@ def test_a_late_lease_is_given_out_a_second_time_with_a_fence_of_its_own() -> No
     sent = [questions.lease_to_send(world.state, lease.lease_id) for lease in (first, second)]
     assert sent[0] is not None and sent[1] is not None and sent[0].input == sent[1].input
     assert not world.pass_time(LONG_MS).events, "two leases, and no third"
+    explained = explaining.explain_job(world.state, job_id, world.now_ms)
+    assert explained is not None and ("LATE", 1) in [(one.code, one.count) for one in explained.waits_for]
+    assert world.status(job_id).progress.workers == 2
 
 
 @pytest.mark.parametrize("first_done", ["slow", "quick"])

@@ -174,6 +174,10 @@ def _of_its_tasks(state: State, job: Job) -> list[Obstacle]:
     packing = sum(task.phase is TaskPhase.PACKING for task in tasks)
     if packing:
         made.append(Obstacle(PACKING, packing, f"{packing} tasks are being packed"))
+    doubled = sum(task.duplicate_id is not None for task in tasks)
+    if doubled:
+        words = f"{doubled} late tasks are in the hands of a second worker too: who is done first delivers"
+        made.append(Obstacle("LATE", doubled, words))
     failed = [task for task in tasks if task.phase is TaskPhase.WAITING and task.last_reason]
     if failed:
         words = f"{len(failed)} tasks wait to be tried again, the last one ended: {failed[-1].last_reason}"
