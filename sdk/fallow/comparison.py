@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
@@ -67,3 +68,15 @@ class ToleranceProfile:
     def counts(self) -> bool:
         """Whether enough rows taught it."""
         return self.samples >= PROFILE_SAMPLES_MIN
+
+
+def fault_of_findings(findings: Sequence[RowFinding], *, rows: int, candidates: int) -> str:
+    """What is wrong with the form of findings that a child gave for so many rows and candidates, or nothing."""
+    if [found.row for found in findings] != list(range(rows)):
+        return f"findings of {len(findings)} rows for {rows}"
+    for found in findings:
+        if len(found.candidates) != candidates:
+            return f"row {found.row} has {len(found.candidates)} findings for {candidates} candidates"
+        if any(max(one.error_ppm_of_tolerance, one.deviation_ppm) > PPM_MAX for one in found.candidates):
+            return f"row {found.row} is further away than can be said"
+    return ""

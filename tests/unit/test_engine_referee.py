@@ -1,0 +1,186 @@
+"""What a referee finds of stand-in classes and of cheaters, running real programs in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from engine_models import PROGRAM_FILE, onnx_model, tensor_manifest, text_bundle
+from fallow.bundle import Precision
+from fallow.comparison import PROFILE_SAMPLES_MIN, CandidateFinding, Finding, ToleranceProfile
+from fallow.row_block import RowBlock
+from fallow.row_comparison import CEILING_PPM
+from fallow.row_values import ColumnValues
+from fallow.schema import DType, TensorColumn
+from fallow_worker.engine.jitter import jittered
+from referee_rig import OTHER_CLASS, OWN_CLASS, Machine, found, halved, quantised, rewritten
+
+FEATURES = 64
+ROWS = 12
+COLUMNS: Mapping[str, ColumnValues] = {
+    "x": np.random.default_rng(1).standard_normal((ROWS, FEATURES), dtype=np.float32)
+}
+
+
+def layers(*sizes: int) -> bytes:
+    """x → (MatMul → Tanh)* → MatMul → y, of those widths."""
+    generator = np.random.default_rng(7)
+    nodes: list[Any] = []
+    weights: dict[str, Any] = {}
+    value = "x"
+    for index, (inner, outer) in enumerate(pairwise(sizes)):
+        weights[f"w{index}"] = (generator.standard_normal((inner, outer)) / np.sqrt(inner)).astype(np.float32)
+        last = index == len(sizes) - 2
+        nodes.append(helper.make_node("MatMul", [value, f"w{index}"], ["y" if last else f"m{index}"]))
+        if not last:
+            nodes.append(helper.make_node("Tanh", [f"m{index}"], [value := f"t{index}"]))
+    outputs = [("y", TensorProto.FLOAT, ["rows", sizes[-1]])]
+    return onnx_model(nodes, [("x", TensorProto.FLOAT, ["rows", sizes[0]])], outputs, weights)
+
+
+def shuffled(model: bytes) -> bytes:
+    """The same function, whose hidden sums are added up in another order: an honest machine of another make."""
+    parsed = onnx.load_from_string(model)
+    weights = [numpy_helper.to_array(tensor).copy() for tensor in parsed.graph.initializer]
+    generator = np.random.default_rng(3)
+    for index in range(len(weights) - 1):
+        order = generator.permutation(weights[index].shape[1])
+        weights[index], weights[index + 1] = weights[index][:, order], weights[index + 1][order]
+    for tensor, changed in zip(parsed.graph.initializer, weights, strict=True):
+        tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(changed), tensor.name))
+    return bytes(parsed.SerializeToString())
+
+
+@pytest.fixture(scope="module")
+def machine() -> Machine:
+    model = layers(FEATURES, 128, 64, 8)
+    manifest = tensor_manifest(
+        model,
+        input_columns=(TensorColumn("x", DType.FLOAT32, (FEATURES,)),),
+        output_columns=(TensorColumn("y", DType.FLOAT32, (8,)),),
+    )
+    return Machine(manifest, {PROGRAM_FILE: model})
+
+
+def kinds(findings: list[CandidateFinding]) -> set[Finding | None]:
+    return {one.finding for one in findings}
+
+
+def profile_of(findings: list[CandidateFinding]) -> ToleranceProfile:
+    """As if these rows, again and again, had taught it."""
+    seen = sorted(one.deviation_ppm for one in findings)
+    return ToleranceProfile(
+        OWN_CLASS, OTHER_CLASS, PROFILE_SAMPLES_MIN, seen[len(seen) // 2], seen[len(seen) * 19 // 20], seen[-1]
+    )
+
+
+def test_honest_machines_of_other_classes_are_ties_and_with_a_profile_within_tolerance(machine: Machine) -> None:
+    stand_ins = [
+        machine.unoptimised().outputs(COLUMNS),
+        machine.in_batches_of(1).outputs(COLUMNS),
+        machine.in_batches_of(32).outputs(COLUMNS),
+        replace(machine, files={PROGRAM_FILE: shuffled(machine.files[PROGRAM_FILE])}).outputs(COLUMNS),
+    ]
+    candidates = [(block, OTHER_CLASS) for block in stand_ins]
+    without = found(machine, COLUMNS, candidates)
+    assert kinds(without[-1]) == {Finding.TIE}
+    assert set().union(*map(kinds, without)) <= {Finding.EQUAL, Finding.TIE}
+    assert max(one.deviation_ppm for findings in without for one in findings) < CEILING_PPM // 4
+    taught = profile_of(without[-1])
+    judged = found(machine, COLUMNS, candidates, profiles=(taught,))
+    assert set().union(*map(kinds, judged)) <= {Finding.EQUAL, Finding.WITHIN_TOLERANCE}
+
+
+def test_coarser_arithmetic_and_junk_are_unexplained_and_with_a_profile_wrong(machine: Machine) -> None:
+    own = machine.outputs(COLUMNS)
+    other_rows = machine.outputs({"x": np.asarray(COLUMNS["x"])[::-1]})
+    cheats: dict[str, RowBlock] = {
+        "fp16 weights": machine.with_weights(halved).outputs(COLUMNS),
+        "int8 weights": machine.with_weights(quantised).outputs(COLUMNS),
+        "fp16 outputs": rewritten(machine, own, lambda c: {"y": c["y"].astype(np.float16).astype(np.float32)}),
+        "constant": rewritten(machine, own, lambda c: {"y": np.zeros_like(c["y"])}),
+        "another row's": other_rows,
+        "sign flipped": rewritten(machine, own, lambda c: {"y": -c["y"]}),
+        "nan": rewritten(machine, own, lambda c: {"y": np.full_like(c["y"], np.nan)}),
+    }
+    honest = replace(machine, files={PROGRAM_FILE: shuffled(machine.files[PROGRAM_FILE])}).outputs(COLUMNS)
+    taught = profile_of(found(machine, COLUMNS, [(honest, OTHER_CLASS)])[0])
+    candidates = [(block, OTHER_CLASS) for block in cheats.values()]
+    for name, findings in zip(cheats, found(machine, COLUMNS, candidates), strict=True):
+        assert kinds(findings) == {Finding.UNEXPLAINED}, name
+    for name, findings in zip(cheats, found(machine, COLUMNS, candidates, profiles=(taught,)), strict=True):
+        assert kinds(findings) == {Finding.UNEXPLAINED if name == "nan" else Finding.WRONG}, name
+    in_class = found(machine, COLUMNS, [(block, OWN_CLASS) for block in cheats.values()])
+    assert set().union(*map(kinds, in_class)) == {Finding.WRONG}
+
+
+@pytest.mark.parametrize(
+    ("times", "finding"), [(0.5, Finding.WITHIN_TOLERANCE), (2, Finding.WRONG), (5, Finding.WRONG)]
+)
+def test_noise_is_found_from_twice_what_is_allowed(machine: Machine, times: float, finding: Finding) -> None:
+    own = machine.outputs(COLUMNS)
+    plain = found(machine, COLUMNS, [(rewritten(machine, own, lambda c: {"y": c["y"] * (1 + 1e-6)}), OTHER_CLASS)])[0]
+    taught = profile_of(plain)
+    # 1e-6 of an element is this many spreads at most: noise of the allowed size is 1.5 times that.
+    noise = 1e-6 * 1.5 * times * max(1.0, 500_000 / taught.max_ppm)
+    noisy = rewritten(machine, own, lambda c: {"y": c["y"] * np.float32(1 + noise)})
+    findings = found(machine, COLUMNS, [(noisy, OTHER_CLASS)], profiles=(taught,))[0]
+    assert finding in kinds(findings)
+    assert kinds(findings) <= {finding, Finding.UNEXPLAINED, Finding.WITHIN_TOLERANCE}
+
+
+def test_only_rows_that_differ_are_judged(machine: Machine) -> None:
+    own = machine.outputs(COLUMNS)
+
+    def one_changed(columns: dict[str, Any]) -> dict[str, Any]:
+        columns["y"][5] += 1
+        return columns
+
+    findings = found(machine, COLUMNS, [(rewritten(machine, own, one_changed), OTHER_CLASS)])[0]
+    assert [row for row, one in enumerate(findings) if one.finding is not Finding.EQUAL] == [5]
+    assert findings[5].finding is Finding.UNEXPLAINED
+
+
+@pytest.mark.parametrize("changes", [{"runs_program": False}, {"seconds_max": 0.0}])
+def test_without_other_forms_the_spread_follows_from_the_precision(machine: Machine, changes: dict[str, Any]) -> None:
+    own = machine.outputs(COLUMNS)
+    near = rewritten(machine, own, lambda c: {"y": c["y"] * np.float32(1 + 2**-21)})
+    far = machine.with_weights(halved).outputs(COLUMNS)
+    findings = found(machine, COLUMNS, [(near, OTHER_CLASS), (far, OTHER_CLASS)], own=own, **changes)
+    assert [kinds(one) for one in findings] == [{Finding.TIE}, {Finding.UNEXPLAINED}]
+
+
+def test_a_label_that_nearly_ties_is_a_tie_and_another_one_is_not() -> None:
+    manifest, files = text_bundle()
+    machine = Machine(manifest, files)
+    columns: Mapping[str, ColumnValues] = {"content": [b"some text here", b"and another", b"third one of them"]}
+    own = machine.outputs(columns)
+
+    def wrong(columns: dict[str, Any]) -> dict[str, Any]:
+        columns["label"] = [{"alpha": "beta", "beta": "gamma", "gamma": "alpha"}[name] for name in columns["label"]]
+        return columns
+
+    lied = rewritten(machine, own, wrong)
+    taught = ToleranceProfile(OWN_CLASS, OTHER_CLASS, PROFILE_SAMPLES_MIN, 0, 0, 0)
+    assert kinds(found(machine, columns, [(lied, OTHER_CLASS)])[0]) == {Finding.UNEXPLAINED}
+    assert kinds(found(machine, columns, [(lied, OTHER_CLASS)], profiles=(taught,))[0]) == {Finding.WRONG}
+
+
+def test_weights_are_moved_by_the_length_of_their_sums() -> None:
+    model = layers(64, 16, 4)
+    moved = jittered(model, precision=Precision.FP32, seed=1)
+    assert moved is not None and moved != jittered(model, precision=Precision.FP32, seed=2)
+    assert moved == jittered(model, precision=Precision.FP32, seed=1)
+    before = {one.name: numpy_helper.to_array(one) for one in onnx.load_from_string(model).graph.initializer}
+    after = {one.name: numpy_helper.to_array(one) for one in onnx.load_from_string(moved).graph.initializer}
+    for name, terms in (("w0", 64), ("w1", 16)):
+        relative = np.abs(after[name].astype(np.float64) / before[name] - 1)
+        assert np.median(relative) == pytest.approx(np.sqrt(terms) * 2**-24, rel=0.3)
+    assert jittered(b"no model", precision=Precision.FP32, seed=1) is None
