@@ -37,7 +37,7 @@ async def told(lease: Lease, outcome: Outcome) -> Commitment | Inspection | Chec
         bound = commitment(lease, outcome)
     else:
         bound = await asyncio.to_thread(commitment, lease, outcome)
-    if outcome.findings is None:
+    if not outcome.findings:
         return bound
     return Refereed(
         lease.lease_id, lease.fence, bound.output_root, outcome.findings, outcome.execution_class, outcome.usage

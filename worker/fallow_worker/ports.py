@@ -88,7 +88,7 @@ class Outcome:
     execution_class: str
     report: InspectionReport | None = None
     verdict: ChallengeVerdict | None = None
-    findings: tuple[RowFinding, ...] | None = None
+    findings: tuple[RowFinding, ...] = ()
     spread: Spread | None = None
     """The bundle's, when the referee has measured it."""
 

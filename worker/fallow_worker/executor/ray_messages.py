@@ -129,7 +129,7 @@ class WorkDone:
     execution_class: str
     report: InspectionReport | None
     verdict: ChallengeVerdict | None
-    findings: tuple[RowFinding, ...] | None
+    findings: tuple[RowFinding, ...]
     spread: Spread | None
 
 
