@@ -104,6 +104,7 @@ def found(
     profiles: tuple[ToleranceProfile, ...] = (),
     runs_program: bool = True,
     seconds_max: float = 60.0,
+    slots: tuple[int, ...] | None = None,
 ) -> list[list[CandidateFinding]]:
     """What a referee on `machine`, in class a, finds of whole candidate blocks: by candidate, by row."""
     rows = machine.rows(columns)
@@ -129,6 +130,6 @@ def found(
         spread=None,
         seconds_max=seconds_max,
     )
-    blocks = referee.Blocks(rows, mine, tuple(block for block, _ in candidates), None)
+    blocks = referee.Blocks(rows, mine, tuple(block for block, _ in candidates), slots)
     result = referee.compare(message, files=machine.files, blocks=blocks, progress=lambda _: None)
     return [[row.candidates[index] for row in result.rows] for index in range(len(candidates))]

@@ -7,7 +7,7 @@ the same rows in other forms of the same arithmetic (another batch, no graph opt
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, cast
 
@@ -94,6 +94,9 @@ class Reference:
     forms: tuple[RowBlock, ...] = ()
     """The same rows in other forms: a row that moves there by more than the spread has a wider one of its own."""
     labels: tuple[LabelScores, ...] = ()
+    steady: frozenset[int] = frozenset()
+    """Rows that gave these very bytes again in other places and among other rows: of these alone a difference in the
+    same class is proof."""
 
 
 def unmeasured(precision: Precision) -> Spread:
@@ -213,17 +216,12 @@ class Comparison:
             for place, (row, execution_class) in enumerate(zip(rows, classes, strict=True))
         ]
 
-    def differing(self, candidate: RowBlock, rows: Sequence[int], classes: Sequence[str]) -> list[int]:
-        """Rows of the reference that differ in a candidate of another class: more than bytes must be looked at."""
-        own = self._reference
-        return [
-            row
-            for place, (row, execution_class) in enumerate(zip(rows, classes, strict=True))
-            if execution_class != own.execution_class
-            and len(candidate[place])
-            and len(own.block[row])
-            and candidate[place] != own.block[row]
-        ]
+    def differing(self, candidate: RowBlock, rows: Sequence[int]) -> Iterator[tuple[int, int]]:
+        """(place in the candidate, row of the reference) where both have a value, and not the same one."""
+        own = self._reference.block
+        for place, row in enumerate(rows):
+            if len(candidate[place]) and len(own[row]) and candidate[place] != own[row]:
+                yield place, row
 
     def _finding(
         self,
@@ -241,9 +239,13 @@ class Comparison:
             return CandidateFinding(Finding.TIE, PPM_MAX)
         if not len(candidate[place]):
             return CandidateFinding(Finding.WITHHELD, PPM_MAX)
-        if execution_class == own.execution_class or place not in theirs.at or row not in self._own.at:
-            # In the same class, or no row of this schema at all: no honest engine writes one.
+        if place not in theirs.at or row not in self._own.at:
+            # No row of this schema at all: no honest engine writes one.
             return CandidateFinding(Finding.WRONG, PPM_MAX)
+        if execution_class == own.execution_class:
+            if row in own.steady:
+                return CandidateFinding(Finding.WRONG, PPM_MAX)
+            return judged(self._distance(theirs, place, row), None)
         return judged(self._distance(theirs, place, row), profile)
 
     def _distance(self, theirs: _Rows, place: int, row: int) -> Distance:
@@ -316,5 +318,5 @@ def judged(distance: Distance, profile: ToleranceProfile | None) -> CandidateFin
 def _same(own: Any, other: Any) -> bool:
     if isinstance(own, str | bytes):
         return own == cast("str | bytes", other)
-    mine, theirs = cast("NDArray[Any]", np.asarray(own)), cast("NDArray[Any]", np.asarray(other))
+    mine, theirs = np.asarray(own), np.asarray(other)
     return mine.shape == theirs.shape and mine.tobytes() == theirs.tobytes()

@@ -19,6 +19,7 @@ from fallow.row_block import RowBlock
 from fallow.row_comparison import CEILING_PPM
 from fallow.row_values import ColumnValues
 from fallow.schema import DType, TensorColumn
+from fallow_worker.engine import onnx_program
 from fallow_worker.engine.jitter import jittered
 from referee_rig import OTHER_CLASS, OWN_CLASS, Machine, found, halved, quantised, rewritten
 
@@ -184,3 +185,80 @@ def test_weights_are_moved_by_the_length_of_their_sums() -> None:
         relative = np.abs(after[name].astype(np.float64) / before[name] - 1)
         assert np.median(relative) == pytest.approx(np.sqrt(terms) * 2**-24, rel=0.3)
     assert jittered(b"no model", precision=Precision.FP32, seed=1) is None
+
+
+def test_a_row_that_depends_on_its_neighbours_after_all_proves_nothing() -> None:
+    """The largest of a batch is added to rows that begin above 1: inspection may miss what so few rows show."""
+    model = onnx_model(
+        [
+            helper.make_node("ReduceMax", ["x"], ["top"], axes=[0], keepdims=1),
+            helper.make_node("Greater", ["x", "one"], ["large"]),
+            helper.make_node("Where", ["large", "top", "zero"], ["add"]),
+            helper.make_node("Add", ["x", "add"], ["y"]),
+        ],
+        [("x", TensorProto.FLOAT, ["rows", 2])],
+        [("y", TensorProto.FLOAT, ["rows", 2])],
+        {"one": np.array(1, np.float32), "zero": np.array(0, np.float32)},
+    )
+    two = TensorColumn("x", DType.FLOAT32, (2,)), TensorColumn("y", DType.FLOAT32, (2,))
+    manifest = tensor_manifest(model, input_columns=two[:1], output_columns=two[1:])
+    machine = Machine(manifest, {PROGRAM_FILE: model})
+    columns = {"x": np.array([[1.5, 0.1], [0.2, 0.3], [9.0, 9.0], [0.1, 0.2]], np.float32)}
+    own = machine.outputs(columns)
+    honest = rewritten(machine, own, lambda c: {"y": np.where([[1, 0], [0, 0], [0, 0], [0, 0]], 3.0, c["y"])})
+    lied = rewritten(machine, own, lambda c: {"y": c["y"] + np.float32([[0], [1], [0], [0]])})
+    first, second = found(machine, columns, [(honest, OWN_CLASS), (lied, OWN_CLASS)])
+    assert [one.finding for one in first] == [Finding.UNEXPLAINED, Finding.EQUAL, Finding.EQUAL, Finding.EQUAL]
+    assert [one.finding for one in second] == [Finding.EQUAL, Finding.WRONG, Finding.EQUAL, Finding.EQUAL]
+
+
+def test_rows_of_slot_dependent_programs_are_run_in_their_slots() -> None:
+    model = onnx_model(
+        [
+            helper.make_node("Shape", ["x"], ["count"], start=0, end=1),
+            helper.make_node("Squeeze", ["count"], ["n"]),
+            helper.make_node("Range", ["zero", "n", "one"], ["places"]),
+            helper.make_node("Cast", ["places"], ["slots"], to=TensorProto.FLOAT),
+            helper.make_node("Unsqueeze", ["slots", "last"], ["column"]),
+            helper.make_node("Add", ["x", "column"], ["y"]),
+        ],
+        [("x", TensorProto.FLOAT, ["rows", 2])],
+        [("y", TensorProto.FLOAT, ["rows", 2])],
+        {"zero": np.array(0, np.int64), "one": np.array(1, np.int64), "last": np.array([1], np.int64)},
+    )
+    two = TensorColumn("x", DType.FLOAT32, (2,)), TensorColumn("y", DType.FLOAT32, (2,))
+    machine = Machine(
+        tensor_manifest(model, input_columns=two[:1], output_columns=two[1:]),
+        {PROGRAM_FILE: model},
+        slot_dependent=True,
+    )
+    columns = {"x": np.arange(8, dtype=np.float32).reshape(4, 2)}
+    own = machine.outputs(columns)
+    lied = rewritten(machine, own, lambda c: {"y": c["y"] + np.float32(1)})
+    [findings] = found(machine, columns, [(lied, OWN_CLASS)], slots=(0, 1, 2, 3))
+    assert kinds(findings) == {Finding.WRONG}
+
+
+def test_a_class_names_everything_that_decides_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engine and its build, provider, optimisation, threads, instruction sets, data limit, codecs, precision, batch."""
+
+    def of(**changes: int) -> str:
+        onnx_program.machine_class.cache_clear()
+        return onnx_program.machine_class(**{"data_limit_bytes": 1 << 30, **changes})
+
+    plain = of()
+    seen = {plain, of(data_limit_bytes=1 << 31), of(threads_per_batch=2)}
+    for name, value in (("get_build_info", lambda: "another build"), ("__version__", "0.0.1")):
+        with monkeypatch.context() as patched:
+            patched.setattr(onnx_program.ort, name, value)
+            seen.add(of())
+    for name, value in (("_cpu_flags", lambda: {"sse4_2"}), ("CODEC_VERSION", 99)):
+        with monkeypatch.context() as patched:
+            patched.setattr(onnx_program, name, value)
+            seen.add(of())
+    assert len(seen) == 7 and of() == plain
+    classes = {
+        onnx_program.execution_class(plain, precision=precision, batch_rows=batch)
+        for precision, batch in (("fp32", 4), ("fp32", 8), ("fp16", 4))
+    }
+    assert len(classes) == 3

@@ -28,6 +28,7 @@ from fallow.row_comparison import (
     measured_spread,
     unmeasured,
 )
+from fallow.row_values import ColumnValues
 from fallow.rows import RowCodec
 from fallow.schema import DType, RaggedColumn, Schema, StringColumn, TensorColumn
 
@@ -68,6 +69,7 @@ def beside(
     forms: Sequence[Mapping[str, Any]] = (),
     labels: tuple[LabelScores, ...] = (),
     spread: Spread = SPREAD,
+    steady: bool = True,
 ) -> CandidateFinding:
     """What is found of one row."""
     whole = {"y": ONES} if schema is FLOATS else None
@@ -75,8 +77,9 @@ def beside(
     if own is None or other is None:
         # A block needs a row with a value to be of a schema that has one.
         mine, theirs = [own, whole], [other, whole]
+    in_forms = tuple(block_of(schema, [form]) for form in forms)
     reference = Reference(
-        block_of(schema, mine), OWN, spread, tuple(block_of(schema, [form]) for form in forms), labels
+        block_of(schema, mine), OWN, spread, in_forms, labels, frozenset([0]) if steady else frozenset()
     )
     comparison = Comparison(schema, DIGEST, reference)
     count = len(theirs)
@@ -94,6 +97,12 @@ def moved(spreads: float) -> dict[str, Any]:
 def test_rows_of_one_class_are_the_same_bytes_or_wrong() -> None:
     assert beside(FLOATS, {"y": ONES}, {"y": ONES}, execution_class=OWN) == CandidateFinding(Finding.EQUAL)
     assert beside(FLOATS, {"y": ONES}, moved(1), execution_class=OWN) == CandidateFinding(Finding.WRONG, PPM_MAX)
+
+
+def test_a_row_that_is_not_steady_proves_nothing_in_its_own_class() -> None:
+    for spreads, finding in ((1, Finding.TIE), (50, Finding.UNEXPLAINED)):
+        found = beside(FLOATS, {"y": ONES}, moved(spreads), execution_class=OWN, steady=False)
+        assert found.finding is finding
 
 
 def test_rows_without_a_value_are_equal_withheld_or_a_tie() -> None:
@@ -247,8 +256,9 @@ def test_no_ranking_names_a_label_twice() -> None:
 
 
 def test_a_spread_is_the_largest_move_of_a_column_and_never_below_the_floor() -> None:
-    own = {"y": np.ones((3, 4), np.float32), "text": ["a", "b", "c"]}
-    other = {"y": own["y"] + np.float32(2 * UNIT) * np.eye(3, 4, dtype=np.float32), "text": own["text"]}
+    ones = np.ones((3, 4), np.float32)
+    own: Mapping[str, ColumnValues] = {"y": ones, "text": ["a", "b", "c"]}
+    other = {**own, "y": ones + np.float32(2 * UNIT) * np.eye(3, 4, dtype=np.float32)}
     spread = measured_spread(own, [own, other], Precision.FP32)
     assert spread.samples == 3
     assert spread.of("y").relative == pytest.approx(UNIT)

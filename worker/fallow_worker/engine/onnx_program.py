@@ -249,8 +249,11 @@ def prepare_runtime() -> None:
 
 
 @cache
-def machine_class(*, data_limit_bytes: int) -> str:
-    """Everything on this machine that decides output bits, but precision and batch: readable parts and one digest."""
+def machine_class(*, data_limit_bytes: int, threads_per_batch: int = 1) -> str:
+    """Everything on this machine that decides output bits, but precision and batch: readable parts and one digest.
+
+    A batch runs on `threads_per_batch` threads, or on more where that was seen to change no bit.
+    """
     machine = platform.machine()
     facts = [
         f"onnxruntime {ort.__version__} {ort.get_build_info()}",
@@ -258,6 +261,7 @@ def machine_class(*, data_limit_bytes: int) -> str:
         f"codec {CODEC_VERSION}",
         f"data {data_limit_bytes}",
         "provider cpu, all optimisations, deterministic",
+        f"threads {threads_per_batch} a batch, one operator at a time",
         f"{machine} {' '.join(sorted(_cpu_flags()))}",
     ]
     digest = sha256("\n".join(facts).encode()).hexdigest()[:12]

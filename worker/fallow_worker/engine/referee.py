@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -70,11 +70,15 @@ def compare(message: Referee, *, files: Mapping[str, bytes], blocks: Blocks, pro
     reference = Reference(blocks.own, message.own_class, spread)
     comparison = Comparison(manifest.output_schema, message.output_schema_digest, reference)
     found = _findings(message, blocks, comparison)
-    disputed = _disputed(message, blocks, comparison, found, known=message.spread is not None)
-    if not disputed or not message.files:
+    disputed, suspected = _to_look_into(message, blocks, comparison, found)
+    if not message.files or not (disputed or suspected):
         return Found(found, message.spread)
+    forms = _Forms(message, files, blocks, progress)
     try:
-        reference = _Forms(message, files, blocks, progress).reference(disputed)
+        if disputed:
+            reference = forms.reference(disputed)
+        if suspected:
+            reference = replace(reference, steady=forms.steady(suspected))
     except (FallowError, _UnmeasurableError):
         return Found(found, message.spread)
     comparison = Comparison(manifest.output_schema, message.output_schema_digest, reference)
@@ -82,18 +86,23 @@ def compare(message: Referee, *, files: Mapping[str, bytes], blocks: Blocks, pro
     return Found(_findings(message, blocks, comparison), measured)
 
 
-def _disputed(
-    message: Referee, blocks: Blocks, comparison: Comparison, found: Sequence[RowFinding], *, known: bool
-) -> list[int]:
-    """Rows for which the program must be run in other forms: those that differ, once the spread is known only those
-    whose difference it does not explain.
+def _to_look_into(
+    message: Referee, blocks: Blocks, comparison: Comparison, found: Sequence[RowFinding]
+) -> tuple[list[int], list[int]]:
+    """(rows to run in other forms, rows to run in other places): those that differ in another class, once the spread is
+    known only those whose difference it does not explain; and those that differ in our own.
     """
-    rows: set[int] = set()
+    disputed: set[int] = set()
+    suspected: set[int] = set()
+    unexplained = {Finding.UNEXPLAINED, Finding.WRONG}
     for index, (placement, block) in enumerate(_pairs(message, blocks)):
-        for row in comparison.differing(block, placement.rows, _classes(message, placement)):
-            if not known or found[row].candidates[index].finding in {Finding.UNEXPLAINED, Finding.WRONG}:
-                rows.add(row)
-    return sorted(rows)
+        classes = _classes(message, placement)
+        for place, row in comparison.differing(block, placement.rows):
+            if classes[place] == message.own_class:
+                suspected.add(row)
+            elif message.spread is None or found[row].candidates[index].finding in unexplained:
+                disputed.add(row)
+    return sorted(disputed), sorted(suspected)
 
 
 def _findings(message: Referee, blocks: Blocks, comparison: Comparison) -> tuple[RowFinding, ...]:
@@ -160,6 +169,37 @@ class _Forms:
         if samples is not None:
             spread = measured_spread(own_values, forms_of_samples, precision)
         return Reference(self._blocks.own, self._message.own_class, spread, tuple(forms), labels)
+
+    def steady(self, suspected: Sequence[int]) -> frozenset[int]:
+        """Those of our rows that give the same bytes again: alone, among other rows, and in every place where that
+        may not matter. Inspection has looked for programs of which that is not true; it may have missed a rare one.
+        """
+        chain = self._chain(optimised=True)
+        steady: set[int] = set()
+        for row in suspected:
+            if time.monotonic() > self._deadline:
+                break  # what was found by then is found: one proven row of a worker is enough
+            if self._is_steady(chain, row):
+                steady.add(row)
+        return frozenset(steady)
+
+    def _is_steady(self, chain: Chain, row: int) -> bool:
+        own, count, batch = bytes(self._blocks.own[row]), len(self._blocks.input), chain.batch_rows
+        slots = self._blocks.slots
+        slot = slots[row] if slots and chain.slot_dependent else None
+        others = [(row + step) % count for step in range(1, batch)]
+        if slot is None:
+            arrangements = [([row], None), ([row] * batch, None), ([*others, row], None), ([row, *others], None)]
+        else:
+            free = [place for place in range(batch) if place != slot]
+            arrangements = [([row], [slot]), ([row, *others], [slot, *free])]
+        for rows, places in arrangements:
+            spans = [Span(0, one, one + 1) for one in rows]
+            packed = RowBlock.parse(pack_selection([self._blocks.input], spans, _NO_NONCE))
+            answered = RowBlock.parse(self._run(chain, packed, places).block)
+            if any(bytes(answered[place]) != own for place, one in enumerate(rows) if one == row):
+                return False
+        return True
 
     def _add_form(
         self,

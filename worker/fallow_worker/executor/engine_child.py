@@ -407,7 +407,7 @@ class EngineChild:
 
     async def _ask(
         self,
-        message: Load | Inspect | Challenge | Check,
+        message: Load | Inspect | Challenge | Check | Referee,
         progress: Callable[[int], None],
         timeout_s: float,
         what: str,
