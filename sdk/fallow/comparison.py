@@ -10,6 +10,9 @@ from typing import Final
 PROFILE_SAMPLES_MIN: Final = 200
 """A profile of fewer rows counts for nothing: a difference between classes is then nobody's guilt."""
 PPM: Final = 1_000_000
+CEILING_PPM: Final = 4 * PPM
+"""What rounding explains at most, in spreads: sums in another order moved rows by 0.35 at most, weights rounded to fp16
+by 10 at least (docs/decisions/0024)."""
 PPM_MAX: Final = 1 << 40
 """What no number can tell: values that are not numbers, lengths that differ, integers and texts."""
 

@@ -15,7 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fallow.bundle import Precision
-from fallow.comparison import PPM, PPM_MAX, PROFILE_SAMPLES_MIN, CandidateFinding, Finding, ToleranceProfile
+from fallow.comparison import (
+    CEILING_PPM,
+    PPM,
+    PPM_MAX,
+    PROFILE_SAMPLES_MIN,
+    CandidateFinding,
+    Finding,
+    ToleranceProfile,
+)
 from fallow.ids import Digest
 from fallow.row_block import RowBlock
 from fallow.row_values import ColumnValues
@@ -31,9 +39,6 @@ SPREAD_FLOORS: Final[Mapping[Precision, float]] = {
 """The least spread of a column by declared precision: the round-off of its products, four of them in float32."""
 UNMEASURED_FACTOR: Final = 4.0
 """A bundle whose spread could not be measured is taken to have so many floors."""
-CEILING_PPM: Final = 4 * PPM
-"""What rounding explains at most, in spreads: sums in another order moved rows by 0.35 at most, weights rounded to fp16
-by 10 at least (docs/decisions/0024)."""
 PROFILE_FLOOR_PPM: Final = PPM // 2
 """No profile is narrower than this, however close the rows were that taught it."""
 ALLOWED_FACTOR: Final = 1.5

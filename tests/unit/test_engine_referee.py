@@ -14,9 +14,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from engine_models import PROGRAM_FILE, onnx_model, tensor_manifest, text_bundle
 from fallow.bundle import Precision
-from fallow.comparison import PROFILE_SAMPLES_MIN, CandidateFinding, Finding, ToleranceProfile
+from fallow.comparison import CEILING_PPM, PROFILE_SAMPLES_MIN, CandidateFinding, Finding, ToleranceProfile
 from fallow.row_block import RowBlock
-from fallow.row_comparison import CEILING_PPM
 from fallow.row_values import ColumnValues
 from fallow.schema import DType, TensorColumn
 from fallow_worker.engine import onnx_program
@@ -206,7 +205,7 @@ def test_a_row_that_depends_on_its_neighbours_after_all_proves_nothing() -> None
     columns = {"x": np.array([[1.5, 0.1], [0.2, 0.3], [9.0, 9.0], [0.1, 0.2]], np.float32)}
     own = machine.outputs(columns)
     honest = rewritten(machine, own, lambda c: {"y": np.where([[1, 0], [0, 0], [0, 0], [0, 0]], 3.0, c["y"])})
-    lied = rewritten(machine, own, lambda c: {"y": c["y"] + np.float32([[0], [1], [0], [0]])})
+    lied = rewritten(machine, own, lambda c: {"y": c["y"] + np.array([[0], [1], [0], [0]], np.float32)})
     first, second = found(machine, columns, [(honest, OWN_CLASS), (lied, OWN_CLASS)])
     assert [one.finding for one in first] == [Finding.UNEXPLAINED, Finding.EQUAL, Finding.EQUAL, Finding.EQUAL]
     assert [one.finding for one in second] == [Finding.EQUAL, Finding.WRONG, Finding.EQUAL, Finding.EQUAL]
@@ -248,13 +247,15 @@ def test_a_class_names_everything_that_decides_bits(monkeypatch: pytest.MonkeyPa
 
     plain = of()
     seen = {plain, of(data_limit_bytes=1 << 31), of(threads_per_batch=2)}
-    for name, value in (("get_build_info", lambda: "another build"), ("__version__", "0.0.1")):
+    changes: tuple[tuple[Any, str, Any], ...] = (
+        (onnx_program.ort, "get_build_info", lambda: "another build"),
+        (onnx_program.ort, "__version__", "0.0.1"),
+        (onnx_program, "_cpu_flags", lambda: {"sse4_2"}),
+        (onnx_program, "CODEC_VERSION", 99),
+    )
+    for where, name, value in changes:
         with monkeypatch.context() as patched:
-            patched.setattr(onnx_program.ort, name, value)
-            seen.add(of())
-    for name, value in (("_cpu_flags", lambda: {"sse4_2"}), ("CODEC_VERSION", 99)):
-        with monkeypatch.context() as patched:
-            patched.setattr(onnx_program, name, value)
+            patched.setattr(where, name, value)
             seen.add(of())
     assert len(seen) == 7 and of() == plain
     classes = {

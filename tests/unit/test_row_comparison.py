@@ -11,12 +11,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fallow.bundle import Precision
-from fallow.comparison import PPM, PPM_MAX, PROFILE_SAMPLES_MIN, CandidateFinding, Finding, ToleranceProfile
+from fallow.comparison import (
+    CEILING_PPM,
+    PPM,
+    PPM_MAX,
+    PROFILE_SAMPLES_MIN,
+    CandidateFinding,
+    Finding,
+    ToleranceProfile,
+)
 from fallow.ids import Digest
 from fallow.row_block import RowBlock
 from fallow.row_comparison import (
     ALLOWED_FACTOR,
-    CEILING_PPM,
     GUILT_FACTOR,
     PROFILE_FLOOR_PPM,
     ColumnSpread,

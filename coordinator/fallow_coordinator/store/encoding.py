@@ -18,6 +18,7 @@ from fallow_coordinator.store import (
     door_events,
     health_events,
     identity_events,
+    tolerance_events,
     verification_events,
     work_events,
 )
@@ -36,6 +37,7 @@ KINDS: tuple[AnyKind, ...] = (
     *carbon_events.KINDS,
     *door_events.KINDS,
     *verification_events.KINDS,
+    *tolerance_events.KINDS,
 )
 """Every kind of event; complete, or importing this module fails."""
 

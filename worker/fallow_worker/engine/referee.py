@@ -188,6 +188,7 @@ class _Forms:
         slots = self._blocks.slots
         slot = slots[row] if slots and chain.slot_dependent else None
         others = [(row + step) % count for step in range(1, batch)]
+        arrangements: list[tuple[list[int], list[int] | None]]
         if slot is None:
             arrangements = [([row], None), ([row] * batch, None), ([*others, row], None), ([row, *others], None)]
         else:
