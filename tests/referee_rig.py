@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -87,7 +87,7 @@ def quantised(weights: NDArray[Any]) -> NDArray[Any]:
     return np.rint(weights / step) * step
 
 
-def rewritten(machine: Machine, block: RowBlock, change: Any) -> RowBlock:
+def rewritten(machine: Machine, block: RowBlock, change: Callable[[dict[str, Any]], dict[str, Any]]) -> RowBlock:
     """An output block with `change` done to its columns."""
     codec = RowCodec(machine.manifest.output_schema, OUTPUT_DIGEST)
     columns = {name: np.array(values) if isinstance(values, np.ndarray) else list(values)

@@ -123,7 +123,7 @@ def measured_spread(
         largest = floor
         for form in forms:
             other = cast("NDArray[Any]", form[name])
-            for row in range(len(values)):
+            for row in range(min(len(values), len(other))):
                 moved = deviation_of(values[row], other[row], scale=scale)
                 largest = max(largest, moved if moved is not None and np.isfinite(moved) else 0.0)
         columns.append(ColumnSpread(name, largest, scale))

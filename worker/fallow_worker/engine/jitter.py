@@ -8,7 +8,7 @@ Uses the `onnx` package, which is imported before lock-down in inspecting childr
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from math import prod, sqrt
 from typing import Any, Final
 
@@ -31,6 +31,9 @@ UNIT_ROUND_OFF: Final = {
 }
 """Of one product, by declared precision; the products of int8 programs are exact, what surrounds them is float32."""
 NESTING_MAX: Final = 16
+Shape = tuple[int, ...]
+Terms = Callable[[Shape], int]
+"""How many terms a sum has into which a weight of that shape goes."""
 
 
 def jittered(model: bytes, *, precision: Precision, seed: int) -> bytes | None:
@@ -56,7 +59,7 @@ def jittered(model: bytes, *, precision: Precision, seed: int) -> bytes | None:
             weights: NDArray[Any] = np.asarray(numpy_helper.to_array(tensor))
             if weights.dtype.kind != "f" or not weights.size:
                 continue
-            terms = sums.get(name, _NO_SUM)(weights.shape)
+            terms = sums.get(name, _alone)(weights.shape)
             signs = generator.integers(0, 2, weights.shape).astype(np.float64) * 2 - 1
             with np.errstate(over="ignore", invalid="ignore"):
                 moved = weights.astype(np.float64) * (1 + signs * sqrt(terms) * UNIT_ROUND_OFF[precision])
@@ -75,36 +78,42 @@ def _graphs(graph: Any, depth: int) -> Iterator[Any]:
                     yield from _graphs(attribute.g, depth + 1)
 
 
-def _no_sum(shape: tuple[int, ...]) -> int:
+def _alone(shape: Shape) -> int:
     del shape
     return 1
 
 
-_NO_SUM: Final = _no_sum
+def _last(shape: Shape) -> int:
+    return shape[-1] if shape else 1
 
 
-def _terms(graph: Any) -> Iterator[tuple[str, Any]]:
+def _last_but_one(shape: Shape) -> int:
+    return shape[-2] if len(shape) > 1 else prod(shape)
+
+
+def _first(shape: Shape) -> int:
+    return shape[0] if shape else 1
+
+
+def _all_but_first(shape: Shape) -> int:
+    return max(1, prod(shape[1:]))
+
+
+def _terms(graph: Any) -> Iterator[tuple[str, Terms]]:
     """For weights that are multiplied into sums: how many terms a sum has, from the weight's shape."""
     for node in graph.node:
         transposed = {attribute.name: attribute.i for attribute in node.attribute if attribute.name.startswith("trans")}
-        inputs = list(node.input)
+        inputs: list[str] = list(node.input)
         match node.op_type:
             case "MatMul" | "FusedMatMul" if len(inputs) >= 2:
-                yield inputs[0], lambda shape: shape[-1] if shape else 1
-                yield inputs[1], lambda shape: shape[-2] if len(shape) > 1 else prod(shape)
+                yield inputs[0], _last
+                yield inputs[1], _last_but_one
             case "Gemm" if len(inputs) >= 2:
-                yield (
-                    inputs[1],
-                    (
-                        (lambda shape: shape[-1])
-                        if transposed.get("transB")
-                        else (lambda shape: shape[0] if shape else 1)
-                    ),
-                )
+                yield inputs[1], _last if transposed.get("transB") else _first
             case "Conv" | "ConvTranspose" if len(inputs) >= 2:
-                yield inputs[1], lambda shape: max(1, prod(shape[1:]))
+                yield inputs[1], _all_but_first
             case "LSTM" | "GRU" | "RNN":
                 for name in inputs[1:3]:
-                    yield name, lambda shape: shape[-1] if shape else 1
+                    yield name, _last
             case _:
                 pass
