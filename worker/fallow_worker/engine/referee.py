@@ -6,6 +6,7 @@ the bundle's spread, the same on every machine of a class and at any time; then 
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -74,13 +75,14 @@ def compare(message: Referee, *, files: Mapping[str, bytes], blocks: Blocks, pro
     if not message.files or not (disputed or suspected):
         return Found(found, message.spread)
     forms = _Forms(message, files, blocks, progress)
-    try:
-        if disputed:
+    steady: frozenset[int] = frozenset()
+    if suspected:
+        with contextlib.suppress(FallowError, _UnmeasurableError, MemoryError):
+            steady = forms.steady(suspected)
+    if disputed:
+        with contextlib.suppress(FallowError, _UnmeasurableError, MemoryError):
             reference = forms.reference(disputed)
-        if suspected:
-            reference = replace(reference, steady=forms.steady(suspected))
-    except (FallowError, _UnmeasurableError):
-        return Found(found, message.spread)
+    reference = replace(reference, steady=steady)
     comparison = Comparison(manifest.output_schema, message.output_schema_digest, reference)
     measured = reference.spread if reference.spread.samples else None
     return Found(_findings(message, blocks, comparison), measured)
@@ -177,7 +179,7 @@ class _Forms:
         chain = self._chain(optimised=True)
         steady: set[int] = set()
         for row in suspected:
-            if time.monotonic() > self._deadline:
+            if time.monotonic() > self._deadline - self._message.seconds_max / 2:
                 break  # what was found by then is found: one proven row of a worker is enough
             if self._is_steady(chain, row):
                 steady.add(row)
