@@ -15,6 +15,8 @@ CEILING_PPM: Final = 4 * PPM
 by 10 at least (docs/decisions/0024)."""
 PPM_MAX: Final = 1 << 40
 """What no number can tell: values that are not numbers, lengths that differ, integers and texts."""
+UNMEASURED_FACTOR: Final = 4.0
+"""A bundle whose spread could not be measured is taken to have so many floors."""
 
 
 class Finding(StrEnum):
@@ -71,6 +73,32 @@ class ToleranceProfile:
     def counts(self) -> bool:
         """Whether enough rows taught it."""
         return self.samples >= PROFILE_SAMPLES_MIN
+
+
+@dataclass(frozen=True, slots=True)
+class ColumnSpread:
+    """How far a floating column, or what a head scores, moves."""
+
+    column: str
+    relative: float
+    """The largest move of an element, relative to its size; never below the floor."""
+    scale: float
+    """The median size of an element: what elements near zero are measured by."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """How far one machine's outputs move between forms of the same arithmetic."""
+
+    columns: tuple[ColumnSpread, ...]
+    samples: int
+    """Rows by which it was measured; 0: it was not."""
+    floor: float
+
+    def of(self, column: str) -> ColumnSpread:
+        """The spread of a column."""
+        known = (one for one in self.columns if one.column == column)
+        return next(known, ColumnSpread(column, UNMEASURED_FACTOR * self.floor, 0.0))
 
 
 def fault_of_findings(findings: Sequence[RowFinding], *, rows: int, candidates: int) -> str:

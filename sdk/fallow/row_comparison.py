@@ -21,7 +21,9 @@ from fallow.comparison import (
     PPM_MAX,
     PROFILE_SAMPLES_MIN,
     CandidateFinding,
+    ColumnSpread,
     Finding,
+    Spread,
     ToleranceProfile,
 )
 from fallow.ids import Digest
@@ -37,8 +39,6 @@ SPREAD_FLOORS: Final[Mapping[Precision, float]] = {
     Precision.INT8: 2.0**-8,
 }
 """The least spread of a column by declared precision: the round-off of its products, four of them in float32."""
-UNMEASURED_FACTOR: Final = 4.0
-"""A bundle whose spread could not be measured is taken to have so many floors."""
 PROFILE_FLOOR_PPM: Final = PPM // 2
 """No profile is narrower than this, however close the rows were that taught it."""
 ALLOWED_FACTOR: Final = 1.5
@@ -61,32 +61,6 @@ class LabelScores:
     """Name of the scored value: its spread stands in `Spread.columns`."""
     scores: Mapping[int, Float64s]
     """The referee's own scores of a row, one for each label, by row of its block."""
-
-
-@dataclass(frozen=True, slots=True)
-class ColumnSpread:
-    """How far a floating column, or what a head scores, moves."""
-
-    column: str
-    relative: float
-    """The largest move of an element, relative to its size; never below the floor."""
-    scale: float
-    """The median size of an element: what elements near zero are measured by."""
-
-
-@dataclass(frozen=True, slots=True)
-class Spread:
-    """How far one machine's outputs move between forms of the same arithmetic."""
-
-    columns: tuple[ColumnSpread, ...]
-    samples: int
-    """Rows by which it was measured; 0: it was not."""
-    floor: float
-
-    def of(self, column: str) -> ColumnSpread:
-        """The spread of a column."""
-        known = (one for one in self.columns if one.column == column)
-        return next(known, ColumnSpread(column, UNMEASURED_FACTOR * self.floor, 0.0))
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from fallow.ids import Digest, digest_of
 from fallow.limits import BLOB_CHUNK_BYTES, BLOCK_BYTES_MAX, MIB
 from fallow.row_block import RowBlock, Span, pack, pack_selection
 from fallow.session import BlobReference, SignedBytes
-from fallow.v1 import blob_service_pb2
+from fallow.v1 import blob_pb2, blob_service_pb2
 from fallow.wire.blob import (
     BlobKind,
     Receipt,
@@ -638,7 +638,7 @@ async def test_single_rows_of_stored_and_brought_blocks_are_packed_and_compared(
             await client.put(rig.put_grant(party, data, kind=BlobKind.ROW_BLOCK), data)
         sources = [
             *(
-                blob_service_pb2.RowSource(blob={"digest": digest_of(data), "length_bytes": len(data)})
+                blob_service_pb2.RowSource(blob=blob_pb2.BlobReference(digest=digest_of(data), length_bytes=len(data)))
                 for data in blocks[:2]
             ),
             blob_service_pb2.RowSource(inline_block=blocks[2]),
@@ -650,7 +650,10 @@ async def test_single_rows_of_stored_and_brought_blocks_are_packed_and_compared(
         reference = BlobReference(Digest(packed.digest), packed.length_bytes)
         block = RowBlock.parse(await client.get(rig.grants.get(reference, party.holder, now_ms=now_ms()), reference))
         pairs = [
-            blob_service_pb2.RowPair(left={"source": 0, "row": row}, right={"source": source, "row": row})
+            blob_service_pb2.RowPair(
+                left=blob_service_pb2.RowPlace(source=0, row=row),
+                right=blob_service_pb2.RowPlace(source=source, row=row),
+            )
             for source in (1, 2)
             for row in range(40)
         ]

@@ -17,7 +17,9 @@ from fallow.comparison import (
     PPM_MAX,
     PROFILE_SAMPLES_MIN,
     CandidateFinding,
+    ColumnSpread,
     Finding,
+    Spread,
     ToleranceProfile,
 )
 from fallow.ids import Digest
@@ -26,11 +28,9 @@ from fallow.row_comparison import (
     ALLOWED_FACTOR,
     GUILT_FACTOR,
     PROFILE_FLOOR_PPM,
-    ColumnSpread,
     Comparison,
     LabelScores,
     Reference,
-    Spread,
     deviation_of,
     measured_spread,
     unmeasured,

@@ -8,9 +8,8 @@ from typing import Protocol
 
 from fallow.bundle import InspectionReport
 from fallow.challenge import ChallengePlan, ChallengeVerdict
-from fallow.comparison import RowFinding, ToleranceProfile
+from fallow.comparison import RowFinding, Spread, ToleranceProfile
 from fallow.ids import Digest, LeaseId
-from fallow.row_comparison import Spread
 from fallow.session import Capability, RowFailure, TaskKind, Usage
 
 

@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Final
 
+from fallow.comparison import Spread
 from fallow.ids import Digest
 from fallow.limits import BLOCK_BYTES_MAX, REFEREE_FINDINGS_MAX
-from fallow.row_comparison import Spread
 from fallow.session import Cause, Lease, TaskKind, Usage
 from fallow_worker.executor import WorkFailed
 from fallow_worker.executor.shards import join_usage

@@ -74,11 +74,10 @@ from typing import Final
 
 from fallow.bundle import BundleManifest, InspectionReport
 from fallow.challenge import ChallengePlan, ChallengeVerdict
-from fallow.comparison import RowFinding, ToleranceProfile
+from fallow.comparison import RowFinding, Spread, ToleranceProfile
 from fallow.errors import Reason
 from fallow.ids import Digest
 from fallow.limits import BLOCK_BYTES_MAX, GIB, KIB, MIB, ROW_FAILURE_REASON_BYTES_MAX, ROW_FAILURES_LISTED_PER_TASK_MAX
-from fallow.row_comparison import Spread
 from fallow.session import Cause, RowFailure, SandboxLevel, Usage
 from fallow.shown_text import shown_line
 

@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fallow.bundle import ProgramStage
-from fallow.comparison import CandidateFinding, Finding, RowFinding
+from fallow.comparison import CandidateFinding, Finding, RowFinding, Spread
 from fallow.errors import FallowError
 from fallow.row_block import NONCE_BYTES, RowBlock, Span, pack, pack_selection
-from fallow.row_comparison import Comparison, LabelScores, Reference, Spread, measured_spread, unmeasured
+from fallow.row_comparison import Comparison, LabelScores, Reference, measured_spread, unmeasured
 from fallow.row_values import ColumnValues
 from fallow.rows import RowCodec
 from fallow_worker.engine.chain import EMPTY_SLOT, Chain, ChainResult, Watch

@@ -9,10 +9,9 @@ from typing import Any, Final
 
 from fallow.bundle import InspectionReport
 from fallow.challenge import ChallengePlan, ChallengeVerdict
-from fallow.comparison import RowFinding, ToleranceProfile
+from fallow.comparison import RowFinding, Spread, ToleranceProfile
 from fallow.ids import Digest, LeaseId
 from fallow.limits import BLOCK_BYTES_MAX, MIB
-from fallow.row_comparison import Spread
 from fallow.session import Cause, RowFailure, TaskKind, Usage
 from fallow_worker.engine.frames import FrameError, from_json, to_json
 from fallow_worker.executor import WorkFailed
