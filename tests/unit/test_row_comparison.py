@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fallow.bundle import Precision
@@ -278,6 +278,7 @@ def test_a_spread_is_the_largest_move_of_a_column_and_never_below_the_floor() ->
 finite = st.floats(-1e6, 1e6, width=32)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(finite, finite), min_size=1, max_size=8), st.floats(1e-6, 1e6))
 def test_a_deviation_is_zero_for_the_same_and_grows_with_the_distance(
     pairs: list[tuple[float, float]], scale: float
