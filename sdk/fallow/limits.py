@@ -46,6 +46,10 @@ LOOP_TRIPS_MAX = 10_000
 
 ROW_FAILURE_REASON_BYTES_MAX = 256
 ROW_FAILURES_LISTED_PER_TASK_MAX = 256
+NODE_RUNS_PER_TASK_MAX = 256
+"""Parts of a lease that the nodes of an owner's cluster may do."""
+JOB_SHARES_SHOWN_MAX = 256
+"""Nodes of workers that are told with a job, those with the most rows."""
 """Failed rows of one task that carry their own text; further ones are counted under the last text."""
 FAILED_ROWS_MAX_DEFAULT = 1_000
 """Rows of a job that may fail before the job fails, unless the submitter says otherwise."""

@@ -192,6 +192,14 @@ class RowFailure:
 
 
 @dataclass(frozen=True, slots=True)
+class NodeRows:
+    """A run of a block's rows that one node of the owner's cluster did; at least one row."""
+
+    node: int
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
 class Usage:
     """What a task took."""
 
@@ -203,6 +211,8 @@ class Usage:
     node: int = 0
     energy_source: EnergySource | None = None
     """None: nobody knows its energy."""
+    nodes: tuple[NodeRows, ...] = ()
+    """Runs of the block's rows in order, by the node that did them; empty: `node` did them all."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -320,6 +320,7 @@ class Usage(_message.Message):
     TOKENS_FIELD_NUMBER: _builtins.int
     NODE_FIELD_NUMBER: _builtins.int
     ENERGY_SOURCE_FIELD_NUMBER: _builtins.int
+    NODES_FIELD_NUMBER: _builtins.int
     wall_microseconds: _builtins.int
     cpu_microseconds: _builtins.int
     memory_bytes_peak: _builtins.int
@@ -331,6 +332,10 @@ class Usage(_message.Message):
     """Node of the owner's cluster that did the work, as an ordinal."""
     energy_source: Global___EnergySource.ValueType
     """Unset: nobody knows its energy."""
+    @_builtins.property
+    def nodes(self) -> _containers.RepeatedCompositeFieldContainer[Global___NodeRows]:
+        """Runs of the block's rows, in order, at most 256; together they are all rows. Unset: `node` did them all."""
+
     def __init__(
         self,
         *,
@@ -341,14 +346,40 @@ class Usage(_message.Message):
         tokens: _builtins.int = ...,
         node: _builtins.int = ...,
         energy_source: Global___EnergySource.ValueType = ...,
+        nodes: _abc.Iterable[Global___NodeRows] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpu_microseconds", b"cpu_microseconds", "energy_joules", b"energy_joules", "energy_source", b"energy_source", "memory_bytes_peak", b"memory_bytes_peak", "node", b"node", "tokens", b"tokens", "wall_microseconds", b"wall_microseconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpu_microseconds", b"cpu_microseconds", "energy_joules", b"energy_joules", "energy_source", b"energy_source", "memory_bytes_peak", b"memory_bytes_peak", "node", b"node", "nodes", b"nodes", "tokens", b"tokens", "wall_microseconds", b"wall_microseconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Usage: _TypeAlias = Usage  # noqa: Y015
+
+@_typing.final
+class NodeRows(_message.Message):
+    """Rows that one node of the owner's cluster did."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODE_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    node: _builtins.int
+    rows: _builtins.int
+    """At least 1."""
+    def __init__(
+        self,
+        *,
+        node: _builtins.int = ...,
+        rows: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["node", b"node", "rows", b"rows"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NodeRows: _TypeAlias = NodeRows  # noqa: Y015
 
 @_typing.final
 class Commitment(_message.Message):

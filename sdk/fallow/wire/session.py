@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from google.protobuf.message import DecodeError
 
@@ -15,6 +15,7 @@ from fallow.limits import (
     LEASES_PER_WORKER_MAX,
     MESSAGES_TOGETHER_MAX,
     NAMED_FACT_BYTES_MAX,
+    NODE_RUNS_PER_TASK_MAX,
     ROW_FAILURE_REASON_BYTES_MAX,
     ROW_FAILURES_LISTED_PER_TASK_MAX,
 )
@@ -40,6 +41,7 @@ from fallow.session import (
     LeaseReturned,
     LeaseRevoked,
     LeaseSeen,
+    NodeRows,
     Refused,
     RowFailure,
     Settled,
@@ -141,6 +143,7 @@ def usage_to_message(usage: Usage) -> session_pb2.Usage:
         tokens=usage.tokens,
         node=usage.node,
         energy_source=ENERGY_SOURCES.number(usage.energy_source),
+        nodes=node_rows_to_messages(usage.nodes),
     )
 
 
@@ -161,7 +164,27 @@ def usage_from_message(message: session_pb2.Usage) -> Usage:
         tokens=message.tokens,
         node=message.node,
         energy_source=ENERGY_SOURCES.optional(message.energy_source, "usage.energy_source"),
+        nodes=node_rows_from_messages(message.nodes, "usage.nodes"),
     )
+
+
+def node_rows_to_messages(runs: Iterable[NodeRows]) -> list[session_pb2.NodeRows]:
+    """The protobuf form of rows by node."""
+    return [session_pb2.NodeRows(node=run.node, rows=run.rows) for run in runs]
+
+
+def node_rows_from_messages(messages: Sequence[session_pb2.NodeRows], field: str) -> tuple[NodeRows, ...]:
+    """The rows by node that messages describe. Raises LIMIT_EXCEEDED, or FIELD_INVALID for a run without rows."""
+    if not messages:
+        return ()
+    if len(messages) > NODE_RUNS_PER_TASK_MAX:
+        raise FallowError(
+            Reason.LIMIT_EXCEEDED, f"{len(messages)} runs of rows", field=field, limit=f"{NODE_RUNS_PER_TASK_MAX} runs"
+        )
+    runs = tuple([NodeRows(message.node, message.rows) for message in messages])
+    if not all(run.rows for run in runs):
+        raise FallowError(Reason.FIELD_INVALID, "a run without rows", field=field, limit="1 row or more")
+    return runs
 
 
 def failure_to_message(failure: RowFailure) -> session_pb2.RowFailure:

@@ -16,9 +16,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from fallow.errors import FallowError
 from fallow.ids import LeaseId
-from fallow.limits import MIB
+from fallow.limits import MIB, NODE_RUNS_PER_TASK_MAX
 from fallow.row_block import RowBlock
-from fallow.session import Cause, TaskKind
+from fallow.session import Cause, NodeRows, TaskKind
 from fallow_worker.engine.protocol import clipped_reason
 from fallow_worker.executor import WorkFailed
 from fallow_worker.executor.capability import NodeFacts
@@ -60,6 +60,8 @@ class _Node:
     """A node of the cluster; `facts` is None while it has no supervisor."""
 
     node_id: str
+    ordinal: int
+    """Its number among the worker's nodes, from the first look on."""
     is_ours: bool
     """It shares the daemon's disk."""
     cpus: float
@@ -102,7 +104,7 @@ class Nodes:
         here = str(ray.get_runtime_context().get_node_id())
         known = {node.node_id for node in self._nodes}
         found: list[_Node] = []
-        entries: list[dict[str, Any]] = ray.nodes()
+        entries: list[dict[str, Any]] = sorted(ray.nodes(), key=_place)
         for entry in entries:
             node_id = str(entry["NodeID"])
             resources: dict[str, float] = entry.get("Resources", {})
@@ -110,6 +112,7 @@ class Nodes:
                 found.append(
                     _Node(
                         node_id=node_id,
+                        ordinal=len(known) + len(found),
                         is_ours=node_id == here,
                         cpus=resources["CPU"],
                         gpus=resources.get("GPU", 0.0),
@@ -164,7 +167,7 @@ class Nodes:
         )
         if isinstance(ends, WorkFailed):
             return ends
-        outcomes = [(rows.start, end) for (_, rows, _), end in zip(parts, ends, strict=True)]
+        outcomes = [(rows, end) for (_, rows, _), end in zip(parts, ends, strict=True)]
         elapsed = int((asyncio.get_running_loop().time() - started) * 1e6)
         return _joined(work, outcomes, elapsed)
 
@@ -190,14 +193,14 @@ class Nodes:
             return self._challenged(work.challenge.device_id)
         if work.kind in {TaskKind.INSPECT, TaskKind.CHECK}:
             return alike[:1]
+        alike = alike[:NODE_RUNS_PER_TASK_MAX]
         batches = -(-work.rows // max(1, work.bundle.canonical_batch_rows))
         worth = max(1, batches // (SHARD_BATCHES_MIN * max(1, first.cores)))
         return alike[:worth]
 
     def _challenged(self, device_id: str) -> list[_Node]:
         """The node whose processor is the device: the worker numbers them in the order of its nodes."""
-        up = [node for node in self._nodes if node.facts is not None]
-        named = [node for index, node in enumerate(up) if device_id == f"cpu-{index}"]
+        named = [node for node in self._nodes if node.facts is not None and device_id == f"cpu-{node.ordinal}"]
         if not named:
             raise WorkFailed(Cause.PLATFORM, f"no node of this worker is device {device_id!r}"[:200])
         return named
@@ -244,9 +247,13 @@ class Nodes:
             raise
         finally:
             node.leases -= 1
-        if isinstance(end, Outcome):
-            node.failures = 0
-        return end
+        if not isinstance(end, Outcome):
+            return end
+        node.failures = 0
+        did = join_usage(
+            [end.usage], wall_microseconds=end.usage.wall_microseconds, nodes=[NodeRows(node.ordinal, work.rows)]
+        )
+        return replace(end, usage=did)
 
     async def _all_or_first_failure(
         self, parts: list[Coroutine[Any, Any, Outcome | WorkFailed]]
@@ -346,7 +353,12 @@ class Nodes:
         self._drop(node)
 
 
-def _joined(work: Work, outcomes: list[tuple[int, Outcome]], elapsed_microseconds: int) -> Outcome | WorkFailed:
+def _place(entry: dict[str, Any]) -> tuple[str, str]:
+    """The same order of the same nodes at every look, machine by machine."""
+    return str(entry.get("NodeManagerAddress", "")), str(entry["NodeID"])
+
+
+def _joined(work: Work, outcomes: list[tuple[RowRange, Outcome]], elapsed_microseconds: int) -> Outcome | WorkFailed:
     try:
         output = join([outcome.output_block for _, outcome in outcomes], work.nonce)
     except FallowError as error:
@@ -355,8 +367,12 @@ def _joined(work: Work, outcomes: list[tuple[int, Outcome]], elapsed_microsecond
         return WorkFailed(Cause.PROGRAM, f"the output takes more than the {work.output_bytes_max} bytes allowed")
     return Outcome(
         output_block=output,
-        failures=join_failures([(start, outcome.failures) for start, outcome in outcomes]),
-        usage=join_usage([outcome.usage for _, outcome in outcomes], wall_microseconds=elapsed_microseconds),
+        failures=join_failures([(rows.start, outcome.failures) for rows, outcome in outcomes]),
+        usage=join_usage(
+            [outcome.usage for _, outcome in outcomes],
+            wall_microseconds=elapsed_microseconds,
+            nodes=[NodeRows(outcome.usage.node, len(rows)) for rows, outcome in outcomes],
+        ),
         execution_class=outcomes[0][1].execution_class,
     )
 
