@@ -67,7 +67,8 @@ class SqliteViews:
     def shares(self, job_id: JobId, *, limit: int) -> Sequence[WorkerShare]:
         """Rows by worker and node, the most first."""
         rows = self._rows(
-            "SELECT worker_id, node, rows FROM rows_by_worker WHERE job_id = ? ORDER BY rows DESC, worker_id, node LIMIT ?",
+            """SELECT worker_id, node, rows FROM rows_by_worker WHERE job_id = ?
+               ORDER BY rows DESC, worker_id, node LIMIT ?""",
             (job_id, limit),
         )
         return [WorkerShare(str(worker_id), int(node), int(count)) for worker_id, node, count in rows]

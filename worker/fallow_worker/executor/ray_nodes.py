@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import ray as untyped_ray
-from ray.exceptions import RayError
+from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from fallow.errors import FallowError
@@ -51,6 +51,8 @@ NODE_WAIT_SECONDS_MAX: Final = 20.0
 """Work waits so long for a node that is being restarted."""
 PART_ATTEMPTS_MAX: Final = 2
 """Tries of a part whose node died, when another node can take it."""
+ARRIVAL_SECONDS_MAX: Final = 30.0
+"""A part that has not reached its node by then waits for room there that does not come."""
 LOOK_SECONDS: Final = 5.0
 FILE_PIECE_BYTES: Final = 8 * MIB
 
@@ -62,6 +64,7 @@ class _Node:
     node_id: str
     ordinal: int
     """Its number among the worker's nodes, from the first look on."""
+    address: str
     is_ours: bool
     """It shares the daemon's disk."""
     cpus: float
@@ -73,6 +76,10 @@ class _Node:
     failures: int = 0
     restarting: asyncio.Task[None] | None = None
     files: dict[tuple[bytes, str], str] | None = None
+
+
+class _NotArrivedError(Exception):
+    """A part of a lease did not reach its node."""
 
 
 class Nodes:
@@ -113,6 +120,7 @@ class Nodes:
                     _Node(
                         node_id=node_id,
                         ordinal=len(known) + len(found),
+                        address=str(entry.get("NodeManagerAddress", "")),
                         is_ours=node_id == here,
                         cpus=resources["CPU"],
                         gpus=resources.get("GPU", 0.0),
@@ -125,7 +133,8 @@ class Nodes:
         """Takes in nodes that join the owner's cluster later."""
         while True:
             await asyncio.sleep(LOOK_SECONDS)
-            for node in self._new_nodes():
+            # In a thread: the question blocks while the head is away.
+            for node in await asyncio.to_thread(self._new_nodes):
                 self._nodes.append(node)
                 self._restart(node)
 
@@ -234,7 +243,9 @@ class Nodes:
         actor = node.actor
         try:
             bundle = work.bundle if node.is_ours else await self._bundle_on(node, work.bundle)
-            end: Outcome | WorkFailed = await actor.run.remote(replace(work, bundle=bundle))
+            end = await self._end_of(actor, replace(work, bundle=bundle))
+        except (ObjectStoreFullError, OutOfDiskError, _NotArrivedError):
+            return WorkFailed(Cause.PLATFORM, clipped_reason(_store_full(node, work)))
         except RayError as error:
             self._lost(node, actor)
             failed = WorkFailed(Cause.PLATFORM, clipped_reason(f"a node of Ray was lost: {_words(error)}"))
@@ -254,6 +265,19 @@ class Nodes:
             [end.usage], wall_microseconds=end.usage.wall_microseconds, nodes=[NodeRows(node.ordinal, work.rows)]
         )
         return replace(end, usage=did)
+
+    async def _end_of(self, actor: Any, work: Work) -> Outcome | WorkFailed:
+        """How the work ended on its node. Raises RayError, and _NotArrivedError when it does not get there."""
+        call: Any = actor.run.remote(work)
+        ended: asyncio.Future[Outcome | WorkFailed] = asyncio.ensure_future(call)
+        try:
+            done, _ = await asyncio.wait([ended], timeout=ARRIVAL_SECONDS_MAX)
+            if not done and not await actor.holds.remote(work.lease_id):
+                ray.cancel(call)
+                raise _NotArrivedError
+            return await ended
+        finally:
+            ended.cancel()
 
     async def _all_or_first_failure(
         self, parts: list[Coroutine[Any, Any, Outcome | WorkFailed]]
@@ -390,6 +414,14 @@ async def _copy(actor: Any, name: str, path: str) -> str:
             if piece:
                 place = await actor.put_file.remote(name, offset, piece)
     return place
+
+
+def _store_full(node: _Node, work: Work) -> str:
+    return (
+        f"Ray has no room for the {len(work.input_block) // MIB + 1} MiB of a lease and its results on the way to node"
+        f" {node.ordinal} ({node.address}): look at `ray memory` for what fills its object stores, free disk space for"
+        " spilling, or start the nodes with more --object-store-memory"
+    )
 
 
 def _words(error: BaseException) -> str:
