@@ -57,6 +57,9 @@ FAILED_ROWS_MAX_DEFAULT = 1_000
 TASK_ATTEMPTS_MAX = 5
 LEASES_PER_WORKER_MAX = 64
 IDENTIFIER_BYTES_MAX = 64
+POOL_CACHES_TOLD_MAX = 4
+"""Caches of a pool that a worker is told of with an offer."""
+POOL_CACHE_CERTIFICATE_BYTES_MAX = 2 * KIB
 """Longest name of a lease that anybody may say."""
 NAMED_FACT_BYTES_MAX = 256
 """Longest name of a software or an execution class."""

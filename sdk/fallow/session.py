@@ -142,6 +142,14 @@ class HeldLease:
 
 
 @dataclass(frozen=True, slots=True)
+class PoolCache:
+    """Where a worker serves blobs to others of its pool, and the one certificate (DER) that it shows there."""
+
+    endpoint: str
+    certificate: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Hello:
     """First message of a worker."""
 
@@ -156,6 +164,7 @@ class Hello:
     """Whether several messages may come to it as one, under one signature."""
     machine_digest: bytes = b""
     """32 bytes that tell machines with copies of one key apart; empty: not told."""
+    pool_cache: PoolCache | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -349,6 +358,8 @@ class BundleOffer:
     canonical_batch_rows: int
     slot_dependent: bool
     memory_bytes_peak: int
+    pool_caches: tuple[PoolCache, ...] = ()
+    """In the worker's network: worth a try before the blob service, with the same grants."""
 
 
 @dataclass(frozen=True, slots=True)

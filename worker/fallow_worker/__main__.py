@@ -1,4 +1,4 @@
-"""The command line of a worker: join, start, prepare-image, status, why, ask, earnings, probe."""
+"""The command line of a worker: join, start, cache, prepare-image, status, why, ask, earnings, probe."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from fallow.session import SANDBOX_ORDER, SandboxLevel, TaskKind
 from fallow.shown_text import log_to_stderr, shown
 
 REGION_LENGTH_MAX = 64
+ANY_ADDRESS = "0.0.0.0:0"
+"""Where a cache listens unless its owner says otherwise."""
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
 
@@ -135,12 +137,36 @@ def _start(options: argparse.Namespace) -> int:
         region=options.region or "",
         ask_microcredits_per_unit=None if options.ask is None else _ask_of(options.ask, "--ask"),
         cache_bytes_max=int(options.cache_gib * GIB),
+        serve_cache=options.serve_cache,
         life_fd=options.life_fd,
     )
 
     def told(facts: dict[str, object]) -> None:
         if options.json:
             print_json(facts)
+
+    return asyncio.run(work(config, told=told))
+
+
+def _cache(options: argparse.Namespace) -> int:
+    from fallow_worker.config import WorkerConfig
+    from fallow_worker.start import print_json, work
+
+    config = WorkerConfig(
+        state=_state(options),
+        task_kinds=frozenset(),
+        cache_bytes_max=int(options.cache_gib * GIB),
+        serve_cache=options.listen,
+        works=False,
+        life_fd=options.life_fd,
+    )
+
+    def told(facts: dict[str, object]) -> None:
+        if options.json:
+            print_json(facts)
+        else:
+            sys.stdout.write(f"Serves its pool at {facts['pool_cache']}, up to {options.cache_gib:g} GiB\n")
+            sys.stdout.flush()
 
     return asyncio.run(work(config, told=told))
 
@@ -174,6 +200,8 @@ def _status(options: argparse.Namespace) -> int:
     if pid is not None:
         lines += [f"offer        {status.get('offer', '')}", f"leases       {status.get('leases', {})}"]
         lines += [f"so far       {status.get('counts', {})}"]
+        if "pool_cache" in status:
+            lines += [f"serves       its pool at {status['pool_cache']}: {status.get('served', {})}"]
         standings: Any = status.get("standings", {})
         lines += [f"measured     {name}: {standing_words(standing)}" for name, standing in standings.items()]
         error = status.get("last_error")
@@ -307,7 +335,20 @@ def _parser() -> argparse.ArgumentParser:
         help="what you ask in market pools for an hour of one reference core (3,600 units); default: as before, or 0",
     )
     start.add_argument("--cache-gib", type=_positive, default=20.0, metavar="GIB", help="disk for bundles; default: 20")
+    start.add_argument(
+        "--serve-cache",
+        nargs="?",
+        const=ANY_ADDRESS,
+        default="",
+        metavar="HOST:PORT",
+        help="give bundles to other workers of the pool in this network (managed workers only)",
+    )
     start.add_argument("--life-fd", type=int, default=None, metavar="FD", help=argparse.SUPPRESS)
+
+    cache = command("cache", "serve bundles to the workers of the pool in this network, and take no work", _cache)
+    cache.add_argument("--listen", default=ANY_ADDRESS, metavar="HOST:PORT", help="default: all addresses, any port")
+    cache.add_argument("--cache-gib", type=_positive, default=20.0, metavar="GIB", help="disk for blobs; default: 20")
+    cache.add_argument("--life-fd", type=int, default=None, metavar="FD", help=argparse.SUPPRESS)
 
     image = command("prepare-image", "make this folder fit to be copied to many machines", _prepare_image)
     image.add_argument(

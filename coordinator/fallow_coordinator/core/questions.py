@@ -14,7 +14,7 @@ from fallow.errors import Reason
 from fallow.ids import AccountId, Digest, JobId, LeaseId, PartyId, PoolId, SessionId, TaskId
 from fallow.job import JOB_STATES_FINAL, JobProgress, JobState, JobStatus, TaskResult, WorkerShare
 from fallow.limits import BLOCK_BYTES_MAX, JOB_SHARES_SHOWN_MAX
-from fallow.roles import TIERS_ALLOWED, Tier
+from fallow.roles import TIERS_ALLOWED, DataClass, Tier
 from fallow.session import BlobReference, Capability, DeviceStanding, TaskKind
 from fallow_coordinator.core.deferral import why_deferred
 from fallow_coordinator.core.devices import certificate_of, challenge_of
@@ -322,6 +322,8 @@ class LeaseToSend:
     latency_ms_max: int
     challenge: ChallengePlan | None = None
     """Of a challenge or its check."""
+    data_class: DataClass | None = None
+    """Of its job; None without one."""
 
 
 def lease_to_send(state: State, lease_id: LeaseId) -> LeaseToSend | None:
@@ -359,6 +361,7 @@ def lease_to_send(state: State, lease_id: LeaseId) -> LeaseToSend | None:
         unit_micros=task.unit_micros,
         pool_id=task.pool_id,
         latency_ms_max=job.options.latency_ms_max if job is not None else 0,
+        data_class=job.data_class if job is not None else None,
     )
 
 

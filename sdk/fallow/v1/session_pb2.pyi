@@ -156,6 +156,32 @@ class HeldLease(_message.Message):
 Global___HeldLease: _TypeAlias = HeldLease  # noqa: Y015
 
 @_typing.final
+class PoolCache(_message.Message):
+    """Where a worker serves blobs to others of its pool (docs/protocol.md)."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENDPOINT_FIELD_NUMBER: _builtins.int
+    CERTIFICATE_FIELD_NUMBER: _builtins.int
+    endpoint: _builtins.str
+    """Host and port in the network that it shares with them."""
+    certificate: _builtins.bytes
+    """The certificate that it shows there, DER: made by itself, and the only one to accept."""
+    def __init__(
+        self,
+        *,
+        endpoint: _builtins.str = ...,
+        certificate: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["certificate", b"certificate", "endpoint", b"endpoint"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PoolCache: _TypeAlias = PoolCache  # noqa: Y015
+
+@_typing.final
 class Hello(_message.Message):
     """First message of a worker."""
 
@@ -168,6 +194,7 @@ class Hello(_message.Message):
     HELD_LEASES_FIELD_NUMBER: _builtins.int
     TAKES_SEVERAL_FIELD_NUMBER: _builtins.int
     MACHINE_DIGEST_FIELD_NUMBER: _builtins.int
+    POOL_CACHE_FIELD_NUMBER: _builtins.int
     resume_token: _builtins.bytes
     """Empty on a first session; else the token of the last Welcome."""
     window: _builtins.int
@@ -182,6 +209,10 @@ class Hello(_message.Message):
     def capability(self) -> _capability_pb2.Capability: ...
     @_builtins.property
     def held_leases(self) -> _containers.RepeatedCompositeFieldContainer[Global___HeldLease]: ...
+    @_builtins.property
+    def pool_cache(self) -> Global___PoolCache:
+        """Unset: it serves none. Believed of managed and operators' workers only."""
+
     def __init__(
         self,
         *,
@@ -192,10 +223,11 @@ class Hello(_message.Message):
         held_leases: _abc.Iterable[Global___HeldLease] | None = ...,
         takes_several: _builtins.bool = ...,
         machine_digest: _builtins.bytes = ...,
+        pool_cache: Global___PoolCache | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["capability", b"capability", "protocol", b"protocol"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["capability", b"capability", "pool_cache", b"pool_cache", "protocol", b"protocol"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capability", b"capability", "held_leases", b"held_leases", "machine_digest", b"machine_digest", "protocol", b"protocol", "resume_token", b"resume_token", "takes_several", b"takes_several", "window", b"window"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capability", b"capability", "held_leases", b"held_leases", "machine_digest", b"machine_digest", "pool_cache", b"pool_cache", "protocol", b"protocol", "resume_token", b"resume_token", "takes_several", b"takes_several", "window", b"window"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -835,6 +867,7 @@ class BundleOffer(_message.Message):
     CANONICAL_BATCH_ROWS_FIELD_NUMBER: _builtins.int
     SLOT_DEPENDENT_FIELD_NUMBER: _builtins.int
     MEMORY_BYTES_PEAK_FIELD_NUMBER: _builtins.int
+    POOL_CACHES_FIELD_NUMBER: _builtins.int
     bundle_digest: _builtins.bytes
     manifest: _builtins.bytes
     """Exact manifest bytes."""
@@ -845,6 +878,10 @@ class BundleOffer(_message.Message):
     def file_grants(self) -> _containers.RepeatedCompositeFieldContainer[_blob_pb2.SignedBlobGrant]:
         """One for each file of the manifest, in its order."""
 
+    @_builtins.property
+    def pool_caches(self) -> _containers.RepeatedCompositeFieldContainer[Global___PoolCache]:
+        """Caches of the pool in the worker's network, at most 4: worth a try before the blob service, with the same grants."""
+
     def __init__(
         self,
         *,
@@ -854,10 +891,11 @@ class BundleOffer(_message.Message):
         canonical_batch_rows: _builtins.int = ...,
         slot_dependent: _builtins.bool = ...,
         memory_bytes_peak: _builtins.int = ...,
+        pool_caches: _abc.Iterable[Global___PoolCache] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle_digest", b"bundle_digest", "canonical_batch_rows", b"canonical_batch_rows", "file_grants", b"file_grants", "manifest", b"manifest", "memory_bytes_peak", b"memory_bytes_peak", "slot_dependent", b"slot_dependent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle_digest", b"bundle_digest", "canonical_batch_rows", b"canonical_batch_rows", "file_grants", b"file_grants", "manifest", b"manifest", "memory_bytes_peak", b"memory_bytes_peak", "pool_caches", b"pool_caches", "slot_dependent", b"slot_dependent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -16,6 +16,8 @@ from fallow.limits import (
     MESSAGES_TOGETHER_MAX,
     NAMED_FACT_BYTES_MAX,
     NODE_RUNS_PER_TASK_MAX,
+    POOL_CACHE_CERTIFICATE_BYTES_MAX,
+    POOL_CACHES_TOLD_MAX,
     ROW_FAILURE_REASON_BYTES_MAX,
     ROW_FAILURES_LISTED_PER_TASK_MAX,
 )
@@ -42,6 +44,7 @@ from fallow.session import (
     LeaseRevoked,
     LeaseSeen,
     NodeRows,
+    PoolCache,
     Refused,
     RowFailure,
     Settled,
@@ -207,7 +210,28 @@ def _offer_to_message(offer: BundleOffer | None) -> session_pb2.BundleOffer | No
         canonical_batch_rows=offer.canonical_batch_rows,
         slot_dependent=offer.slot_dependent,
         memory_bytes_peak=offer.memory_bytes_peak,
+        pool_caches=[_pool_cache_to_message(cache) for cache in offer.pool_caches],
     )
+
+
+def _pool_cache_to_message(cache: PoolCache) -> session_pb2.PoolCache:
+    return session_pb2.PoolCache(endpoint=cache.endpoint, certificate=cache.certificate)
+
+
+def _pool_cache_from_message(message: session_pb2.PoolCache, field: str) -> PoolCache:
+    host, _, port = message.endpoint.rpartition(":")
+    if not host or not port.isdecimal() or len(message.endpoint) > NAMED_FACT_BYTES_MAX:
+        raise FallowError(
+            Reason.FIELD_INVALID, "this is no endpoint of a cache", field=f"{field}.endpoint", limit="host:port"
+        )
+    if not 1 <= len(message.certificate) <= POOL_CACHE_CERTIFICATE_BYTES_MAX:
+        raise FallowError(
+            Reason.LIMIT_EXCEEDED,
+            f"a certificate of {len(message.certificate)} bytes",
+            field=f"{field}.certificate",
+            limit=f"1 to {POOL_CACHE_CERTIFICATE_BYTES_MAX} bytes",
+        )
+    return PoolCache(message.endpoint, message.certificate)
 
 
 def _offer_from_message(message: session_pb2.BundleOffer) -> BundleOffer:
@@ -218,6 +242,9 @@ def _offer_from_message(message: session_pb2.BundleOffer) -> BundleOffer:
         canonical_batch_rows=message.canonical_batch_rows,
         slot_dependent=message.slot_dependent,
         memory_bytes_peak=message.memory_bytes_peak,
+        pool_caches=tuple(
+            [_pool_cache_from_message(m, "offer.pool_caches") for m in message.pool_caches[:POOL_CACHES_TOLD_MAX]]
+        ),
     )
 
 
@@ -324,6 +351,7 @@ def _hello_to_message(hello: Hello) -> session_pb2.Hello:
         ],
         takes_several=hello.takes_several,
         machine_digest=hello.machine_digest,
+        pool_cache=_pool_cache_to_message(hello.pool_cache) if hello.pool_cache else None,
     )
 
 
@@ -350,6 +378,9 @@ def _hello_from_message(message: session_pb2.Hello) -> Hello:
         held_leases=tuple(HeldLease(_lease_id(h.lease_id), h.fence, h.committed) for h in message.held_leases),
         takes_several=message.takes_several,
         machine_digest=_machine_digest(message.machine_digest),
+        pool_cache=_pool_cache_from_message(message.pool_cache, "hello.pool_cache")
+        if message.HasField("pool_cache")
+        else None,
     )
 
 

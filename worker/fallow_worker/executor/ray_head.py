@@ -46,7 +46,7 @@ def ask_head(address: str, token_path: str) -> HeadAnswer:
         try:
             call(b"", timeout=ASK_SECONDS_MAX, metadata=metadata)
         except grpc.RpcError as error:
-            code = error.code() if isinstance(error, grpc.Call) else grpc.StatusCode.UNKNOWN
+            code: grpc.StatusCode = error.code()
             if code in _REFUSALS:
                 return HeadAnswer.REFUSED
             return HeadAnswer.SILENT if code in _SILENCES else HeadAnswer.WELL
