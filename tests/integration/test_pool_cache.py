@@ -15,7 +15,7 @@ import pytest
 from integration.fault_rig import NARROW, PATIENCE_S, Rig, rig
 from integration.harness import Service, spawn, wait_for, worker
 
-pytestmark = [pytest.mark.processes, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.processes, pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 @pytest.fixture(scope="module")
