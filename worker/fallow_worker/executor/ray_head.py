@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import Final
+from typing import Final, cast
 
 import grpc
 
@@ -42,7 +42,8 @@ def ask_head(address: str, token_path: str) -> HeadAnswer:
     token = _token(token_path)
     metadata = (("authorization", f"Bearer {token}"),) if token else ()
     with grpc.insecure_channel(address, options=_OPTIONS) as channel:
-        call: Callable[..., bytes] = channel.unary_unary(_METHOD)
+        # Raw bytes both ways: gRPC's types cannot say so.
+        call = cast("Callable[..., bytes]", channel.unary_unary(_METHOD))
         try:
             call(b"", timeout=ASK_SECONDS_MAX, metadata=metadata)
         except grpc.RpcError as error:
