@@ -175,6 +175,7 @@ def _cache(options: argparse.Namespace) -> int:
 
 
 def _status(options: argparse.Namespace) -> int:
+    from fallow_worker.executor.tunings import read_tunings, tuning_words
     from fallow_worker.probe_report import standing_words
     from fallow_worker.start import joined, print_json
     from fallow_worker.state_folder import StateFolder
@@ -182,7 +183,7 @@ def _status(options: argparse.Namespace) -> int:
     folder = StateFolder(_state(options))
     credentials = joined(folder)
     pid = folder.running_pid()
-    status = {
+    status: dict[str, Any] = {
         **folder.read_status(),
         "worker_id": credentials.party_id,
         "coordinator": credentials.control_endpoint,
@@ -190,6 +191,7 @@ def _status(options: argparse.Namespace) -> int:
         "state": str(folder.folder),
         "running": pid is not None,
         "pid": pid,
+        "tuning": read_tunings(folder.tuning),
     }
     if options.json:
         print_json(status)
@@ -207,6 +209,7 @@ def _status(options: argparse.Namespace) -> int:
             lines += [f"serves       its pool at {status['pool_cache']}: {status.get('served', {})}"]
         standings: Any = status.get("standings", {})
         lines += [f"measured     {name}: {standing_words(standing)}" for name, standing in standings.items()]
+        lines += [f"tuned        {digest[:16]}: {tuning_words(entry)}" for digest, entry in status["tuning"].items()]
         error = status.get("last_error")
         lines += [f"last error   {error['message']}"] if isinstance(error, dict) else []
     sys.stdout.write(shown("\n".join(lines) + "\n"))
