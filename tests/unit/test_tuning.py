@@ -123,7 +123,7 @@ def test_batches_are_answered_in_order_by_so_many_at_once(setting: Setting | Non
     assert [start for start, _ in found] == list(range(0, total, 2))
     assert all(isinstance(answer, dict) and answer["y"][0] == start for start, answer in found)
     assert most <= max(one.in_flight for one in SETTINGS)
-    if setting in SETTINGS and setting is not None:
+    if setting in SETTINGS and setting:
         assert most <= setting.in_flight
     tuned = lanes.newly_tuned()
     assert (tuned is not None) is (setting is None)
