@@ -21,7 +21,7 @@ from integration.fault_rig import NARROW, rig
 from integration.harness import wait_for, worker
 from integration.test_ray_executor_cluster import OwnersCluster, end, two_nodes
 
-pytestmark = [pytest.mark.processes, pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.processes, pytest.mark.slow, pytest.mark.timeout(600)]
 
 PATIENCE_S = 180.0
 TOLD_SECONDS_MAX = 40.0

@@ -84,7 +84,7 @@ def executor_for(config: WorkerConfig, tier: Tier | None) -> tuple[Executor, Cho
         ray_address=config.ray_address,
         tier=tier or Tier.VOLUNTEER,
     )
-    settings = SupervisorSettings(cores=config.cpus, tuning_path=str(StateFolder(config.state).tuning))
+    settings = SupervisorSettings(cores=config.cpus, tuning_path=str(StateFolder(config.state).tuning.absolute()))
     if choice.kind is ExecutorKind.PROCESS:
         from fallow_worker.executor.on_processes import ProcessExecutor
 
