@@ -52,6 +52,7 @@ def evolve(state: State, event: e.Event, at_ms: int) -> None:
             | e.LeaseEnded()
             | e.CommitmentRecorded()
             | e.TaskSettled()
+            | e.LateLeaseSettled()
             | e.TaskAbandoned()
             | e.TaskDropped()
         ):
