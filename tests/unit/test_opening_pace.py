@@ -6,7 +6,6 @@ import asyncio
 
 import pytest
 
-from fallow_coordinator.service import opening_pace
 from fallow_coordinator.service.opening_pace import OPENINGS_AT_ONCE, ROOM_S_MAX, ROOM_S_PER_EVENT, OpeningPace
 
 
@@ -21,7 +20,7 @@ class Clock:
             self.now_s += seconds
             await really(0)
 
-        monkeypatch.setattr(opening_pace.asyncio, "sleep", sleep)
+        monkeypatch.setattr(asyncio, "sleep", sleep)
 
     def __call__(self) -> float:
         return self.now_s
