@@ -57,6 +57,7 @@ def evolve_posted(state: State, event: e.Event, at_ms: int, postings: tuple[Post
             | e.LeaseEnded()
             | e.CommitmentRecorded()
             | e.TaskSettled()
+            | e.LateLeaseSettled()
             | e.TaskAbandoned()
             | e.TaskDropped()
         ):

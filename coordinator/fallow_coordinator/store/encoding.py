@@ -16,6 +16,7 @@ from fallow_coordinator.store import (
     credit_events,
     device_events,
     door_events,
+    duplicate_events,
     health_events,
     identity_events,
     verification_events,
@@ -35,6 +36,7 @@ KINDS: tuple[AnyKind, ...] = (
     *device_events.KINDS,
     *carbon_events.KINDS,
     *door_events.KINDS,
+    *duplicate_events.KINDS,
     *verification_events.KINDS,
 )
 """Every kind of event; complete, or importing this module fails."""

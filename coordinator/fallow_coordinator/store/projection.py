@@ -86,6 +86,8 @@ class Projection:
             # Work that was given up is delivered, too.
             job_id = self.state.tasks[event.task_id].job_id if isinstance(event, ev.TaskAbandoned) else None
             self._before(event)
+            if isinstance(event, ev.LateLeaseSettled):
+                self._note_settlement(record, event)
             self._fold_posted(record)
             self._after(event, record.at_ms)
             if job_id is not None and isinstance(event, ev.TaskAbandoned):
@@ -104,12 +106,16 @@ class Projection:
         touched, job_id = self._touched, self.state.tasks[event.task_id].job_id
         touched.workers[self.state.leases[event.lease_id].worker_id] = None
         self._touch_task(event.task_id)
-        settled = settlement_row(self.state, event, record.sequence, record.at_ms)
-        if settled is not None:
-            touched.settlements.append(settled)
+        self._note_settlement(record, event)
         self._fold_posted(record)
         if job_id is not None:
             self._note_result(job_id, event.rows_failed)
+
+    def _note_settlement(self, record: Record, event: ev.TaskSettled | ev.LateLeaseSettled) -> None:
+        """Who did it and what they get; asked before the event is folded."""
+        settled = settlement_row(self.state, event, record.sequence, record.at_ms)
+        if settled is not None:
+            self._touched.settlements.append(settled)
 
     def _note_result(self, job_id: JobId, rows_failed: int) -> None:
         """The newest result of a job is fresh."""
@@ -150,6 +156,10 @@ class Projection:
             case ev.Restarted():
                 for session_id in self.state.sessions:
                     self._touch_session(session_id)
+            case ev.LateLeaseSettled():
+                lease = self.state.leases[event.lease_id]
+                self._touched.workers[lease.worker_id] = None
+                self._touch_task(lease.task_id)
             case ev.LeaseEnded():
                 self._touch_task(self.state.leases[event.lease_id].task_id)
             case ev.TaskAbandoned():
