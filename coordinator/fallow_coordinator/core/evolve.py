@@ -19,11 +19,13 @@ from fallow_coordinator.core import (
     evolve_tasks,
     evolve_verification,
     health,
+    tolerances,
 )
 from fallow_coordinator.core import verification_events as v
 from fallow_coordinator.core.ledger import Posting
 from fallow_coordinator.core.postings import postings_of
 from fallow_coordinator.core.state import State
+from fallow_coordinator.core.tolerance_events import DeviationsLearned
 
 _OF_TASKS = frozenset(get_args(evolve_tasks.TaskEvent))
 
@@ -130,5 +132,7 @@ def evolve_posted(state: State, event: e.Event, at_ms: int, postings: tuple[Post
             | v.AssuranceAccepted()
         ):
             evolve_verification.evolve_verification(state, event, at_ms)
+        case DeviationsLearned():
+            tolerances.evolve_tolerances(state, event)
         case _:
             assert_never(event)
