@@ -191,6 +191,7 @@ def test_numbers_of_kinds_are_for_ever() -> None:
         "worker_trusted": 99,
         "assurance_accepted": 100,
         "audit_given_up": 101,
+        "deviations_learned": 110,
     }
 
 

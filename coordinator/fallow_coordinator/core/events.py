@@ -14,7 +14,7 @@ from fallow.ids import AccountId, Digest, JobId, KeyFingerprint, LeaseId, PartyI
 from fallow.job import DatasetBlock, Footprint, JobOptions, JobState
 from fallow.roles import DataClass, Role, Tier
 from fallow.session import BlobReference, Capability, Cause, RowFailure, TaskKind, Usage
-from fallow_coordinator.core import verification_events
+from fallow_coordinator.core import tolerance_events, verification_events
 from fallow_coordinator.core.duplicate_events import Agreement as Agreement  # noqa: PLC0414 - told as this module's
 from fallow_coordinator.core.duplicate_events import LateLeaseSettled as LateLeaseSettled  # noqa: PLC0414
 from fallow_coordinator.core.verification_events import EvidenceRow
@@ -693,4 +693,5 @@ Event = (
     | JobDeferred
     | JobResumed
     | verification_events.VerificationEvent
+    | tolerance_events.ToleranceEvent
 )

@@ -22,14 +22,17 @@ from fallow_coordinator.core.limits import (
     BUNDLES_PER_WORKER_MAX,
     COST_PERMILLE_MAX,
     COST_PERMILLE_MIN,
+    DEVIATIONS_KEPT,
     DUPLICATES_LIVE_MAX,
     DUPLICATES_PER_TASK_MAX,
     IDEMPOTENCY_KEYS_PER_ACCOUNT_MAX,
     JOBS_UNFINISHED_PER_ACCOUNT_MAX,
     LEARNED_SETTLEMENTS,
     LEASES_REMEMBERED_MAX,
+    PROFILE_ACCOUNTS_MAX,
     STRIKES_MAX,
     TASK_LOSSES_MAX,
+    TOLERANCES_KEPT_MAX,
 )
 from fallow_coordinator.core.needs import Ability
 from fallow_coordinator.core.postings import purse_of
@@ -44,6 +47,7 @@ def check(state: State) -> None:
     """Raises InvariantError with the first contradiction found. Costs as much as the state is large."""
     _check_identity(state)
     _check_door(state)
+    _check_tolerances(state)
     _check_sessions(state)
     _check_leases(state)
     for job in state.jobs.values():
@@ -82,6 +86,14 @@ def _check_door(state: State) -> None:
     for bundle in state.bundles.values():
         _must(not bundle.held_reason or not bundle.jobs, "no unfinished job uses a held bundle")
         _must(bundle.clearances <= CLEARANCES_MAX, "claims bring about so many inspections and no more")
+
+
+def _check_tolerances(state: State) -> None:
+    _must(len(state.tolerances) <= TOLERANCES_KEPT_MAX, "tolerances are learned of so many pairs of classes")
+    for accounts in state.tolerances.values():
+        _must(len(accounts) <= PROFILE_ACCOUNTS_MAX, "so many accounts teach a tolerance")
+        _must(all(len(one) <= DEVIATIONS_KEPT for one in accounts.values()), "each by so many rows")
+        _must(accounts.keys() <= state.accounts.keys(), "who teaches is known")
 
 
 def _check_sessions(state: State) -> None:

@@ -128,6 +128,8 @@ ALLOTMENT_PERIOD_MS_MIN = MINUTE_MS
 ALLOTMENT_PERIOD_MS_MAX = 366 * DAY_MS
 CHALLENGES_LIVE_MAX = 64
 """Devices that are being measured at a time."""
+WORKERS_LOOKED_AT_MAX = 1_000
+"""Workers whose devices are looked at in a tick: the rest has its turn in one of the next."""
 CHALLENGE_STEPS_TARGET = 128
 """Products of a challenge: faster devices get larger ones before they get more."""
 CHALLENGE_RUNTIME_MS = 2 * MINUTE_MS
@@ -235,3 +237,11 @@ LONG_TASK_UNITS = 300
 """Tasks of more units are placed by who is likely to stay."""
 STAYERS_LOOKED_AT_MAX = 8
 """Free workers of each group that are looked at for a long task."""
+
+DEVIATIONS_KEPT = 64
+"""Deviations remembered of each account, for one bundle and pair of classes."""
+PROFILE_ACCOUNTS_MIN = 4
+"""Accounts that must teach a tolerance, so that none of them has more than a quarter of it."""
+PROFILE_ACCOUNTS_MAX = 16
+TOLERANCES_KEPT_MAX = 1_024
+"""Pairs of classes, bundle by bundle, of which deviations are remembered."""

@@ -656,6 +656,11 @@ class State:
     """Accounts with ready tasks and free workers of their own."""
     own_wanting: dict[AccountId, None] = field(default_factory=dict[AccountId, None])
     """Accounts with rows to cut and less in stock than their own workers could take."""
+    tolerances: dict[tuple[Digest, str, str], dict[AccountId, tuple[int, ...]]] = field(
+        default_factory=dict[tuple[Digest, str, str], dict[AccountId, tuple[int, ...]]]
+    )
+    """By bundle, class of the referee and class of the candidate, the latest learned last: the latest deviations that
+    rows of each account showed, in millionths of the bundle's spread."""
     forecasts: dict[str, Forecast] = field(default_factory=dict[str, Forecast])
     """Grams of CO₂ per kWh to come, by region; `carbon.ELSEWHERE` for all others."""
     forecast_source: str = ""

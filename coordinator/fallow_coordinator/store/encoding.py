@@ -19,6 +19,7 @@ from fallow_coordinator.store import (
     duplicate_events,
     health_events,
     identity_events,
+    tolerance_events,
     verification_events,
     work_events,
 )
@@ -38,6 +39,7 @@ KINDS: tuple[AnyKind, ...] = (
     *door_events.KINDS,
     *duplicate_events.KINDS,
     *verification_events.KINDS,
+    *tolerance_events.KINDS,
 )
 """Every kind of event; complete, or importing this module fails."""
 
