@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import secrets
+import time
 from collections.abc import Callable, Coroutine
 from typing import Final, assert_never
 
@@ -73,7 +74,9 @@ from fallow_coordinator.service.grants import stored_blob
 from fallow_coordinator.service.inline_blocks import inspected_block
 from fallow_coordinator.service.lease_messages import LeaseMessages
 from fallow_coordinator.service.live_streams import LiveStreams
+from fallow_coordinator.service.opening_pace import OpeningPace
 from fallow_coordinator.service.outbox import Outbox
+from fallow_coordinator.service.pool_caches import PoolCaches
 from fallow_coordinator.service.protocol import check_versions
 from fallow_coordinator.service.rate_limit import RateLimit
 from fallow_coordinator.service.worker_session import (
@@ -113,6 +116,7 @@ class WorkerService:
         streams: LiveStreams,
         outbox: Outbox,
         leases: LeaseMessages,
+        caches: PoolCaches,
         key: PrivateKey,
         blob_service_key: bytes,
         blob_endpoint: str,
@@ -125,11 +129,13 @@ class WorkerService:
         self._streams = streams
         self._outbox = outbox
         self._leases = leases
+        self._caches = caches
         self._key = key
         self._blob_service_key = blob_service_key
         self._blob_endpoint = blob_endpoint
         self._heartbeat_interval_ms = heartbeat_interval_ms
         self._now_ms = now_ms
+        self._pace = OpeningPace(time.monotonic)
         self._closing: set[asyncio.Task[None]] = set()
 
     def handlers(self, limit: RateLimit) -> grpc.GenericRpcHandler:
@@ -164,7 +170,8 @@ class WorkerService:
             hello, sequence = await self._hello(context, caller)
             resume_token = secrets.token_bytes(RESUME_TOKEN_BYTES)
             with self._outbox.opening():
-                granted = await self._open(caller, hello, resume_token)
+                async with self._pace.turn():
+                    granted = await self._open(caller, hello, resume_token)
                 session = WorkerSession(
                     context=context,
                     caller=caller,
@@ -188,6 +195,7 @@ class WorkerService:
                         blob_endpoint=self._blob_endpoint,
                     )
                 )
+                self._caches.opened(granted.session_id, caller, peer.address, hello.pool_cache)
                 self._outbox.register(granted.session_id, session.send)
             _log.info(
                 "session.opened session=%s worker=%s address=%s", session.session_id, caller.party_id, peer.address
@@ -197,6 +205,7 @@ class WorkerService:
                 reason = await self._run(session)
             finally:
                 self._outbox.forget(session.session_id)
+                self._caches.closed(session.session_id)
                 self._in_background(self._submit_close(session, reason))
 
     async def drain(self) -> None:
@@ -251,6 +260,7 @@ class WorkerService:
             # The worker hung up while the disk was busy: a session that nobody knows of must not keep it out.
             self._in_background(self._close_unknown(deciding))
             raise
+        self._pace.led_to(len(decision.events))
         answer = decision.answer
         assert isinstance(answer, SessionGranted), "opening grants a session"
         return answer
