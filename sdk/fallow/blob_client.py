@@ -16,6 +16,7 @@ from typing import Final, Protocol, TypeVar
 import grpc
 
 from fallow import direct_transfer
+from fallow.call_ending import CallEnding
 from fallow.direct_transfer import DIRECT_BYTES_MIN, DirectFailed, DirectRequest, direct_from_message
 from fallow.errors import FallowError, Reason
 from fallow.limits import BLOB_CHUNK_BYTES, MIB
@@ -226,10 +227,11 @@ class BlobClient:
         """One Put call. One try."""
         call = self._put_call(parts, timeout=STREAM_TIMEOUT_S)
         parts.let_in_by(call)
+        ending = CallEnding(call)
         try:
             response = await call
         except grpc.aio.AioRpcError as failure:
-            raise _failure(failure) from None
+            raise _failure(await ending.failure(failure)) from None
         return receipt_from_message(response.receipt)
 
     async def _download(self, grant: SignedBytes, reference: BlobReference, sink: _Sink, moved: Progress) -> None:

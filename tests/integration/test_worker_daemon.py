@@ -294,6 +294,24 @@ async def test_a_failure_of_the_executor_is_told_with_cause_and_words(bench: Ben
     assert "a defect" in failed.reason
 
 
+async def test_why_a_lease_failed_is_told_again_when_the_stream_breaks_before_the_answer(bench: Bench) -> None:
+    daemon = await bench.starts()
+    conversation = await bench.coordinator.session()
+    lease = bench.lease([b"row"])
+    bench.executor.failures[lease.lease_id] = WorkFailed(Cause.PROGRAM, "it divides by zero")
+    conversation.say(lease)
+    failed = await conversation.hears(TaskFailed)
+    conversation.end()
+    conversation = await bench.coordinator.session()
+    assert [held.lease_id for held in conversation.hello.held_leases] == [lease.lease_id]
+    assert await conversation.hears(TaskFailed) == failed
+    conversation.say(LeaseRevoked(lease.lease_id, lease.fence, "it divides by zero"))
+    await eventually(lambda: not daemon.world.leases)
+    conversation.end()
+    conversation = await bench.coordinator.session()
+    assert conversation.hello.held_leases == ()
+
+
 async def test_expired_grants_are_renewed_while_the_lease_waits(bench: Bench) -> None:
     await bench.starts()
     conversation = await bench.coordinator.session()

@@ -14,6 +14,7 @@ from typing import Final
 import grpc
 
 from fallow import diagnosis
+from fallow.call_ending import CallEnding
 from fallow.channel import control_channel
 from fallow.credentials import Credentials
 from fallow.errors import FallowError, Reason
@@ -128,6 +129,7 @@ class Session:
         self._credentials = credentials
         self._channel = channel
         self._call = call
+        self._ending = CallEnding(call)
         self._session_id = NO_SESSION
         self._said = 0
         self._heard = 0
@@ -237,7 +239,8 @@ class Session:
         try:
             response = await self._call.read()
         except grpc.aio.AioRpcError as failure:
-            raise await self._looked_into(explained(failure, self._credentials)) from None
+            told = await self._ending.failure(failure)
+            raise await self._looked_into(explained(told, self._credentials)) from None
         except asyncio.CancelledError:
             if not self._call.cancelled():
                 raise
@@ -279,7 +282,7 @@ class Session:
             await self._call.trailing_metadata(),
             await self._call.details(),
         )
-        return explained(failure, self._credentials)
+        return explained(await self._ending.failure(failure), self._credentials)
 
 
 async def open_session(credentials: Credentials, greeting: Greeting, token: ResumeToken) -> tuple[Session, Welcome]:

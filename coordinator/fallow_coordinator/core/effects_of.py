@@ -89,11 +89,12 @@ def _settled(state: State, event: e.TaskSettled) -> tuple[f.Effect, ...]:
 
 
 def _ended(state: State, event: e.LeaseEnded) -> tuple[f.Effect, ...]:
-    """The worker is told unless it said so itself; a worker that is away finds out when it comes back."""
+    """The worker is told, also when it said so itself: it repeats that until it is answered. A worker that is away
+    finds out when it comes back."""
     ended = state.ended_leases[event.lease_id]
     worker = state.workers[ended.worker_id]
     made: list[f.Effect] = []
-    if worker.session_id is not None and event.outcome is not e.LeaseOutcome.RETURNED:
+    if worker.session_id is not None:
         made.append(
             f.SendRevoked(session_id=worker.session_id, lease_id=event.lease_id, fence=ended.fence, reason=event.reason)
         )
