@@ -610,6 +610,7 @@ class Engine:
 _PAYLOADS_NAMED: dict[type, Callable[[Any], tuple[Digest, ...]]] = {
     ev.JobSubmitted: lambda event: tuple(block.blob.digest for block in event.blocks if block.inline),
     ev.TaskInputPacked: lambda event: (event.input.digest,) if event.inline else (),
+    ev.InspectionRowsGiven: lambda event: (event.input.digest,) if event.inline else (),
     ev.CommitmentRecorded: lambda event: (event.output.digest,) if event.inline else (),
     ev.BundleRegistered: lambda event: (event.bundle_digest,),
 }

@@ -17,6 +17,7 @@ import grpc
 
 from fallow import direct_transfer
 from fallow.call_ending import CallEnding
+from fallow.diagnosis import Explain
 from fallow.direct_transfer import DIRECT_BYTES_MIN, DirectFailed, DirectRequest, direct_from_message
 from fallow.errors import FallowError, Reason
 from fallow.limits import BLOB_CHUNK_BYTES, MIB
@@ -77,8 +78,13 @@ class BlobClient:
         *,
         attempts_max: int = ATTEMPTS_MAX,
         chance: Callable[[], float] = random.random,
+        explain: Explain | None = None,
     ) -> None:
-        """`channel` is from `fallow.channel.blob_channel`; it stays the caller's. `chance` spreads retries, in 0..1."""
+        """`channel` is from `fallow.channel.blob_channel`; it stays the caller's. `chance` spreads retries, in 0..1.
+
+        `explain` looks why the service cannot be reached; what can't pass by itself is then raised at once.
+        """
+        self._explain = explain
         self._put_call = channel.stream_unary(
             PUT_METHOD,
             request_serializer=encode_put_part,
@@ -269,6 +275,7 @@ class BlobClient:
         """Repeats an attempt while it fails for reasons that pass, with growing, jittered pauses."""
         failures = 0
         furthest = 0
+        words: FallowError | None = None
 
         def moved(offset_bytes: int) -> None:
             nonlocal failures, furthest
@@ -281,8 +288,12 @@ class BlobClient:
                 return await attempt(moved)
             except _PassingError as passing:
                 failures += 1
+                if words is None and self._explain is not None and _is_away(passing.error):
+                    words = await self._explain(passing.error)
+                    if not _is_away(words):
+                        raise words from None
                 if failures >= self._attempts_max:
-                    raise passing.error from None
+                    raise (words if words is not None and _is_away(passing.error) else passing.error) from None
                 pause_ms = min(BACKOFF_MS_MAX, BACKOFF_MS_MIN << failures)
                 await asyncio.sleep(pause_ms / 1000 * (0.5 + self._chance() / 2))
 
@@ -571,6 +582,10 @@ def _failure(failure: grpc.aio.AioRpcError) -> FallowError | _PassingError:
     else:
         passing = failure.code() in _TRANSIENT_STATUSES
     return _PassingError(error) if passing else error
+
+
+def _is_away(error: FallowError) -> bool:
+    return error.reason is Reason.COORDINATOR_UNREACHABLE
 
 
 def _as_it_is(data: bytes) -> bytes:

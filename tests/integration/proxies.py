@@ -26,6 +26,8 @@ class ConnectProxy:
 
     login: str = ""
     tls: ssl.SSLContext | None = None
+    opens: str = ""
+    """The endpoint whose connections are opened by `tls`; empty: all of them."""
     refuses: str = ""
     asked: list[str] = field(default_factory=list[str])
     """Endpoints that were asked for, in order."""
@@ -70,7 +72,7 @@ class ConnectProxy:
                 client.sendall(f"HTTP/1.1 {self.refuses}\r\n\r\n".encode())
                 return
             client.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
-            if self.tls is not None:
+            if self.tls is not None and self.opens in ("", endpoint):
                 with contextlib.suppress(ssl.SSLError), self.tls.wrap_socket(client, server_side=True) as opened:
                     opened.recv(1)
                 return

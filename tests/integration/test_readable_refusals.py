@@ -44,7 +44,10 @@ async def many(refusal: Callable[[], Awaitable[FallowError]]) -> Counter[Reason]
 
     async def some() -> None:
         for _ in left:
-            reasons[(await refusal()).reason] += 1
+            error = await refusal()
+            reasons[error.reason] += 1
+            if error.reason in {Reason.INTERNAL, Reason.COORDINATOR_UNREACHABLE}:
+                print(error)
 
     await asyncio.gather(*(some() for _ in range(AT_ONCE)))
     return reasons

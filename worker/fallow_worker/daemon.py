@@ -34,6 +34,7 @@ from fallow.session import (
     Welcome,
     WorkerMessage,
 )
+from fallow_worker.claimed_rows import run_claimed_rows
 from fallow_worker.core.actions import (
     Action,
     Cancel,
@@ -516,6 +517,8 @@ class Daemon:
         def progress(rows_done: int) -> None:
             self._rows_done[lease.lease_id] = rows_done
 
+        if work.kind is TaskKind.INSPECT and work.input_block:
+            work = await run_claimed_rows(self._executor, work, progress)
         return await self._executor.run(work, progress)
 
     def _run_failed(self, lease_id: LeaseId, cause: Cause, reason: str) -> RunFailed:

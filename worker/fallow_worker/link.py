@@ -13,12 +13,12 @@ from typing import Final
 
 import grpc
 
-from fallow import diagnosis
 from fallow.call_ending import CallEnding
 from fallow.channel import control_channel
 from fallow.credentials import Credentials
+from fallow.diagnosis import explain_control
 from fallow.errors import FallowError, Reason
-from fallow.identity import CONTROL_NAME, write_private
+from fallow.identity import write_private
 from fallow.ids import SessionId
 from fallow.limits import (
     LEASES_PER_WORKER_MAX,
@@ -225,13 +225,7 @@ class Session:
 
     async def _looked_into(self, error: FallowError) -> FallowError:
         """A failed connection in better words, where a look at the server gives them."""
-        return await diagnosis.explained(
-            error,
-            endpoint=self._credentials.control_endpoint,
-            server_name=CONTROL_NAME,
-            authority_pem=self._credentials.authority_pem,
-            certificate_pem=self._credentials.certificate_pem,
-        )
+        return await explain_control(self._credentials)(error)
 
     async def _read(self) -> CoordinatorMessage:
         if self._unread:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fallow.errors import Reason
-from fallow.ids import LeaseId, PartyId
+from fallow.ids import Digest, LeaseId, PartyId, TaskId
 from fallow_coordinator.core import effects as f
 from fallow_coordinator.core import events as e
 from fallow_coordinator.core.sessions import REPLACED
@@ -98,11 +98,21 @@ def _ended(state: State, event: e.LeaseEnded) -> tuple[f.Effect, ...]:
         made.append(
             f.SendRevoked(session_id=worker.session_id, lease_id=event.lease_id, fence=ended.fence, reason=event.reason)
         )
-    if ended.input is not None:
+    if ended.input is not None and not _is_inspected(state, ended.task_id, ended.input):
         made.append(f.DropInput(ended.input))
     if ended.job_id is not None:
         made.append(f.WakeWatchers(job_id=ended.job_id))
     return tuple(made)
+
+
+def _is_inspected(state: State, task_id: TaskId, digest: Digest) -> bool:
+    """Whether an inspection that is still to be done runs the rows of this block."""
+    task = state.tasks.get(task_id)
+    bundle = state.bundles.get(task.bundle_digest) if task is not None else None
+    if bundle is None or bundle.inspection_task_id is None:
+        return False
+    kept = state.tasks[bundle.inspection_task_id].input
+    return kept is not None and kept.digest == digest
 
 
 def _end_session(state: State, event: e.SessionClosed) -> f.EndSession:

@@ -302,6 +302,16 @@ class BundleCleared:
 
 
 @dataclass(frozen=True, slots=True)
+class InspectionRowsGiven:
+    """An inspection that claims brought about also runs these rows: the block of the lease that the last one names."""
+
+    task_id: TaskId
+    input: BlobReference
+    inline: bool
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
 class BundleReleased:
     """An operator lets jobs use it, whatever was claimed."""
 
@@ -646,6 +656,7 @@ Event = (
     | BundleCostLearned
     | BundleCleared
     | BundleReleased
+    | InspectionRowsGiven
     | JobSubmitted
     | JobStateChanged
     | JobArchived

@@ -88,7 +88,9 @@ def evolve(state: State, event: e.Event, at_ms: int) -> None:
             | e.WorkerReleased()
         ):
             evolve_identity.evolve_identity(state, event, at_ms)
-        case e.AccountAdmitted() | e.AccountExpelled() | e.BundleCleared() | e.BundleReleased():
+        case (
+            e.AccountAdmitted() | e.AccountExpelled() | e.BundleCleared() | e.BundleReleased() | e.InspectionRowsGiven()
+        ):
             evolve_door.evolve_door(state, event)
         case (
             e.PoolModeChanged()

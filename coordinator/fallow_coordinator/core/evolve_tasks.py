@@ -288,7 +288,9 @@ def _end(state: State, event: e.LeaseEnded, at_ms: int) -> None:
     worker_id = state.leases[event.lease_id].worker_id
     task = _release(state, event.lease_id, event.outcome)
     task.last_cause, task.last_reason = event.cause, event.reason
-    task.input, task.input_inline = None, False
+    if task.kind is not TaskKind.INSPECT:
+        # The rows of an inspection are not packed anew for each try.
+        task.input, task.input_inline = None, False
     if event.outcome is e.LeaseOutcome.FAILED:
         forget_bundle(state, state.workers[worker_id], task.bundle_digest)
     not_before_ms = at_ms

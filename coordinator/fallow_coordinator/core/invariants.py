@@ -162,6 +162,8 @@ def _check_tasks(state: State) -> None:
         _must(task.attempts < TASK_ATTEMPTS_MAX and task.losses < TASK_LOSSES_MAX, "nothing is tried for ever")
         if task.kind is TaskKind.MAP and task.phase in (TaskPhase.READY, TaskPhase.LEASED):
             _must(task.input is not None, "what can be leased is packed")
+        if task.kind is TaskKind.INSPECT:
+            _must((task.input is not None) == (task.rows > 0), "an inspection's rows stay until it ends")
 
 
 def _check_devices(state: State) -> None:

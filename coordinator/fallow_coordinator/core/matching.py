@@ -337,9 +337,10 @@ def _grant(
 
 def runtime_limit_ms(task: Task) -> int:
     """How long a task may run: generous, because a reference core is not the worker's."""
+    rows_ms = min(RUNTIME_MS_MAX, max(RUNTIME_MS_MIN, RUNTIME_FACTOR * task.unit_micros * 1_000 // UNIT_MICROS))
     if task.kind is TaskKind.INSPECT:
-        return INSPECTION_RUNTIME_MS
-    return min(RUNTIME_MS_MAX, max(RUNTIME_MS_MIN, RUNTIME_FACTOR * task.unit_micros * 1_000 // UNIT_MICROS))
+        return INSPECTION_RUNTIME_MS + (rows_ms if task.rows else 0)
+    return rows_ms
 
 
 def _queue_ms(worker: Worker) -> int:

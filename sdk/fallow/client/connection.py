@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 import grpc
 
+from fallow.blob_client import BlobClient
 from fallow.channel import blob_channel, control_channel
 from fallow.client.retry import PATIENCE_S, TRANSIENT_REASONS, Backoff, is_transient
 from fallow.credentials import Credentials
+from fallow.diagnosis import explain_blobs, explain_control
 from fallow.enrollment import renew
 from fallow.errors import FallowError, Reason
 from fallow.v1 import job_service_pb2_grpc, ledger_service_pb2_grpc
@@ -47,10 +49,9 @@ class Connection:
         """A secret of this client, from its key, for nonces that only it can foretell."""
         self._open()
 
-    @property
-    def blobs(self) -> grpc.aio.Channel:
-        """The channel to the blob service."""
-        return self._blobs
+    def blob_client(self) -> BlobClient:
+        """Transfers through the channel to the blob service that is open now."""
+        return BlobClient(self._blobs, explain=explain_blobs(self.credentials))
 
     @property
     def jobs(self) -> JobServiceAsyncStub:
@@ -108,6 +109,12 @@ class Connection:
         """Makes the failed call worth repeating, after a pause, or raises what the failure means."""
         error = error_from_rpc(failure)
         if is_transient(failure):
+            if not backoff.looked and error.reason is Reason.COORDINATOR_UNREACHABLE:
+                # Once for each absence: a proxy that opens TLS will do so for ever, and the words are better.
+                backoff.looked = True
+                error = await explain_control(self.credentials)(error)
+                if error.reason not in TRANSIENT_REASONS:
+                    raise error
             await backoff.pause(error)
             await self._follow()
         else:

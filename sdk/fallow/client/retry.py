@@ -52,12 +52,14 @@ class Backoff:
         self._delay_s = BACKOFF_S_MIN
         self.renewed = False
         """Whether the certificate was renewed on account of this call's failures."""
+        self.looked = False
+        """Whether somebody has looked why this call fails."""
 
     def succeeded(self) -> None:
         """The call went through."""
         self._failing_since = None
         self._delay_s = BACKOFF_S_MIN
-        self.renewed = False
+        self.renewed = self.looked = False
 
     async def pause(self, error: FallowError) -> None:
         """Waits a little on account of `error`, or raises it when patience is over."""
