@@ -275,6 +275,23 @@ async def test_an_endless_upload_is_stopped_where_the_grant_ends(rig: BlobRig, p
     assert not rig.partial_files()
 
 
+async def test_a_request_that_is_longer_than_any_grant_is_refused_before_it_is_parsed(
+    rig: BlobRig, party: Party
+) -> None:
+    data = some_bytes(100)
+    long = blob_service_pb2.LocateBlobRequest(grant=grant_to_message(rig.put_grant(party, data)))
+    long.grant.signature = bytes(5_000)
+    async with rig.channel(party) as channel:
+        for method in ("GetUpload", "LocateBlob"):
+            call: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(
+                f"/fallow.v1.BlobService/{method}"
+            )
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await call(long.SerializeToString(), timeout=20)
+            error = error_from_rpc(refused.value)
+            assert error.reason is Reason.LIMIT_EXCEEDED and error.limit == "4096 bytes"
+
+
 async def test_an_upload_that_ends_early_is_no_blob_but_can_go_on(rig: BlobRig, party: Party) -> None:
     data = some_bytes(3 * MIB)
     grant = rig.put_grant(party, data)

@@ -33,7 +33,7 @@ def later(days: int) -> dict[str, str]:
     library = next(Path("/usr/lib").rglob("libfaketimeMT.so.1"))
     return {
         "LD_PRELOAD": str(library),
-        "FAKETIME": f"+{days}d",
+        "FAKETIME": f"{days:+}d",
         "FAKETIME_DONT_FAKE_MONOTONIC": "1",
         "DONT_FAKE_MONOTONIC": "1",
         "FAKETIME_NO_CACHE": "1",
@@ -86,6 +86,26 @@ def test_a_worker_comes_back_after_its_certificate_ended(tmp_path: Path, days: i
             else:
                 wait_for(lambda: "94 days ago" in log.read_text(), 60, "the words that say why not")
                 assert "new join line" in log.read_text()
+        finally:
+            process.terminate()
+            process.wait(30)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(FAKETIME is None, reason="libfaketime is not installed")
+def test_a_worker_whose_clock_is_wrong_is_told_so_and_not_something_else(tmp_path: Path) -> None:
+    with coordinator(tmp_path / "coordinator") as service:
+        folder = tmp_path / "worker"
+        with worker(service, folder, "--executor", "process"):
+            wait_for(lambda: session_of(folder) == "online", 60, "the worker's first session")
+        log = folder / "behind.log"
+        start = ["-m", "fallow_worker", "start", "--state", str(folder), "--executor", "process"]
+        process = spawn(start, log, later(-3))
+        try:
+            wait_for(lambda: "clock" in log.read_text(), 60, "the words about the clock")
+            words = log.read_text()
+            assert "days before" in words or "before its own certificate" in words, words
+            assert "intercepts TLS" not in words and "Traceback" not in words
         finally:
             process.terminate()
             process.wait(30)

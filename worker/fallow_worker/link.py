@@ -43,6 +43,7 @@ from fallow.v1 import worker_service_pb2 as pb
 from fallow.v1 import worker_service_pb2_grpc
 from fallow.wire.errors import error_from_rpc
 from fallow.wire.session import decode_coordinator_messages, encode_worker_message
+from fallow_worker.full_disk import told_when_full
 
 _log = logging.getLogger(__name__)
 
@@ -299,7 +300,8 @@ async def open_session(credentials: Credentials, greeting: Greeting, token: Resu
         welcome = await session.greet(hello)
         _check_protocol(welcome)
         # Before anything of this session is used: losing the newest token would make this worker a stranger to itself.
-        await asyncio.to_thread(token.save, welcome.resume_token)
+        with told_when_full(credentials.folder):
+            await asyncio.to_thread(token.save, welcome.resume_token)
     except BaseException:
         await session.abandon()
         raise

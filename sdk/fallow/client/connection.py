@@ -109,10 +109,9 @@ class Connection:
         """Makes the failed call worth repeating, after a pause, or raises what the failure means."""
         error = error_from_rpc(failure)
         if is_transient(failure):
-            if not backoff.looked and error.reason is Reason.COORDINATOR_UNREACHABLE:
+            if error.reason is Reason.COORDINATOR_UNREACHABLE:
                 # Once for each absence: a proxy that opens TLS will do so for ever, and the words are better.
-                backoff.looked = True
-                error = await explain_control(self.credentials)(error)
+                error = backoff.words = backoff.words or await explain_control(self.credentials)(error)
                 if error.reason not in TRANSIENT_REASONS:
                     raise error
             await backoff.pause(error)
