@@ -8,6 +8,7 @@ import datetime
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,8 @@ class ConnectProxy:
     opens: str = ""
     """The endpoint whose connections are opened by `tls`; empty: all of them."""
     refuses: str = ""
+    delay_s: float = 0.0
+    """How much later everything arrives, each way: a far country."""
     asked: list[str] = field(default_factory=list[str])
     """Endpoints that were asked for, in order."""
     _listener: socket.socket = field(default_factory=socket.socket)
@@ -78,15 +81,17 @@ class ConnectProxy:
                 return
             host, _, port = endpoint.rpartition(":")
             with socket.create_connection((host.strip("[]"), int(port))) as server:
-                other = threading.Thread(target=_pump, args=(server, client), daemon=True)
+                other = threading.Thread(target=_pump, args=(server, client, self.delay_s), daemon=True)
                 other.start()
-                _pump(client, server)
+                _pump(client, server, self.delay_s)
                 other.join(5)
 
 
-def _pump(source: socket.socket, target: socket.socket) -> None:
+def _pump(source: socket.socket, target: socket.socket, delay_s: float = 0.0) -> None:
     with contextlib.suppress(OSError):
         while piece := source.recv(65536):
+            if delay_s:
+                time.sleep(delay_s)
             target.sendall(piece)
         target.shutdown(socket.SHUT_WR)
 

@@ -22,6 +22,7 @@ from fallow.v1 import worker_service_pb2 as pb
 from fallow.wire.blob import grant_from_message, reference_to_message
 from fallow_worker.link import Greeting, ResumeToken, open_session
 from integration.harness import CoordinatorService
+from integration.proxies import connect_proxy
 from integration.raw_session import RawSession, capability, hello, joined
 
 pytestmark = [pytest.mark.processes]
@@ -103,6 +104,20 @@ async def test_an_open_session_that_breaks_the_rules_is_told_why_while_it_writes
             await session.send(Heartbeat(()), sign=False, sequence=1)
             reasons[(await chattered(session)).reason] += 1
     assert set(reasons) == {Reason.SEQUENCE_REPLAYED}, reasons
+
+
+async def test_a_worker_far_away_gets_its_answer_and_no_timeout(
+    shared_coordinator: CoordinatorService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A connection takes a round trip for TCP, one for TLS and one for HTTP/2 before the first word."""
+    with connect_proxy(delay_s=0.2) as proxy:
+        monkeypatch.setenv("https_proxy", proxy.url)
+        monkeypatch.setenv("no_proxy", "")
+        with pytest.raises(FallowError) as refused:
+            await open_session(
+                shared_coordinator.operator, Greeting(capability(), 1, ()), ResumeToken(tmp_path / "token")
+            )
+    assert refused.value.reason is Reason.PERMISSION_DENIED
 
 
 async def test_a_worker_that_the_coordinator_refuses_hears_the_reason_every_time(

@@ -336,6 +336,7 @@ async def test_a_drain_delivers_what_runs_gives_back_the_rest_and_ends(bench: Be
     await conversation.hears(Draining)
     returned = await conversation.hears(LeaseReturned)
     assert (returned.lease_id, returned.cause) == (waiting.lease_id, Cause.OWNER_PREEMPT)
+    conversation.say(LeaseRevoked(waiting.lease_id, waiting.fence, "returned"))
     bench.executor.gate.set()
     await settle(conversation, running)
     await conversation.ends()
@@ -353,6 +354,7 @@ async def test_what_runs_beyond_the_grace_is_given_back(bench: Bench) -> None:
     daemon.drain("stop", 100)
     returned = await conversation.hears(LeaseReturned)
     assert returned.cause is Cause.OWNER_PREEMPT
+    conversation.say(LeaseRevoked(lease.lease_id, lease.fence, "returned"))
     assert await bench.ends() is None
 
 
