@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from fallow.errors import Reason
-from fallow.ids import Digest, LeaseId, PartyId, TaskId
+from fallow.ids import Digest, LeaseId, PartyId
 from fallow_coordinator.core import effects as f
 from fallow_coordinator.core import events as e
 from fallow_coordinator.core.sessions import REPLACED
-from fallow_coordinator.core.state import State, TaskPhase
+from fallow_coordinator.core.state import EndedLease, State, TaskPhase
 
 _NOTHING: tuple[f.Effect, ...] = ()
 _SILENT = frozenset({e.TaskCreated, e.TaskInputPacked})
@@ -27,7 +27,7 @@ def effects_of(state: State, event: e.Event) -> tuple[f.Effect, ...]:  # noqa: P
             return (sent,) if task.job_id is None else (sent, f.WakeWatchers(job_id=task.job_id))
         case e.CommitmentRecorded():
             return _NOTHING if event.inline else _offers(state, (event.lease_id,))
-        case e.TaskSettled():
+        case e.TaskSettled() | e.LateLeaseSettled():
             return _settled(state, event)
         case e.LeaseEnded():
             return _ended(state, event)
@@ -58,7 +58,8 @@ def _offers(state: State, lease_ids: tuple[LeaseId, ...]) -> tuple[f.Effect, ...
     made: list[f.Effect] = []
     for lease_id in lease_ids:
         lease = state.leases[lease_id]
-        if lease.commitment is not None and not lease.commitment.inline:
+        delivered = state.tasks[lease.task_id].answer is not None
+        if lease.commitment is not None and not lease.commitment.inline and not delivered:
             made.append(f.SendUploadOffer(session_id=lease.session_id, lease_id=lease_id))
     return tuple(made)
 
@@ -68,7 +69,7 @@ def _standings(state: State, worker_id: PartyId, *device_ids: str) -> tuple[f.Ef
     return () if session_id is None else tuple(f.SendStanding(session_id, worker_id, name) for name in device_ids)
 
 
-def _settled(state: State, event: e.TaskSettled) -> tuple[f.Effect, ...]:
+def _settled(state: State, event: e.TaskSettled | e.LateLeaseSettled) -> tuple[f.Effect, ...]:
     ended = state.ended_leases[event.lease_id]
     worker = state.workers[ended.worker_id]
     made: list[f.Effect] = []
@@ -81,7 +82,7 @@ def _settled(state: State, event: e.TaskSettled) -> tuple[f.Effect, ...]:
                 microcredits=event.microcredits,
             )
         )
-    if ended.input is not None:
+    if ended.input is not None and not _is_inspected(state, ended, ended.input):
         made.append(f.DropInput(ended.input))
     if ended.job_id is not None:
         made.append(f.WakeWatchers(job_id=ended.job_id))
@@ -98,17 +99,17 @@ def _ended(state: State, event: e.LeaseEnded) -> tuple[f.Effect, ...]:
         made.append(
             f.SendRevoked(session_id=worker.session_id, lease_id=event.lease_id, fence=ended.fence, reason=event.reason)
         )
-    if ended.input is not None and not _is_inspected(state, ended.task_id, ended.input):
+    if ended.input is not None and not _is_inspected(state, ended, ended.input):
         made.append(f.DropInput(ended.input))
     if ended.job_id is not None:
         made.append(f.WakeWatchers(job_id=ended.job_id))
     return tuple(made)
 
 
-def _is_inspected(state: State, task_id: TaskId, digest: Digest) -> bool:
-    """Whether an inspection that is still to be done runs the rows of this block."""
-    task = state.tasks.get(task_id)
-    bundle = state.bundles.get(task.bundle_digest) if task is not None else None
+def _is_inspected(state: State, ended: EndedLease, digest: Digest) -> bool:
+    """Whether an inspection that is still to be done runs the rows of a lease's block; another may have done them."""
+    holder = state.tasks.get(ended.task_id) or (state.jobs.get(ended.job_id) if ended.job_id is not None else None)
+    bundle = state.bundles.get(holder.bundle_digest) if holder is not None else None
     if bundle is None or bundle.inspection_task_id is None:
         return False
     kept = state.tasks[bundle.inspection_task_id].input

@@ -19,10 +19,12 @@ from fallow_coordinator.core import (
     evolve_tasks,
     evolve_verification,
     health,
+    tolerances,
 )
 from fallow_coordinator.core import verification_events as v
 from fallow_coordinator.core.postings import postings_of
 from fallow_coordinator.core.state import State
+from fallow_coordinator.core.tolerance_events import DeviationsLearned
 
 _OF_TASKS = frozenset(get_args(evolve_tasks.TaskEvent))
 
@@ -52,6 +54,7 @@ def evolve(state: State, event: e.Event, at_ms: int) -> None:
             | e.LeaseEnded()
             | e.CommitmentRecorded()
             | e.TaskSettled()
+            | e.LateLeaseSettled()
             | e.TaskAbandoned()
             | e.TaskDropped()
         ):
@@ -126,5 +129,7 @@ def evolve(state: State, event: e.Event, at_ms: int) -> None:
             | v.AssuranceAccepted()
         ):
             evolve_verification.evolve_verification(state, event, at_ms)
+        case DeviationsLearned():
+            tolerances.evolve_tolerances(state, event)
         case _:
             assert_never(event)

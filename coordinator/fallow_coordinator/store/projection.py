@@ -73,7 +73,7 @@ class Projection:
         event = record.event
         self._before(event)
         self._touched.postings += posting_rows(self.state, event, record.sequence, record.at_ms)
-        if isinstance(event, ev.TaskSettled):
+        if isinstance(event, ev.TaskSettled | ev.LateLeaseSettled):
             settled = settlement_row(self.state, event, record.sequence, record.at_ms)
             self._touched.settlements += [settled] if settled is not None else []
         job_id = self._delivered_to(event)
@@ -119,7 +119,7 @@ class Projection:
             case ev.Restarted():
                 for session_id in self.state.sessions:
                     self._touch_session(session_id)
-            case ev.TaskSettled():
+            case ev.TaskSettled() | ev.LateLeaseSettled():
                 self._touch_lease(event.lease_id)
                 self._touched.workers[self.state.leases[event.lease_id].worker_id] = None
             case ev.LeaseEnded():
