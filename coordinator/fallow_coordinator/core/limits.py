@@ -128,6 +128,8 @@ ALLOTMENT_PERIOD_MS_MIN = MINUTE_MS
 ALLOTMENT_PERIOD_MS_MAX = 366 * DAY_MS
 CHALLENGES_LIVE_MAX = 64
 """Devices that are being measured at a time."""
+WORKERS_LOOKED_AT_MAX = 1_000
+"""Workers whose devices are looked at in a tick: the rest has its turn in one of the next."""
 CHALLENGE_STEPS_TARGET = 128
 """Products of a challenge: faster devices get larger ones before they get more."""
 CHALLENGE_RUNTIME_MS = 2 * MINUTE_MS

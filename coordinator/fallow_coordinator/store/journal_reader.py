@@ -66,7 +66,7 @@ class JournalReader:
                 return sealed
         else:
             self._segments.forget()
-        return [StoredRecord(*row) for row in rows]
+        return list(map(StoredRecord._make, rows))
 
     def leaf(self, sequence: int) -> bytes | None:
         """The leaf of a record, or None where there is none."""

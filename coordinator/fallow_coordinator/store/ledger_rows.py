@@ -6,7 +6,6 @@ from fallow.credits import PoolMode, Purse
 from fallow.ids import JobId
 from fallow_coordinator.core import events as ev
 from fallow_coordinator.core.ledger import BookKind, Posting
-from fallow_coordinator.core.postings import postings_of
 from fallow_coordinator.core.prices import device_class
 from fallow_coordinator.core.state import State
 
@@ -27,10 +26,11 @@ _WHAT: dict[type, str] = {
 }
 
 
-def posting_rows(state: State, event: ev.Event, sequence: int, at_ms: int) -> list[LedgerRow]:
+def posting_rows(
+    state: State, event: ev.Event, postings: tuple[Posting, ...], sequence: int, at_ms: int
+) -> list[LedgerRow]:
     """What the event posts, contribution left out: `settlements` tells it. Asked before the event is folded."""
-    postings = postings_of(state, event)
-    if not postings:
+    if all(posting.book.purse is Purse.CONTRIBUTION for posting in postings):
         return []
     job_id, worker_id = _job_and_worker(state, event)
     note = event.note if isinstance(event, ev.CreditsGranted | ev.CreditsReleased) else ""
