@@ -77,12 +77,14 @@ class BlobClient:
         channel: grpc.aio.Channel,
         *,
         attempts_max: int = ATTEMPTS_MAX,
+        direct: bool = True,
         chance: Callable[[], float] = random.random,
         explain: Explain | None = None,
     ) -> None:
         """`channel` is from `fallow.channel.blob_channel`; it stays the caller's. `chance` spreads retries, in 0..1.
 
-        `explain` looks why the service cannot be reached; what can't pass by itself is then raised at once.
+        `direct`: whether the service may name the storage behind it. `explain` looks why the service cannot be reached;
+        what can't pass by itself is then raised at once.
         """
         self._explain = explain
         self._put_call = channel.stream_unary(
@@ -108,7 +110,7 @@ class BlobClient:
         )
         self._attempts_max = attempts_max
         self._chance = chance
-        self._direct = True
+        self._direct = direct
         """Whether the storage itself is worth a try; not any more once it could not be reached."""
 
     async def put(self, grant: SignedBytes, source: Buffer | Path, *, progress: Progress | None = None) -> SignedBytes:
