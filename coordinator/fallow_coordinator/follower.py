@@ -19,12 +19,13 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from fallow.checkpoint import Sign, signer_of
 from fallow.identity import PrivateKey
 from fallow.shown_text import log_to_stderr
 from fallow_coordinator.config import EXIT_STORAGE_FAILED, FollowerSettings
 from fallow_coordinator.ports import StorageFailed
+from fallow_coordinator.store.journal_nodes import RUN_RECORDS, run_start
 from fallow_coordinator.store.journal_reader import JOURNAL_FILE, JournalReader, StoredRecord, decode_records
-from fallow_coordinator.store.journal_tree import Sign, signer_of
 from fallow_coordinator.store.projection import Projection
 from fallow_coordinator.store.sealed_segments import Sealing, SegmentShelf
 from fallow_coordinator.store.snapshots import SnapshotHeader, SnapshotShelf, state_version
@@ -177,7 +178,9 @@ class Follower:
                 applied = 0
         if found := self._snapshots.newest(self._journal.leaf, until_sequence=applied):
             header, state = found
-            self._projection = Projection(state)
+            run = self._journal.stored(after_sequence=run_start(header.sequence), limit=RUN_RECORDS)
+            leaves = [record.leaf for record in run if record.sequence <= header.sequence]
+            self._projection = Projection(state, leaves)
             self._sequence = self._snapshot_sequence = header.sequence
         while self._sequence < applied:
             stored = self._chunk(self._sequence, applied)

@@ -126,7 +126,7 @@ def decode_records(stored: Sequence[StoredRecord], after_sequence: int, path: Pa
             raise StorageFailed(
                 f"{path}: record {sequence}: {error}; start the version of fallow that wrote it, or a newer one"
             ) from error
-        records.append(Record(sequence, record.at_ms, event))
+        records.append(Record(sequence, record.at_ms, event, record.leaf))
     return records
 
 
