@@ -397,6 +397,12 @@ class FakeCoordinator(job_service_pb2_grpc.JobServiceServicer, blob_service_pb2_
     async def Pack(self, request: Any, context: Any) -> Any:
         await context.abort(grpc.StatusCode.UNIMPLEMENTED, "for the coordinator only")
 
+    async def PackRows(self, request: Any, context: Any) -> Any:
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "for the coordinator only")
+
+    async def CompareRows(self, request: Any, context: Any) -> Any:
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "for the coordinator only")
+
     async def ListBlobs(self, request: Any, context: Any) -> Any:
         await context.abort(grpc.StatusCode.UNIMPLEMENTED, "for the coordinator only")
 

@@ -247,6 +247,39 @@ class Packer(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class RowSource:
+    """A row block of which single rows are packed or compared."""
+
+    blob: BlobReference
+    inline_block: bytes = b""
+    """The block itself when it is a payload of the journal; empty: the blob service has it."""
+
+
+RowPlace = tuple[int, int]
+"""(index of a source, row of its block)."""
+
+
+class SingleRows(Protocol):
+    """Packs and compares single rows of stored blocks (the blob service's PackRows and CompareRows calls).
+
+    Both raise BLOB_UNKNOWN, FIELD_INVALID for a row that is not in its block, ROW_BLOCK_MALFORMED, SCHEMA_MISMATCH,
+    LIMIT_EXCEEDED, or COORDINATOR_UNREACHABLE when the service stays away.
+    """
+
+    async def pack_rows(
+        self, *, sources: Sequence[RowSource], rows: Sequence[RowPlace], nonce: bytes
+    ) -> tuple[Digest, int]:
+        """Packs rows of any blocks of one schema into a fresh block, in this order. Gives (digest, length_bytes)."""
+        ...
+
+    async def compare(
+        self, *, sources: Sequence[RowSource], pairs: Sequence[tuple[RowPlace, RowPlace]]
+    ) -> tuple[bool, ...]:
+        """Whether each pair is the same bytes, in order; two rows without a value are equal."""
+        ...
+
+
 class BlobKeeper(Protocol):
     """The blob service, for whoever decides what may go. Raises COORDINATOR_UNREACHABLE while it is away."""
 

@@ -50,6 +50,16 @@ ROW_FAILURES_LISTED_PER_TASK_MAX = 256
 FAILED_ROWS_MAX_DEFAULT = 1_000
 """Rows of a job that may fail before the job fails, unless the submitter says otherwise."""
 
+REFEREE_ROWS_MAX = 1_024
+"""Rows of one referee's lease."""
+REFEREE_CANDIDATES_MAX = 8
+REFEREE_CLASSES_MAX = 64
+"""Execution classes that the candidates of one referee's lease may have, and profiles that come with it."""
+COMPARED_SOURCES_MAX = 4_096
+"""Blocks of one request to compare rows, or to pack single ones."""
+COMPARED_ROWS_MAX = 65_536
+"""Rows, or pairs of rows, of one such request."""
+
 TASK_ATTEMPTS_MAX = 5
 LEASES_PER_WORKER_MAX = 64
 IDENTIFIER_BYTES_MAX = 64

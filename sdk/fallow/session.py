@@ -7,6 +7,7 @@ from enum import StrEnum
 
 from fallow.bundle import InspectionReport, Precision
 from fallow.challenge import ChallengePlan, ChallengeVerdict
+from fallow.comparison import RowFinding, ToleranceProfile
 from fallow.ids import Digest, LeaseId, PoolId, SessionId
 
 
@@ -293,6 +294,21 @@ class Checked:
     verdict: ChallengeVerdict
 
 
+@dataclass(frozen=True, slots=True)
+class Refereed:
+    """Answer to a referee's lease. Signed."""
+
+    lease_id: LeaseId
+    fence: int
+    own_root: Digest
+    """Merkle root over the referee's own output rows, in the order of the lease's rows."""
+    rows: tuple[RowFinding, ...]
+    """One for each row of the lease, in order."""
+    execution_class: str
+    """In which the referee ran them."""
+    usage: Usage = field(default_factory=Usage)
+
+
 WorkerMessage = (
     Hello
     | Heartbeat
@@ -306,9 +322,10 @@ WorkerMessage = (
     | Draining
     | LeaseSeen
     | Checked
+    | Refereed
 )
 
-SIGNED_WORKER_MESSAGES: tuple[type, ...] = (Hello, Commitment, Inspection, TaskFailed, Checked)
+SIGNED_WORKER_MESSAGES: tuple[type, ...] = (Hello, Commitment, Inspection, TaskFailed, Checked, Refereed)
 """Kinds that carry evidence and must be signed."""
 
 
@@ -342,6 +359,21 @@ class BundleOffer:
 
 
 @dataclass(frozen=True, slots=True)
+class Candidate:
+    """Output rows of workers beside which a referee puts its own."""
+
+    block: BlobReference
+    """A row block of the bundle's output schema; a row of no bytes is one that its worker had no value for."""
+    grant: SignedBytes | None
+    inline_block: bytes
+    """The block itself when it is small; else empty and fetched with the grant."""
+    class_numbers: tuple[int, ...]
+    """The class of each row of the block: its place in the lease's `execution_classes`."""
+    rows: tuple[int, ...] = ()
+    """Rows of the lease that the block's rows answer, rising; empty: all of them."""
+
+
+@dataclass(frozen=True, slots=True)
 class Lease:
     """Permission to work on one block of rows. Signed."""
 
@@ -367,6 +399,11 @@ class Lease:
     latency_ms_max: int = 0
     challenge: ChallengePlan | None = None
     """Of a challenge and of its check."""
+    candidates: tuple[Candidate, ...] = ()
+    """Of a referee's lease, as are the next two."""
+    execution_classes: tuple[str, ...] = ()
+    profiles: tuple[ToleranceProfile, ...] = ()
+    """A pair of classes that is not here has no profile."""
 
 
 @dataclass(frozen=True, slots=True)

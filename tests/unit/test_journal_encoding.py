@@ -178,6 +178,18 @@ def test_numbers_of_kinds_are_for_ever() -> None:
         "job_deferred": 67,
         "job_resumed": 68,
         "bundle_cost_learned": 70,
+        "draw_secret_set": 90,
+        "audits_drawn": 91,
+        "audit_compared": 92,
+        "referee_reported": 93,
+        "verdict_reached": 94,
+        "rows_corrected": 95,
+        "evidence_released": 96,
+        "pay_voided": 97,
+        "worker_distrusted": 98,
+        "worker_trusted": 99,
+        "assurance_accepted": 100,
+        "audit_given_up": 101,
     }
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from fallow.bundle import InspectionReport, Precision
 from fallow.challenge import ChallengeKind, ChallengePlan, ChallengeVerdict
+from fallow.comparison import PPM_MAX, CandidateFinding, Finding, RowFinding, ToleranceProfile
 from fallow.cost import CostCurve, CostKnot
 from fallow.errors import FallowError, Reason
 from fallow.ids import Digest, LeaseId, PoolId, SessionId
@@ -16,6 +17,7 @@ from fallow.limits import ROW_FAILURE_REASON_BYTES_MAX
 from fallow.session import (
     BlobReference,
     BundleOffer,
+    Candidate,
     Capability,
     CapabilityChanged,
     Cause,
@@ -40,6 +42,7 @@ from fallow.session import (
     LeaseReturned,
     LeaseRevoked,
     LeaseSeen,
+    Refereed,
     Refused,
     RowFailure,
     SandboxLevel,
@@ -101,6 +104,17 @@ WORKER_MESSAGES: dict[str, WorkerMessage] = {
     "draining": Draining("stopping"),
     "lease_seen": LeaseSeen(LEASE, 7),
     "checked": Checked(LEASE, 7, ChallengeVerdict(False, "row 3 is not the product")),
+    "refereed": Refereed(
+        LEASE,
+        7,
+        TWO,
+        (
+            RowFinding(0, (CandidateFinding(Finding.EQUAL), CandidateFinding(Finding.WRONG, PPM_MAX))),
+            RowFinding(1, (CandidateFinding(None), CandidateFinding(Finding.WITHIN_TOLERANCE, 250_000, 3_000_000))),
+        ),
+        "class-a",
+        USAGE,
+    ),
 }
 COORDINATOR_MESSAGES: dict[str, CoordinatorMessage] = {
     "welcome": Welcome(1, 1, SessionId("session-a"), b"next", 10_000, (LEASE,), 1_700_000_000_123, "127.0.0.1:1"),
@@ -150,6 +164,30 @@ COORDINATOR_MESSAGES: dict[str, CoordinatorMessage] = {
         challenge=ChallengePlan(
             "cpu-0", ChallengeKind.SPEED, bytes(range(32)), Precision.FP32, 512, 2_048, 512, 70, 1 << 20, 64
         ),
+    ),
+    "referee": Lease(
+        LEASE,
+        7,
+        TaskKind.REFEREE,
+        ONE,
+        None,
+        3,
+        BlobReference(TWO, 400),
+        b"",
+        SIGNED,
+        1_700_000_000_123,
+        60_500,
+        Precision.FP32,
+        1 << 20,
+        99,
+        PoolId("pool-a"),
+        slots=(2, 3, 0),
+        candidates=(
+            Candidate(BlobReference(ONE, 300), SIGNED, b"", (0, 1, 0)),
+            Candidate(BlobReference(TWO, 200), None, b"block", (1,), (2,)),
+        ),
+        execution_classes=("class-a", "class-b"),
+        profiles=(ToleranceProfile("class-a", "class-b", 200, 900_000, 1_500_000, 4_000_000),),
     ),
 }
 

@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import os
 import platform
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -81,8 +82,10 @@ def _join(options: argparse.Namespace) -> int:
     if options.json:
         print_json(facts)
     else:
+        where = f" --state {shlex.quote(options.state)}" if options.state else ""
         sys.stdout.write(
-            f"Joined {credentials.control_endpoint} as {credentials.party_id}. Start it with: fallow-worker start\n"
+            f"Joined {credentials.control_endpoint} as {credentials.party_id}. Start it with:"
+            f" fallow-worker start{where}\n"
         )
     return 0
 

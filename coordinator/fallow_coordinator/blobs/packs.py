@@ -14,6 +14,9 @@ from fallow.row_block import NONCE_BYTES, RowBlock, Span, pack_selection
 from fallow.session import BlobReference
 from fallow_coordinator.blobs.storage import BlobStorage, unknown
 
+Source = BlobReference | RowBlock
+"""A stored block, or one that came with the request."""
+
 
 class SourceBlocks:
     """Stored row blocks, parsed; the ones read last stay, up to a bound in bytes."""
@@ -27,8 +30,10 @@ class SourceBlocks:
         self._bytes = 0
         self._blocks: OrderedDict[Digest, RowBlock] = OrderedDict()
 
-    async def block(self, blob: BlobReference) -> RowBlock:
-        """A stored block. Raises BLOB_UNKNOWN, or ROW_BLOCK_MALFORMED when the blob is none."""
+    async def block(self, blob: Source) -> RowBlock:
+        """The block of a source. Raises BLOB_UNKNOWN, or ROW_BLOCK_MALFORMED when the blob is none."""
+        if isinstance(blob, RowBlock):
+            return blob
         block = self._blocks.get(blob.digest)
         if block is not None and block.nbytes == blob.length_bytes:
             self._blocks.move_to_end(blob.digest)
@@ -63,7 +68,7 @@ class SourceBlocks:
 
 async def pack_blocks(
     *,
-    sources: Sequence[BlobReference],
+    sources: Sequence[Source],
     spans: Sequence[Span],
     nonce: bytes,
     blocks: SourceBlocks,
@@ -79,7 +84,7 @@ async def pack_blocks(
             Reason.FIELD_INVALID, f"a nonce of {len(nonce)} bytes", field="nonce", limit=f"{NONCE_BYTES} bytes"
         )
     loop = asyncio.get_running_loop()
-    if sum(source.length_bytes for source in sources) <= blocks.bytes_max:
+    if sum(_stored_bytes(source) for source in sources) <= blocks.bytes_max:
         parts: Sequence[RowBlock] = [await blocks.block(source) for source in sources]
     else:
         parts, spans = await _cut_out(sources, spans, nonce, blocks, threads)
@@ -93,8 +98,12 @@ async def pack_blocks(
     return BlobReference(digest, len(data)), sum(span.end - span.start for span in spans)
 
 
+def _stored_bytes(source: Source) -> int:
+    return 0 if isinstance(source, RowBlock) else source.length_bytes
+
+
 async def _cut_out(
-    sources: Sequence[BlobReference],
+    sources: Sequence[Source],
     spans: Sequence[Span],
     nonce: bytes,
     blocks: SourceBlocks,

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -38,8 +38,9 @@ from fallow_coordinator.blobs.config import BlobLimits
 from fallow_coordinator.blobs.deletion import DigestLocks, Touches, delete_blobs
 from fallow_coordinator.blobs.direct import DirectTransfers, request_to_message
 from fallow_coordinator.blobs.grants import checked_grant
-from fallow_coordinator.blobs.packs import SourceBlocks, pack_blocks
+from fallow_coordinator.blobs.packs import Source, SourceBlocks, pack_blocks
 from fallow_coordinator.blobs.receipts import Receipts, receipt_of
+from fallow_coordinator.blobs.single_rows import equal_rows, pairs_of, sources_of, spans_of
 from fallow_coordinator.blobs.storage import BlobStorage, storage_full, unknown
 from fallow_coordinator.blobs.uploads import PartialUpload, PartialUploads, UnfinishedError, account_name
 from fallow_coordinator.service.calls import Context, decoded, method_name, peer_of, service_handlers
@@ -118,6 +119,8 @@ class BlobService:
                 "Get": grpc.unary_stream_rpc_method_handler(_ended_well("Get", self._get)),
                 "LocateBlob": grpc.unary_unary_rpc_method_handler(_ended_well("LocateBlob", self._locate)),
                 "Pack": grpc.unary_unary_rpc_method_handler(_ended_well("Pack", self._pack)),
+                "PackRows": grpc.unary_unary_rpc_method_handler(_ended_well("PackRows", self._pack_rows)),
+                "CompareRows": grpc.unary_unary_rpc_method_handler(_ended_well("CompareRows", self._compare_rows)),
                 "ListBlobs": grpc.unary_unary_rpc_method_handler(_ended_well("ListBlobs", self._list_blobs)),
                 "DeleteBlobs": grpc.unary_unary_rpc_method_handler(_ended_well("DeleteBlobs", self._delete_blobs)),
             },
@@ -203,18 +206,38 @@ class BlobService:
         request = decoded(raw, blob_service_pb2.PackRequest)
         sources = [reference_from_message(source, f"sources[{index}]") for index, source in enumerate(request.sources)]
         spans = [Span(span.source, span.first_row, span.first_row + span.rows) for span in request.spans]
+        blob, rows = await self._packed(sources, spans, request.nonce)
+        return blob_service_pb2.PackResponse(blob=reference_to_message(blob), rows=rows).SerializeToString()
+
+    async def _pack_rows(self, raw: bytes, context: Context) -> bytes:
+        self._check_coordinator(context, "packs")
+        request = decoded(raw, blob_service_pb2.PackRowsRequest)
+        blob, _ = await self._packed(sources_of(request.sources), spans_of(request.rows), request.nonce)
+        return blob_service_pb2.PackRowsResponse(blob=reference_to_message(blob)).SerializeToString()
+
+    async def _packed(
+        self, sources: Sequence[Source], spans: Sequence[Span], nonce: bytes
+    ) -> tuple[BlobReference, int]:
         with self._packs.entered(self._coordinator):
             async with self._packing:
                 self._check_space(BLOCK_BYTES_MAX)
-                blob, rows = await pack_blocks(
+                return await pack_blocks(
                     sources=sources,
                     spans=spans,
-                    nonce=request.nonce,
+                    nonce=nonce,
                     blocks=self._sources,
                     storage=self._storage,
                     threads=self._threads,
                 )
-        return blob_service_pb2.PackResponse(blob=reference_to_message(blob), rows=rows).SerializeToString()
+
+    async def _compare_rows(self, raw: bytes, context: Context) -> bytes:
+        self._check_coordinator(context, "compares")
+        request = decoded(raw, blob_service_pb2.CompareRowsRequest)
+        sources, pairs = sources_of(request.sources), pairs_of(request.pairs)
+        with self._packs.entered(self._coordinator):
+            async with self._packing:
+                equal = await equal_rows(sources, pairs, blocks=self._sources, threads=self._threads)
+        return blob_service_pb2.CompareRowsResponse(equal=equal).SerializeToString()
 
     async def _list_blobs(self, raw: bytes, context: Context) -> bytes:
         self._check_coordinator(context, "lists blobs")

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 
 from fallow.bundle import InspectionReport
 from fallow.challenge import ChallengeVerdict
+from fallow.comparison import RowFinding
 from fallow.credits import PoolMode
 from fallow.ids import AccountId, Digest, JobId, KeyFingerprint, LeaseId, PartyId, PoolId, SessionId, TaskId, TokenId
 from fallow.job import DatasetBlock, JobOptions
 from fallow.roles import DataClass, Role, Tier
 from fallow.session import BlobReference, Capability, Cause, HeldLease, RowFailure, Usage
-from fallow_coordinator.core.events import RegionForecast
+from fallow_coordinator.core.events import PackedCandidate, RegionForecast
 from fallow_coordinator.core.limits import UPLOAD_GRACE_MS
 
 
@@ -370,6 +371,8 @@ class TaskPacked:
     """Which packing of the task this answers; an older one changes nothing."""
     input: BlobReference
     inline: bool
+    candidates: tuple[PackedCandidate, ...] = ()
+    """Of a referee's task, in its order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -442,6 +445,57 @@ class ReportCheck:
     lease_id: LeaseId
     fence: int
     verdict: ChallengeVerdict
+
+
+@dataclass(frozen=True, slots=True)
+class ReportReferee:
+    """What an operator worker found when it worked rows out itself; the service has verified the signature."""
+
+    session_id: SessionId
+    worker_id: PartyId
+    lease_id: LeaseId
+    fence: int
+    own_root: Digest
+    findings: tuple[RowFinding, ...]
+    """One for each row of the lease, in order."""
+    execution_class: str
+    usage: Usage
+    message_digest: Digest
+    signature: bytes
+    sequence: int
+
+
+@dataclass(frozen=True, slots=True)
+class RecordComparison:
+    """The blob service compared an audit's rows with those that they check."""
+
+    task_id: TaskId
+    equal: tuple[bool, ...]
+    """One for each row of the task, in order."""
+
+
+@dataclass(frozen=True, slots=True)
+class ComparisonFailed:
+    """An audit's rows could not be compared: a block is gone, or the blob service stays away."""
+
+    task_id: TaskId
+    reason: str
+    retryable: bool
+
+
+@dataclass(frozen=True, slots=True)
+class AcceptAssurance:
+    """The owner takes a verifying job's rows with the checks that were made by now."""
+
+    account_id: AccountId
+    job_id: JobId
+
+
+@dataclass(frozen=True, slots=True)
+class TrustWorker:
+    """An operator lets a worker that was proven wrong begin anew."""
+
+    worker_id: PartyId
 
 
 @dataclass(frozen=True, slots=True)
@@ -526,4 +580,9 @@ Command = (
     | ReturnLease
     | ArchiveJobs
     | RecordForecasts
+    | ReportReferee
+    | RecordComparison
+    | ComparisonFailed
+    | AcceptAssurance
+    | TrustWorker
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import assert_never
 
+from fallow.errors import FallowError, Reason
 from fallow_coordinator.core import (
     admission,
     blobs,
@@ -83,6 +84,8 @@ def decide(state: State, command: c.Command, now_ms: int, entropy: bytes) -> Dec
             return _decide_identity(state, command, now_ms, entropy)
         case c.AdmitAccount() | c.ExpelAccount() | c.ReleaseBundle():
             return _decide_door(state, command)
+        case c.ReportReferee() | c.RecordComparison() | c.ComparisonFailed() | c.AcceptAssurance() | c.TrustWorker():
+            raise FallowError(Reason.FIELD_INVALID, "results are not verified yet", field="assurance")
         case _:
             assert_never(command)
 

@@ -62,6 +62,13 @@ class PackTask:
 
 
 @dataclass(frozen=True, slots=True)
+class CompareRows:
+    """An audit has settled: compare its rows with those that they check, then submit RecordComparison."""
+
+    task_id: TaskId
+
+
+@dataclass(frozen=True, slots=True)
 class DropInput:
     """A lease is over: its packed input in the blob service can go."""
 
@@ -97,6 +104,7 @@ Effect = (
     | SendStanding
     | EndSession
     | PackTask
+    | CompareRows
     | DropInput
     | WakeWatchers
     | WakeBundleWatchers

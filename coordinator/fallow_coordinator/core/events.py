@@ -14,6 +14,8 @@ from fallow.ids import AccountId, Digest, JobId, KeyFingerprint, LeaseId, PartyI
 from fallow.job import DatasetBlock, Footprint, JobOptions, JobState
 from fallow.roles import DataClass, Role, Tier
 from fallow.session import BlobReference, Capability, Cause, RowFailure, TaskKind, Usage
+from fallow_coordinator.core import verification_events
+from fallow_coordinator.core.verification_events import EvidenceRow
 
 
 @dataclass(frozen=True, slots=True)
@@ -375,6 +377,10 @@ class TaskCreated:
     """Of a check: the challenge that it checks."""
     share_key: int = 0
     """The account's place in the fair order from here on (`shares`); 0: unchanged."""
+    checks: tuple[EvidenceRow, ...] = ()
+    """Of an audit, and of a referee's task: the rows that it checks, one for each of its own, in order."""
+    corrects: int = 0
+    """Of rows that are done again: the job's result that it corrects; 0: none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -384,11 +390,21 @@ class PackRequested:
 
 
 @dataclass(frozen=True, slots=True)
+class PackedCandidate:
+    """Output rows of workers in a fresh block, for a referee to put beside its own."""
+
+    block: BlobReference
+    inline: bool
+
+
+@dataclass(frozen=True, slots=True)
 class TaskInputPacked:
     task_id: TaskId
     pack_number: int
     input: BlobReference
     inline: bool
+    candidates: tuple[PackedCandidate, ...] = ()
+    """Of a referee's task."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -669,4 +685,5 @@ Event = (
     | CarbonPlanned
     | JobDeferred
     | JobResumed
+    | verification_events.VerificationEvent
 )

@@ -17,8 +17,10 @@ from fallow_coordinator.core import (
     evolve_ledger,
     evolve_sessions,
     evolve_tasks,
+    evolve_verification,
     health,
 )
+from fallow_coordinator.core import verification_events as v
 from fallow_coordinator.core.postings import postings_of
 from fallow_coordinator.core.state import State
 
@@ -107,5 +109,20 @@ def evolve(state: State, event: e.Event, at_ms: int) -> None:
             | e.ChallengeEnded()
         ):
             evolve_devices.evolve_device(state, event, at_ms)
+        case (
+            v.DrawSecretSet()
+            | v.AuditsDrawn()
+            | v.AuditCompared()
+            | v.AuditGivenUp()
+            | v.RefereeReported()
+            | v.VerdictReached()
+            | v.RowsCorrected()
+            | v.EvidenceReleased()
+            | v.PayVoided()
+            | v.WorkerDistrusted()
+            | v.WorkerTrusted()
+            | v.AssuranceAccepted()
+        ):
+            evolve_verification.evolve_verification(state, event, at_ms)
         case _:
             assert_never(event)

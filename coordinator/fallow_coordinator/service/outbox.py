@@ -11,6 +11,7 @@ from typing import Final, assert_never
 from fallow.errors import FallowError, Reason
 from fallow.ids import JobId, SessionId
 from fallow_coordinator.core.effects import (
+    CompareRows,
     DropInput,
     Effect,
     EndParty,
@@ -62,9 +63,9 @@ class Outbox:
                         watcher.set()
                 case EndParty(party_id):
                     self._streams.end_party(party_id, party_revoked())
-                case PackTask() | DropInput() | WakeBundleWatchers():
-                    # Packing is the engine's own, inputs are the collector's. Nobody waits for a bundle on a stream:
-                    # jobs wake their watchers.
+                case PackTask() | CompareRows() | DropInput() | WakeBundleWatchers():
+                    # Packing and comparing are the engine's own, inputs are the collector's. Nobody waits for a bundle
+                    # on a stream: jobs wake their watchers.
                     pass
                 case _:
                     assert_never(effect)

@@ -33,6 +33,7 @@ from fallow.session import (
     Inspection,
     LeaseReturned,
     LeaseSeen,
+    Refereed,
     TaskFailed,
     Welcome,
 )
@@ -348,6 +349,8 @@ class WorkerService:
                 return self._engine.submit_soon(ReturnLease(session_id, worker_id, lease_id, fence, cause, reason))
             case Checked(lease_id, fence, verdict):
                 return self._engine.submit_soon(ReportCheck(session_id, worker_id, lease_id, fence, verdict))
+            case Refereed(lease_id):
+                raise FallowError(Reason.LEASE_UNKNOWN, f"{lease_id} is no lease of a referee", field="lease_id")
             case LeaseSeen(lease_id, _):
                 session.lease_seen(lease_id)
             case GrantsWanted():

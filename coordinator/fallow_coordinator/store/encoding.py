@@ -16,6 +16,7 @@ from fallow_coordinator.store import (
     door_events,
     health_events,
     identity_events,
+    verification_events,
     work_events,
 )
 from fallow_coordinator.store.event_kind import AnyKind
@@ -30,6 +31,7 @@ KINDS: tuple[AnyKind, ...] = (
     *device_events.KINDS,
     *carbon_events.KINDS,
     *door_events.KINDS,
+    *verification_events.KINDS,
 )
 """Every kind of event; complete, or importing this module fails."""
 

@@ -6,7 +6,7 @@ from fallow.ids import AccountId, Digest, JobId, LeaseId, PartyId, PoolId, Sessi
 from fallow.job import DatasetBlock
 from fallow.journal.v1 import journal_pb2 as pb
 from fallow_coordinator.core import events as ev
-from fallow_coordinator.store import values
+from fallow_coordinator.store import values, verification_events
 from fallow_coordinator.store.event_kind import AnyKind, Kind
 
 
@@ -132,6 +132,8 @@ def _task_created_to(event: ev.TaskCreated) -> pb.TaskCreated:
         unit_micros=event.unit_micros,
         challenge_task_id=event.challenge_task_id,
         share_key=event.share_key,
+        checks=verification_events.rows_to_message(event.checks) if event.checks else None,
+        corrects=event.corrects,
     )
 
 
@@ -147,6 +149,8 @@ def _task_created_from(message: pb.TaskCreated) -> ev.TaskCreated:
         unit_micros=message.unit_micros,
         challenge_task_id=TaskId(message.challenge_task_id) if message.HasField("challenge_task_id") else None,
         share_key=message.share_key,
+        checks=verification_events.rows_from_message(message.checks) if message.checks else (),
+        corrects=message.corrects,
     )
 
 
@@ -318,12 +322,14 @@ KINDS: tuple[AnyKind, ...] = (
             pack_number=event.pack_number,
             input=values.blob_to_message(event.input),
             inline=event.inline,
+            candidates=verification_events.candidates_to_message(event.candidates) if event.candidates else None,
         ),
         lambda message: ev.TaskInputPacked(
             task_id=TaskId(message.task_id),
             pack_number=message.pack_number,
             input=values.blob_from_message(message.input),
             inline=message.inline,
+            candidates=verification_events.candidates_from_message(message.candidates) if message.candidates else (),
         ),
     ),
     Kind(

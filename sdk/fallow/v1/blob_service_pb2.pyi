@@ -361,6 +361,195 @@ class PackResponse(_message.Message):
 Global___PackResponse: _TypeAlias = PackResponse  # noqa: Y015
 
 @_typing.final
+class RowSource(_message.Message):
+    """A row block whose rows are packed or compared."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BLOB_FIELD_NUMBER: _builtins.int
+    INLINE_BLOCK_FIELD_NUMBER: _builtins.int
+    inline_block: _builtins.bytes
+    """The block itself, at most 64 KiB."""
+    @_builtins.property
+    def blob(self) -> _blob_pb2.BlobReference:
+        """Stored here."""
+
+    def __init__(
+        self,
+        *,
+        blob: _blob_pb2.BlobReference | None = ...,
+        inline_block: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["blob", b"blob", "inline_block", b"inline_block", "place", b"place"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blob", b"blob", "inline_block", b"inline_block", "place", b"place"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_place: _TypeAlias = _typing.Literal["blob", "inline_block"]  # noqa: Y015
+    _WhichOneofArgType_place: _TypeAlias = _typing.Literal["place", b"place"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_place) -> _WhichOneofReturnType_place | None: ...
+
+Global___RowSource: _TypeAlias = RowSource  # noqa: Y015
+
+@_typing.final
+class RowPlace(_message.Message):
+    """One row of one source."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SOURCE_FIELD_NUMBER: _builtins.int
+    ROW_FIELD_NUMBER: _builtins.int
+    source: _builtins.int
+    """Index into `sources`."""
+    row: _builtins.int
+    def __init__(
+        self,
+        *,
+        source: _builtins.int = ...,
+        row: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["row", b"row", "source", b"source"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RowPlace: _TypeAlias = RowPlace  # noqa: Y015
+
+@_typing.final
+class PackRowsRequest(_message.Message):
+    """Which rows to pack, in the order of the new block; a row may stand in it several times."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SOURCES_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    NONCE_FIELD_NUMBER: _builtins.int
+    nonce: _builtins.bytes
+    """16 fresh bytes for the new block's header."""
+    @_builtins.property
+    def sources(self) -> _containers.RepeatedCompositeFieldContainer[Global___RowSource]:
+        """At most 4,096."""
+
+    @_builtins.property
+    def rows(self) -> _containers.RepeatedCompositeFieldContainer[Global___RowPlace]:
+        """1 to 65,536."""
+
+    def __init__(
+        self,
+        *,
+        sources: _abc.Iterable[Global___RowSource] | None = ...,
+        rows: _abc.Iterable[Global___RowPlace] | None = ...,
+        nonce: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["nonce", b"nonce", "rows", b"rows", "sources", b"sources"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PackRowsRequest: _TypeAlias = PackRowsRequest  # noqa: Y015
+
+@_typing.final
+class PackRowsResponse(_message.Message):
+    """The packed block. It belongs to no account; only leases read it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BLOB_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def blob(self) -> _blob_pb2.BlobReference: ...
+    def __init__(
+        self,
+        *,
+        blob: _blob_pb2.BlobReference | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["blob", b"blob"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blob", b"blob"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PackRowsResponse: _TypeAlias = PackRowsResponse  # noqa: Y015
+
+@_typing.final
+class RowPair(_message.Message):
+    """Two rows."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEFT_FIELD_NUMBER: _builtins.int
+    RIGHT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def left(self) -> Global___RowPlace: ...
+    @_builtins.property
+    def right(self) -> Global___RowPlace: ...
+    def __init__(
+        self,
+        *,
+        left: Global___RowPlace | None = ...,
+        right: Global___RowPlace | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["left", b"left", "right", b"right"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["left", b"left", "right", b"right"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RowPair: _TypeAlias = RowPair  # noqa: Y015
+
+@_typing.final
+class CompareRowsRequest(_message.Message):
+    """Which rows to compare."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SOURCES_FIELD_NUMBER: _builtins.int
+    PAIRS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def sources(self) -> _containers.RepeatedCompositeFieldContainer[Global___RowSource]:
+        """At most 4,096."""
+
+    @_builtins.property
+    def pairs(self) -> _containers.RepeatedCompositeFieldContainer[Global___RowPair]:
+        """1 to 65,536."""
+
+    def __init__(
+        self,
+        *,
+        sources: _abc.Iterable[Global___RowSource] | None = ...,
+        pairs: _abc.Iterable[Global___RowPair] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["pairs", b"pairs", "sources", b"sources"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CompareRowsRequest: _TypeAlias = CompareRowsRequest  # noqa: Y015
+
+@_typing.final
+class CompareRowsResponse(_message.Message):
+    """Whether each pair is the same bytes, in the order of the pairs."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EQUAL_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def equal(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bool]: ...
+    def __init__(
+        self,
+        *,
+        equal: _abc.Iterable[_builtins.bool] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["equal", b"equal"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CompareRowsResponse: _TypeAlias = CompareRowsResponse  # noqa: Y015
+
+@_typing.final
 class ListBlobsRequest(_message.Message):
     """Which blobs to list."""
 

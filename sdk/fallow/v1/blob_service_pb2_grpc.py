@@ -60,6 +60,16 @@ class BlobServiceStub(object):
                 request_serializer=fallow_dot_v1_dot_blob__service__pb2.PackRequest.SerializeToString,
                 response_deserializer=fallow_dot_v1_dot_blob__service__pb2.PackResponse.FromString,
                 _registered_method=True)
+        self.PackRows = channel.unary_unary(
+                '/fallow.v1.BlobService/PackRows',
+                request_serializer=fallow_dot_v1_dot_blob__service__pb2.PackRowsRequest.SerializeToString,
+                response_deserializer=fallow_dot_v1_dot_blob__service__pb2.PackRowsResponse.FromString,
+                _registered_method=True)
+        self.CompareRows = channel.unary_unary(
+                '/fallow.v1.BlobService/CompareRows',
+                request_serializer=fallow_dot_v1_dot_blob__service__pb2.CompareRowsRequest.SerializeToString,
+                response_deserializer=fallow_dot_v1_dot_blob__service__pb2.CompareRowsResponse.FromString,
+                _registered_method=True)
         self.ListBlobs = channel.unary_unary(
                 '/fallow.v1.BlobService/ListBlobs',
                 request_serializer=fallow_dot_v1_dot_blob__service__pb2.ListBlobsRequest.SerializeToString,
@@ -132,6 +142,24 @@ class BlobServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PackRows(self, request, context):
+        """Packs single rows of any blocks of one schema, in a given order. For the coordinator only.
+
+        Statuses: as Pack.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CompareRows(self, request, context):
+        """Says of pairs of rows whether they are the same bytes. For the coordinator only.
+
+        Statuses: as Pack, without RESOURCE_EXHAUSTED; a row that is not in its block is INVALID_ARGUMENT.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListBlobs(self, request, context):
         """Blobs of one shelf that were stored before a moment, by digest. For the coordinator only.
 
@@ -177,6 +205,16 @@ def add_BlobServiceServicer_to_server(servicer, server):
                     servicer.Pack,
                     request_deserializer=fallow_dot_v1_dot_blob__service__pb2.PackRequest.FromString,
                     response_serializer=fallow_dot_v1_dot_blob__service__pb2.PackResponse.SerializeToString,
+            ),
+            'PackRows': grpc.unary_unary_rpc_method_handler(
+                    servicer.PackRows,
+                    request_deserializer=fallow_dot_v1_dot_blob__service__pb2.PackRowsRequest.FromString,
+                    response_serializer=fallow_dot_v1_dot_blob__service__pb2.PackRowsResponse.SerializeToString,
+            ),
+            'CompareRows': grpc.unary_unary_rpc_method_handler(
+                    servicer.CompareRows,
+                    request_deserializer=fallow_dot_v1_dot_blob__service__pb2.CompareRowsRequest.FromString,
+                    response_serializer=fallow_dot_v1_dot_blob__service__pb2.CompareRowsResponse.SerializeToString,
             ),
             'ListBlobs': grpc.unary_unary_rpc_method_handler(
                     servicer.ListBlobs,
@@ -325,6 +363,60 @@ class BlobService(object):
             '/fallow.v1.BlobService/Pack',
             fallow_dot_v1_dot_blob__service__pb2.PackRequest.SerializeToString,
             fallow_dot_v1_dot_blob__service__pb2.PackResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PackRows(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fallow.v1.BlobService/PackRows',
+            fallow_dot_v1_dot_blob__service__pb2.PackRowsRequest.SerializeToString,
+            fallow_dot_v1_dot_blob__service__pb2.PackRowsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CompareRows(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fallow.v1.BlobService/CompareRows',
+            fallow_dot_v1_dot_blob__service__pb2.CompareRowsRequest.SerializeToString,
+            fallow_dot_v1_dot_blob__service__pb2.CompareRowsResponse.FromString,
             options,
             channel_credentials,
             insecure,

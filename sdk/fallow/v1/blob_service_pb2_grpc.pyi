@@ -69,6 +69,16 @@ class BlobServiceStub:
       INVALID_ARGUMENT     a source is no row block or a span is out of range.
       RESOURCE_EXHAUSTED   storage full.
     """
+    PackRows: _grpc.UnaryUnaryMultiCallable[_blob_service_pb2.PackRowsRequest, _blob_service_pb2.PackRowsResponse]
+    """Packs single rows of any blocks of one schema, in a given order. For the coordinator only.
+
+    Statuses: as Pack.
+    """
+    CompareRows: _grpc.UnaryUnaryMultiCallable[_blob_service_pb2.CompareRowsRequest, _blob_service_pb2.CompareRowsResponse]
+    """Says of pairs of rows whether they are the same bytes. For the coordinator only.
+
+    Statuses: as Pack, without RESOURCE_EXHAUSTED; a row that is not in its block is INVALID_ARGUMENT.
+    """
     ListBlobs: _grpc.UnaryUnaryMultiCallable[_blob_service_pb2.ListBlobsRequest, _blob_service_pb2.ListBlobsResponse]
     """Blobs of one shelf that were stored before a moment, by digest. For the coordinator only.
 
@@ -120,6 +130,16 @@ class BlobServiceAsyncStub(BlobServiceStub):
       NOT_FOUND            a source is not here.
       INVALID_ARGUMENT     a source is no row block or a span is out of range.
       RESOURCE_EXHAUSTED   storage full.
+    """
+    PackRows: _aio.UnaryUnaryMultiCallable[_blob_service_pb2.PackRowsRequest, _blob_service_pb2.PackRowsResponse]  # type: ignore[assignment]
+    """Packs single rows of any blocks of one schema, in a given order. For the coordinator only.
+
+    Statuses: as Pack.
+    """
+    CompareRows: _aio.UnaryUnaryMultiCallable[_blob_service_pb2.CompareRowsRequest, _blob_service_pb2.CompareRowsResponse]  # type: ignore[assignment]
+    """Says of pairs of rows whether they are the same bytes. For the coordinator only.
+
+    Statuses: as Pack, without RESOURCE_EXHAUSTED; a row that is not in its block is INVALID_ARGUMENT.
     """
     ListBlobs: _aio.UnaryUnaryMultiCallable[_blob_service_pb2.ListBlobsRequest, _blob_service_pb2.ListBlobsResponse]  # type: ignore[assignment]
     """Blobs of one shelf that were stored before a moment, by digest. For the coordinator only.
@@ -199,6 +219,28 @@ class BlobServiceServicer(metaclass=_abc_1.ABCMeta):
           NOT_FOUND            a source is not here.
           INVALID_ARGUMENT     a source is no row block or a span is out of range.
           RESOURCE_EXHAUSTED   storage full.
+        """
+
+    @_abc_1.abstractmethod
+    def PackRows(
+        self,
+        request: _blob_service_pb2.PackRowsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_blob_service_pb2.PackRowsResponse, _abc.Awaitable[_blob_service_pb2.PackRowsResponse]]:
+        """Packs single rows of any blocks of one schema, in a given order. For the coordinator only.
+
+        Statuses: as Pack.
+        """
+
+    @_abc_1.abstractmethod
+    def CompareRows(
+        self,
+        request: _blob_service_pb2.CompareRowsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_blob_service_pb2.CompareRowsResponse, _abc.Awaitable[_blob_service_pb2.CompareRowsResponse]]:
+        """Says of pairs of rows whether they are the same bytes. For the coordinator only.
+
+        Statuses: as Pack, without RESOURCE_EXHAUSTED; a row that is not in its block is INVALID_ARGUMENT.
         """
 
     @_abc_1.abstractmethod

@@ -127,6 +127,46 @@ CHALLENGE_KIND_MEMORY: ChallengeKind.ValueType  # 2
 """Memory filled by a walk in which each block depends on earlier ones."""
 Global___ChallengeKind: _TypeAlias = ChallengeKind  # noqa: Y015
 
+class _Finding:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _FindingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Finding.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    FINDING_UNSPECIFIED: _Finding.ValueType  # 0
+    """The candidate has no such row."""
+    FINDING_EQUAL: _Finding.ValueType  # 1
+    """The same bytes; or both have no value."""
+    FINDING_WITHIN_TOLERANCE: _Finding.ValueType  # 2
+    """Of another execution class, and no further away than honest workers of that class are."""
+    FINDING_WRONG: _Finding.ValueType  # 3
+    """Proven: other bytes in the same execution class, or beyond what the profile of the two classes allows."""
+    FINDING_TIE: _Finding.ValueType  # 4
+    """Of another class without a profile, and no further away than rounding explains; or the referee has no value."""
+    FINDING_UNEXPLAINED: _Finding.ValueType  # 5
+    """Of another class without a profile, and further away than rounding explains: nobody's guilt, and not to be upheld."""
+    FINDING_WITHHELD: _Finding.ValueType  # 6
+    """The candidate has no value where the referee has one: to be done again, and nobody's lie."""
+
+class Finding(_Finding, metaclass=_FindingEnumTypeWrapper):
+    """How a candidate's row stands beside the referee's own row."""
+
+FINDING_UNSPECIFIED: Finding.ValueType  # 0
+"""The candidate has no such row."""
+FINDING_EQUAL: Finding.ValueType  # 1
+"""The same bytes; or both have no value."""
+FINDING_WITHIN_TOLERANCE: Finding.ValueType  # 2
+"""Of another execution class, and no further away than honest workers of that class are."""
+FINDING_WRONG: Finding.ValueType  # 3
+"""Proven: other bytes in the same execution class, or beyond what the profile of the two classes allows."""
+FINDING_TIE: Finding.ValueType  # 4
+"""Of another class without a profile, and no further away than rounding explains; or the referee has no value."""
+FINDING_UNEXPLAINED: Finding.ValueType  # 5
+"""Of another class without a profile, and further away than rounding explains: nobody's guilt, and not to be upheld."""
+FINDING_WITHHELD: Finding.ValueType  # 6
+"""The candidate has no value where the referee has one: to be done again, and nobody's lie."""
+Global___Finding: _TypeAlias = Finding  # noqa: Y015
+
 @_typing.final
 class HeldLease(_message.Message):
     """A lease that a worker holds when it opens a session."""
@@ -658,6 +698,105 @@ class Checked(_message.Message):
 Global___Checked: _TypeAlias = Checked  # noqa: Y015
 
 @_typing.final
+class CandidateFinding(_message.Message):
+    """What became of one row of one candidate."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FINDING_FIELD_NUMBER: _builtins.int
+    ERROR_PPM_OF_TOLERANCE_FIELD_NUMBER: _builtins.int
+    DEVIATION_PPM_FIELD_NUMBER: _builtins.int
+    finding: Global___Finding.ValueType
+    error_ppm_of_tolerance: _builtins.int
+    """How far it is from the referee's row, in millionths of what is allowed; 0 when equal, 2^40 when it cannot be said."""
+    deviation_ppm: _builtins.int
+    """The same in millionths of the bundle's spread, for rows of another class: what profiles are learned from."""
+    def __init__(
+        self,
+        *,
+        finding: Global___Finding.ValueType = ...,
+        error_ppm_of_tolerance: _builtins.int = ...,
+        deviation_ppm: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deviation_ppm", b"deviation_ppm", "error_ppm_of_tolerance", b"error_ppm_of_tolerance", "finding", b"finding"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CandidateFinding: _TypeAlias = CandidateFinding  # noqa: Y015
+
+@_typing.final
+class RowFinding(_message.Message):
+    """What became of one row of a REFEREE lease."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROW_FIELD_NUMBER: _builtins.int
+    CANDIDATES_FIELD_NUMBER: _builtins.int
+    row: _builtins.int
+    """Position in the lease's block."""
+    @_builtins.property
+    def candidates(self) -> _containers.RepeatedCompositeFieldContainer[Global___CandidateFinding]:
+        """One for each candidate of the lease, in its order."""
+
+    def __init__(
+        self,
+        *,
+        row: _builtins.int = ...,
+        candidates: _abc.Iterable[Global___CandidateFinding] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["candidates", b"candidates", "row", b"row"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RowFinding: _TypeAlias = RowFinding  # noqa: Y015
+
+@_typing.final
+class Refereed(_message.Message):
+    """An answer to a REFEREE lease. Signed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEASE_ID_FIELD_NUMBER: _builtins.int
+    FENCE_FIELD_NUMBER: _builtins.int
+    OWN_ROOT_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    EXECUTION_CLASS_FIELD_NUMBER: _builtins.int
+    USAGE_FIELD_NUMBER: _builtins.int
+    lease_id: _builtins.str
+    fence: _builtins.int
+    own_root: _builtins.bytes
+    """Merkle root over the referee's own output rows, in the order of the lease's rows."""
+    execution_class: _builtins.str
+    """The class in which the referee ran them."""
+    @_builtins.property
+    def rows(self) -> _containers.RepeatedCompositeFieldContainer[Global___RowFinding]:
+        """One for each row of the lease, in order."""
+
+    @_builtins.property
+    def usage(self) -> Global___Usage: ...
+    def __init__(
+        self,
+        *,
+        lease_id: _builtins.str = ...,
+        fence: _builtins.int = ...,
+        own_root: _builtins.bytes = ...,
+        rows: _abc.Iterable[Global___RowFinding] | None = ...,
+        execution_class: _builtins.str = ...,
+        usage: Global___Usage | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["usage", b"usage"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["execution_class", b"execution_class", "fence", b"fence", "lease_id", b"lease_id", "own_root", b"own_root", "rows", b"rows", "usage", b"usage"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Refereed: _TypeAlias = Refereed  # noqa: Y015
+
+@_typing.final
 class Draining(_message.Message):
     """The worker takes no further leases and will leave when it has finished."""
 
@@ -696,6 +835,7 @@ class WorkerMessage(_message.Message):
     DRAINING_FIELD_NUMBER: _builtins.int
     LEASE_SEEN_FIELD_NUMBER: _builtins.int
     CHECKED_FIELD_NUMBER: _builtins.int
+    REFEREED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___Hello: ...
     @_builtins.property
@@ -720,6 +860,8 @@ class WorkerMessage(_message.Message):
     def lease_seen(self) -> Global___LeaseSeen: ...
     @_builtins.property
     def checked(self) -> Global___Checked: ...
+    @_builtins.property
+    def refereed(self) -> Global___Refereed: ...
     def __init__(
         self,
         *,
@@ -735,12 +877,13 @@ class WorkerMessage(_message.Message):
         draining: Global___Draining | None = ...,
         lease_seen: Global___LeaseSeen | None = ...,
         checked: Global___Checked | None = ...,
+        refereed: Global___Refereed | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["capability_changed", b"capability_changed", "checked", b"checked", "commitment", b"commitment", "delivery", b"delivery", "draining", b"draining", "grants_wanted", b"grants_wanted", "heartbeat", b"heartbeat", "hello", b"hello", "inspection", b"inspection", "kind", b"kind", "lease_returned", b"lease_returned", "lease_seen", b"lease_seen", "task_failed", b"task_failed"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["capability_changed", b"capability_changed", "checked", b"checked", "commitment", b"commitment", "delivery", b"delivery", "draining", b"draining", "grants_wanted", b"grants_wanted", "heartbeat", b"heartbeat", "hello", b"hello", "inspection", b"inspection", "kind", b"kind", "lease_returned", b"lease_returned", "lease_seen", b"lease_seen", "refereed", b"refereed", "task_failed", b"task_failed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capability_changed", b"capability_changed", "checked", b"checked", "commitment", b"commitment", "delivery", b"delivery", "draining", b"draining", "grants_wanted", b"grants_wanted", "heartbeat", b"heartbeat", "hello", b"hello", "inspection", b"inspection", "kind", b"kind", "lease_returned", b"lease_returned", "lease_seen", b"lease_seen", "task_failed", b"task_failed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capability_changed", b"capability_changed", "checked", b"checked", "commitment", b"commitment", "delivery", b"delivery", "draining", b"draining", "grants_wanted", b"grants_wanted", "heartbeat", b"heartbeat", "hello", b"hello", "inspection", b"inspection", "kind", b"kind", "lease_returned", b"lease_returned", "lease_seen", b"lease_seen", "refereed", b"refereed", "task_failed", b"task_failed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["hello", "heartbeat", "capability_changed", "commitment", "delivery", "inspection", "task_failed", "lease_returned", "grants_wanted", "draining", "lease_seen", "checked"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["hello", "heartbeat", "capability_changed", "commitment", "delivery", "inspection", "task_failed", "lease_returned", "grants_wanted", "draining", "lease_seen", "checked", "refereed"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -833,6 +976,89 @@ class BundleOffer(_message.Message):
 Global___BundleOffer: _TypeAlias = BundleOffer  # noqa: Y015
 
 @_typing.final
+class Candidate(_message.Message):
+    """Output rows of workers beside which a referee puts its own."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BLOCK_FIELD_NUMBER: _builtins.int
+    GRANT_FIELD_NUMBER: _builtins.int
+    INLINE_BLOCK_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    CLASS_NUMBERS_FIELD_NUMBER: _builtins.int
+    inline_block: _builtins.bytes
+    @_builtins.property
+    def block(self) -> _blob_pb2.BlobReference:
+        """A row block of the bundle's output schema; a row of no bytes is one that its worker had no value for."""
+
+    @_builtins.property
+    def grant(self) -> _blob_pb2.SignedBlobGrant:
+        """Unset when `inline_block` is set."""
+
+    @_builtins.property
+    def rows(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Rows of the lease that the block's rows answer, rising; empty: all of them."""
+
+    @_builtins.property
+    def class_numbers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The class of each row of the block: its place in the lease's `execution_classes`."""
+
+    def __init__(
+        self,
+        *,
+        block: _blob_pb2.BlobReference | None = ...,
+        grant: _blob_pb2.SignedBlobGrant | None = ...,
+        inline_block: _builtins.bytes = ...,
+        rows: _abc.Iterable[_builtins.int] | None = ...,
+        class_numbers: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["block", b"block", "grant", b"grant"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block", b"block", "class_numbers", b"class_numbers", "grant", b"grant", "inline_block", b"inline_block", "rows", b"rows"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Candidate: _TypeAlias = Candidate  # noqa: Y015
+
+@_typing.final
+class ToleranceProfile(_message.Message):
+    """How far honest rows of one class lie from a referee's of another class, for one bundle."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REFEREE_CLASS_FIELD_NUMBER: _builtins.int
+    CANDIDATE_CLASS_FIELD_NUMBER: _builtins.int
+    SAMPLES_FIELD_NUMBER: _builtins.int
+    MEDIAN_PPM_FIELD_NUMBER: _builtins.int
+    P95_PPM_FIELD_NUMBER: _builtins.int
+    MAX_PPM_FIELD_NUMBER: _builtins.int
+    referee_class: _builtins.str
+    candidate_class: _builtins.str
+    samples: _builtins.int
+    """Rows from which it was learned; below 200 it counts for nothing."""
+    median_ppm: _builtins.int
+    """Quantiles of the deviation, in millionths of the bundle's spread."""
+    p95_ppm: _builtins.int
+    max_ppm: _builtins.int
+    def __init__(
+        self,
+        *,
+        referee_class: _builtins.str = ...,
+        candidate_class: _builtins.str = ...,
+        samples: _builtins.int = ...,
+        median_ppm: _builtins.int = ...,
+        p95_ppm: _builtins.int = ...,
+        max_ppm: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["candidate_class", b"candidate_class", "max_ppm", b"max_ppm", "median_ppm", b"median_ppm", "p95_ppm", b"p95_ppm", "referee_class", b"referee_class", "samples", b"samples"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ToleranceProfile: _TypeAlias = ToleranceProfile  # noqa: Y015
+
+@_typing.final
 class Lease(_message.Message):
     """Permission to work on one block of rows. Signed."""
 
@@ -857,6 +1083,9 @@ class Lease(_message.Message):
     POOL_ID_FIELD_NUMBER: _builtins.int
     LATENCY_MS_MAX_FIELD_NUMBER: _builtins.int
     CHALLENGE_FIELD_NUMBER: _builtins.int
+    CANDIDATES_FIELD_NUMBER: _builtins.int
+    EXECUTION_CLASSES_FIELD_NUMBER: _builtins.int
+    PROFILES_FIELD_NUMBER: _builtins.int
     lease_id: _builtins.str
     fence: _builtins.int
     """Only grows, for each task; a message with an older one changes nothing."""
@@ -897,6 +1126,16 @@ class Lease(_message.Message):
     def challenge(self) -> Global___ChallengePlan:
         """Of CHALLENGE and CHECK: what to work out, or what was to be worked out."""
 
+    @_builtins.property
+    def candidates(self) -> _containers.RepeatedCompositeFieldContainer[Global___Candidate]:
+        """Of REFEREE: what to compare with, at most 8, and the classes that their rows name."""
+
+    @_builtins.property
+    def execution_classes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def profiles(self) -> _containers.RepeatedCompositeFieldContainer[Global___ToleranceProfile]:
+        """Of REFEREE: what is known of these classes beside others; a pair that is not here has no profile."""
+
     def __init__(
         self,
         *,
@@ -919,10 +1158,13 @@ class Lease(_message.Message):
         pool_id: _builtins.str = ...,
         latency_ms_max: _builtins.int = ...,
         challenge: Global___ChallengePlan | None = ...,
+        candidates: _abc.Iterable[Global___Candidate] | None = ...,
+        execution_classes: _abc.Iterable[_builtins.str] | None = ...,
+        profiles: _abc.Iterable[Global___ToleranceProfile] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["challenge", b"challenge", "deadline", b"deadline", "input", b"input", "input_grant", b"input_grant", "offer", b"offer", "runtime_max", b"runtime_max"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["buckets", b"buckets", "bundle_digest", b"bundle_digest", "challenge", b"challenge", "deadline", b"deadline", "fence", b"fence", "inline_input", b"inline_input", "input", b"input", "input_grant", b"input_grant", "kind", b"kind", "latency_ms_max", b"latency_ms_max", "lease_id", b"lease_id", "offer", b"offer", "output_bytes_max", b"output_bytes_max", "pool_id", b"pool_id", "precision", b"precision", "rows", b"rows", "runtime_max", b"runtime_max", "slots", b"slots", "unit_micros", b"unit_micros"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["buckets", b"buckets", "bundle_digest", b"bundle_digest", "candidates", b"candidates", "challenge", b"challenge", "deadline", b"deadline", "execution_classes", b"execution_classes", "fence", b"fence", "inline_input", b"inline_input", "input", b"input", "input_grant", b"input_grant", "kind", b"kind", "latency_ms_max", b"latency_ms_max", "lease_id", b"lease_id", "offer", b"offer", "output_bytes_max", b"output_bytes_max", "pool_id", b"pool_id", "precision", b"precision", "profiles", b"profiles", "rows", b"rows", "runtime_max", b"runtime_max", "slots", b"slots", "unit_micros", b"unit_micros"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -27,6 +27,8 @@ GET_METHOD: Final = f"/{BLOB_SERVICE}/Get"
 GET_UPLOAD_METHOD: Final = f"/{BLOB_SERVICE}/GetUpload"
 LOCATE_METHOD: Final = f"/{BLOB_SERVICE}/LocateBlob"
 PACK_METHOD: Final = f"/{BLOB_SERVICE}/Pack"
+PACK_ROWS_METHOD: Final = f"/{BLOB_SERVICE}/PackRows"
+COMPARE_ROWS_METHOD: Final = f"/{BLOB_SERVICE}/CompareRows"
 
 _LENGTH_DELIMITED: Final = 2
 

@@ -7,6 +7,7 @@ from typing import Any, Generic, TypeVar
 
 from fallow.bundle import Precision, ProgramFormat
 from fallow.challenge import ChallengeKind
+from fallow.comparison import Finding
 from fallow.errors import FallowError, Reason
 from fallow.job import JobState, Objective
 from fallow.roles import DataClass, Role, Tier
@@ -56,6 +57,7 @@ TASK_KINDS = EnumTable(TaskKind, session_pb2.TaskKind, "TASK_KIND")
 ENERGY_SOURCES = EnumTable(EnergySource, session_pb2.EnergySource, "ENERGY_SOURCE")
 CAUSES = EnumTable(Cause, session_pb2.Cause, "CAUSE")
 CHALLENGE_KINDS = EnumTable(ChallengeKind, session_pb2.ChallengeKind, "CHALLENGE_KIND")
+FINDINGS = EnumTable(Finding, session_pb2.Finding, "FINDING")
 DEVICE_KINDS = EnumTable(DeviceKind, capability_pb2.DeviceKind, "DEVICE_KIND")
 DEVICE_LEVELS = EnumTable(DeviceLevel, capability_pb2.DeviceLevel, "DEVICE_LEVEL")
 SANDBOX_LEVELS = EnumTable(SandboxLevel, capability_pb2.SandboxLevel, "SANDBOX_LEVEL")

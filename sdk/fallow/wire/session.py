@@ -40,6 +40,7 @@ from fallow.session import (
     LeaseReturned,
     LeaseRevoked,
     LeaseSeen,
+    Refereed,
     Refused,
     RowFailure,
     Settled,
@@ -71,6 +72,14 @@ from fallow.wire.challenge import (
 )
 from fallow.wire.enums import CAUSES, ENERGY_SOURCES, PRECISIONS, TASK_KINDS
 from fallow.wire.moments import duration_from_message, duration_to_message, moment_from_message, moment_to_message
+from fallow.wire.referee import (
+    candidates_from_message,
+    candidates_to_message,
+    profiles_from_message,
+    profiles_to_message,
+    row_findings_from_message,
+    row_findings_to_message,
+)
 
 
 def encode_worker_message(message: WorkerMessage) -> bytes:
@@ -201,7 +210,7 @@ def _offer_from_message(message: session_pb2.BundleOffer) -> BundleOffer:
 # ---------------------------------------------------------------------------------------------- worker → coordinator
 
 
-def _worker_message(message: WorkerMessage) -> session_pb2.WorkerMessage:
+def _worker_message(message: WorkerMessage) -> session_pb2.WorkerMessage:  # noqa: PLR0911 - one for each kind
     match message:
         case Hello():
             return session_pb2.WorkerMessage(hello=_hello_to_message(message))
@@ -241,9 +250,11 @@ def _worker_message(message: WorkerMessage) -> session_pb2.WorkerMessage:
             return session_pb2.WorkerMessage(lease_seen=session_pb2.LeaseSeen(lease_id=lease_id, fence=fence))
         case Checked():
             return session_pb2.WorkerMessage(checked=checked_to_message(message))
+        case Refereed():
+            return session_pb2.WorkerMessage(refereed=_refereed_to_message(message))
 
 
-def _worker_value(message: session_pb2.WorkerMessage) -> WorkerMessage:
+def _worker_value(message: session_pb2.WorkerMessage) -> WorkerMessage:  # noqa: PLR0911 - one for each kind
     match message.WhichOneof("kind"):
         case "hello":
             return _hello_from_message(message.hello)
@@ -281,6 +292,8 @@ def _worker_value(message: session_pb2.WorkerMessage) -> WorkerMessage:
         case "checked":
             checked = message.checked
             return checked_from_message(checked, _lease_id(checked.lease_id), _reason(checked.reason, "checked"))
+        case "refereed":
+            return _refereed_from_message(message.refereed)
         case _:
             raise FallowError(
                 Reason.FIELD_INVALID, "a worker message of no known kind", field="kind", hint="upgrade the coordinator"
@@ -369,6 +382,28 @@ def _commitment_from_message(message: session_pb2.Commitment) -> Commitment:
         execution_class=_named(message.execution_class, "commitment.execution_class"),
         inline_output=message.inline_output,
         partial=message.partial,
+    )
+
+
+def _refereed_to_message(refereed: Refereed) -> session_pb2.Refereed:
+    return session_pb2.Refereed(
+        lease_id=refereed.lease_id,
+        fence=refereed.fence,
+        own_root=refereed.own_root,
+        rows=row_findings_to_message(refereed.rows),
+        execution_class=refereed.execution_class,
+        usage=usage_to_message(refereed.usage),
+    )
+
+
+def _refereed_from_message(message: session_pb2.Refereed) -> Refereed:
+    return Refereed(
+        lease_id=_lease_id(message.lease_id),
+        fence=message.fence,
+        own_root=digest_from(message.own_root, "refereed.own_root"),
+        rows=row_findings_from_message(message.rows),
+        execution_class=_named(message.execution_class, "refereed.execution_class"),
+        usage=usage_from_message(message.usage),
     )
 
 
@@ -498,6 +533,9 @@ def _lease_to_message(lease: Lease) -> session_pb2.Lease:
         pool_id=lease.pool_id,
         latency_ms_max=lease.latency_ms_max,
         challenge=plan_to_message(lease.challenge) if lease.challenge else None,
+        candidates=candidates_to_message(lease.candidates),
+        execution_classes=lease.execution_classes,
+        profiles=profiles_to_message(lease.profiles),
     )
 
 
@@ -522,6 +560,9 @@ def _lease_from_message(message: session_pb2.Lease) -> Lease:
         pool_id=PoolId(message.pool_id),
         latency_ms_max=message.latency_ms_max,
         challenge=plan_from_message(message.challenge, "lease.challenge") if message.HasField("challenge") else None,
+        candidates=candidates_from_message(message),
+        execution_classes=tuple(message.execution_classes),
+        profiles=profiles_from_message(message.profiles),
     )
 
 

@@ -51,6 +51,62 @@ LEASE_OUTCOME_FAILED: LeaseOutcome.ValueType  # 4
 LEASE_OUTCOME_REVOKED: LeaseOutcome.ValueType  # 5
 Global___LeaseOutcome: _TypeAlias = LeaseOutcome  # noqa: Y015
 
+class _Trust:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _TrustEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Trust.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    TRUST_UNSPECIFIED: _Trust.ValueType  # 0
+    TRUST_NONE: _Trust.ValueType  # 1
+    """They do need it."""
+    TRUST_OWN: _Trust.ValueType  # 2
+    """The submitter's own worker did them."""
+    TRUST_OPERATOR: _Trust.ValueType  # 3
+    """An operator's worker did them."""
+
+class Trust(_Trust, metaclass=_TrustEnumTypeWrapper):
+    """Why a lease's rows need no audit."""
+
+TRUST_UNSPECIFIED: Trust.ValueType  # 0
+TRUST_NONE: Trust.ValueType  # 1
+"""They do need it."""
+TRUST_OWN: Trust.ValueType  # 2
+"""The submitter's own worker did them."""
+TRUST_OPERATOR: Trust.ValueType  # 3
+"""An operator's worker did them."""
+Global___Trust: _TypeAlias = Trust  # noqa: Y015
+
+class _Verdict:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _VerdictEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Verdict.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    VERDICT_UNSPECIFIED: _Verdict.ValueType  # 0
+    VERDICT_UPHELD: _Verdict.ValueType  # 1
+    VERDICT_PROVEN_WRONG: _Verdict.ValueType  # 2
+    VERDICT_AUDITOR_WRONG: _Verdict.ValueType  # 3
+    """The row that an audit gave is wrong."""
+    VERDICT_TIE: _Verdict.ValueType  # 4
+    """Nobody can tell: the row stands, and teaches nothing."""
+    VERDICT_DONE_AGAIN: _Verdict.ValueType  # 5
+    """No guilt, and not to be upheld."""
+
+class Verdict(_Verdict, metaclass=_VerdictEnumTypeWrapper):
+    """What a referee's findings mean for one row of one worker."""
+
+VERDICT_UNSPECIFIED: Verdict.ValueType  # 0
+VERDICT_UPHELD: Verdict.ValueType  # 1
+VERDICT_PROVEN_WRONG: Verdict.ValueType  # 2
+VERDICT_AUDITOR_WRONG: Verdict.ValueType  # 3
+"""The row that an audit gave is wrong."""
+VERDICT_TIE: Verdict.ValueType  # 4
+"""Nobody can tell: the row stands, and teaches nothing."""
+VERDICT_DONE_AGAIN: Verdict.ValueType  # 5
+"""No guilt, and not to be upheld."""
+Global___Verdict: _TypeAlias = Verdict  # noqa: Y015
+
 @_typing.final
 class JournalRecord(_message.Message):
     """The journal outlives every release. A field or kind is only ever added, with a fresh number; a number is never given to
@@ -160,6 +216,18 @@ class Event(_message.Message):
     JOB_DEFERRED_FIELD_NUMBER: _builtins.int
     JOB_RESUMED_FIELD_NUMBER: _builtins.int
     BUNDLE_COST_LEARNED_FIELD_NUMBER: _builtins.int
+    DRAW_SECRET_SET_FIELD_NUMBER: _builtins.int
+    AUDITS_DRAWN_FIELD_NUMBER: _builtins.int
+    AUDIT_COMPARED_FIELD_NUMBER: _builtins.int
+    REFEREE_REPORTED_FIELD_NUMBER: _builtins.int
+    VERDICT_REACHED_FIELD_NUMBER: _builtins.int
+    ROWS_CORRECTED_FIELD_NUMBER: _builtins.int
+    EVIDENCE_RELEASED_FIELD_NUMBER: _builtins.int
+    PAY_VOIDED_FIELD_NUMBER: _builtins.int
+    WORKER_DISTRUSTED_FIELD_NUMBER: _builtins.int
+    WORKER_TRUSTED_FIELD_NUMBER: _builtins.int
+    ASSURANCE_ACCEPTED_FIELD_NUMBER: _builtins.int
+    AUDIT_GIVEN_UP_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def task_created(self) -> Global___TaskCreated: ...
     @_builtins.property
@@ -274,6 +342,30 @@ class Event(_message.Message):
     def job_resumed(self) -> Global___JobResumed: ...
     @_builtins.property
     def bundle_cost_learned(self) -> Global___BundleCostLearned: ...
+    @_builtins.property
+    def draw_secret_set(self) -> Global___DrawSecretSet: ...
+    @_builtins.property
+    def audits_drawn(self) -> Global___AuditsDrawn: ...
+    @_builtins.property
+    def audit_compared(self) -> Global___AuditCompared: ...
+    @_builtins.property
+    def referee_reported(self) -> Global___RefereeReported: ...
+    @_builtins.property
+    def verdict_reached(self) -> Global___VerdictReached: ...
+    @_builtins.property
+    def rows_corrected(self) -> Global___RowsCorrected: ...
+    @_builtins.property
+    def evidence_released(self) -> Global___EvidenceReleased: ...
+    @_builtins.property
+    def pay_voided(self) -> Global___PayVoided: ...
+    @_builtins.property
+    def worker_distrusted(self) -> Global___WorkerDistrusted: ...
+    @_builtins.property
+    def worker_trusted(self) -> Global___WorkerTrusted: ...
+    @_builtins.property
+    def assurance_accepted(self) -> Global___AssuranceAccepted: ...
+    @_builtins.property
+    def audit_given_up(self) -> Global___AuditGivenUp: ...
     def __init__(
         self,
         *,
@@ -334,12 +426,24 @@ class Event(_message.Message):
         job_deferred: Global___JobDeferred | None = ...,
         job_resumed: Global___JobResumed | None = ...,
         bundle_cost_learned: Global___BundleCostLearned | None = ...,
+        draw_secret_set: Global___DrawSecretSet | None = ...,
+        audits_drawn: Global___AuditsDrawn | None = ...,
+        audit_compared: Global___AuditCompared | None = ...,
+        referee_reported: Global___RefereeReported | None = ...,
+        verdict_reached: Global___VerdictReached | None = ...,
+        rows_corrected: Global___RowsCorrected | None = ...,
+        evidence_released: Global___EvidenceReleased | None = ...,
+        pay_voided: Global___PayVoided | None = ...,
+        worker_distrusted: Global___WorkerDistrusted | None = ...,
+        worker_trusted: Global___WorkerTrusted | None = ...,
+        assurance_accepted: Global___AssuranceAccepted | None = ...,
+        audit_given_up: Global___AuditGivenUp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["account_admitted", b"account_admitted", "account_created", b"account_created", "account_expelled", b"account_expelled", "allotment_renewed", b"allotment_renewed", "allotment_set", b"allotment_set", "blob_quota_set", b"blob_quota_set", "blob_recorded", b"blob_recorded", "blobs_forgotten", b"blobs_forgotten", "bundle_cleared", b"bundle_cleared", "bundle_cost_learned", b"bundle_cost_learned", "bundle_crashed", b"bundle_crashed", "bundle_held", b"bundle_held", "bundle_inspected", b"bundle_inspected", "bundle_registered", b"bundle_registered", "bundle_released", b"bundle_released", "capability_reported", b"capability_reported", "carbon_planned", b"carbon_planned", "certificate_issued", b"certificate_issued", "challenge_answered", b"challenge_answered", "challenge_ended", b"challenge_ended", "challenge_issued", b"challenge_issued", "commitment_recorded", b"commitment_recorded", "credits_granted", b"credits_granted", "credits_released", b"credits_released", "device_certificate_ended", b"device_certificate_ended", "device_measured", b"device_measured", "forecasts_recorded", b"forecasts_recorded", "job_archived", b"job_archived", "job_deferred", b"job_deferred", "job_deleted", b"job_deleted", "job_funded", b"job_funded", "job_resumed", b"job_resumed", "job_state_changed", b"job_state_changed", "job_submitted", b"job_submitted", "journal_started", b"journal_started", "kind", b"kind", "lease_ended", b"lease_ended", "lease_granted", b"lease_granted", "pack_requested", b"pack_requested", "packing_failed", b"packing_failed", "party_enrolled", b"party_enrolled", "party_revoked", b"party_revoked", "pool_created", b"pool_created", "pool_mode_changed", b"pool_mode_changed", "restarted", b"restarted", "session_closed", b"session_closed", "session_opened", b"session_opened", "task_abandoned", b"task_abandoned", "task_created", b"task_created", "task_dropped", b"task_dropped", "task_input_packed", b"task_input_packed", "task_settled", b"task_settled", "token_issued", b"token_issued", "token_revoked", b"token_revoked", "worker_quarantined", b"worker_quarantined", "worker_released", b"worker_released", "worker_struck", b"worker_struck", "worker_warmed", b"worker_warmed"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["account_admitted", b"account_admitted", "account_created", b"account_created", "account_expelled", b"account_expelled", "allotment_renewed", b"allotment_renewed", "allotment_set", b"allotment_set", "assurance_accepted", b"assurance_accepted", "audit_compared", b"audit_compared", "audit_given_up", b"audit_given_up", "audits_drawn", b"audits_drawn", "blob_quota_set", b"blob_quota_set", "blob_recorded", b"blob_recorded", "blobs_forgotten", b"blobs_forgotten", "bundle_cleared", b"bundle_cleared", "bundle_cost_learned", b"bundle_cost_learned", "bundle_crashed", b"bundle_crashed", "bundle_held", b"bundle_held", "bundle_inspected", b"bundle_inspected", "bundle_registered", b"bundle_registered", "bundle_released", b"bundle_released", "capability_reported", b"capability_reported", "carbon_planned", b"carbon_planned", "certificate_issued", b"certificate_issued", "challenge_answered", b"challenge_answered", "challenge_ended", b"challenge_ended", "challenge_issued", b"challenge_issued", "commitment_recorded", b"commitment_recorded", "credits_granted", b"credits_granted", "credits_released", b"credits_released", "device_certificate_ended", b"device_certificate_ended", "device_measured", b"device_measured", "draw_secret_set", b"draw_secret_set", "evidence_released", b"evidence_released", "forecasts_recorded", b"forecasts_recorded", "job_archived", b"job_archived", "job_deferred", b"job_deferred", "job_deleted", b"job_deleted", "job_funded", b"job_funded", "job_resumed", b"job_resumed", "job_state_changed", b"job_state_changed", "job_submitted", b"job_submitted", "journal_started", b"journal_started", "kind", b"kind", "lease_ended", b"lease_ended", "lease_granted", b"lease_granted", "pack_requested", b"pack_requested", "packing_failed", b"packing_failed", "party_enrolled", b"party_enrolled", "party_revoked", b"party_revoked", "pay_voided", b"pay_voided", "pool_created", b"pool_created", "pool_mode_changed", b"pool_mode_changed", "referee_reported", b"referee_reported", "restarted", b"restarted", "rows_corrected", b"rows_corrected", "session_closed", b"session_closed", "session_opened", b"session_opened", "task_abandoned", b"task_abandoned", "task_created", b"task_created", "task_dropped", b"task_dropped", "task_input_packed", b"task_input_packed", "task_settled", b"task_settled", "token_issued", b"token_issued", "token_revoked", b"token_revoked", "verdict_reached", b"verdict_reached", "worker_distrusted", b"worker_distrusted", "worker_quarantined", b"worker_quarantined", "worker_released", b"worker_released", "worker_struck", b"worker_struck", "worker_trusted", b"worker_trusted", "worker_warmed", b"worker_warmed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_admitted", b"account_admitted", "account_created", b"account_created", "account_expelled", b"account_expelled", "allotment_renewed", b"allotment_renewed", "allotment_set", b"allotment_set", "blob_quota_set", b"blob_quota_set", "blob_recorded", b"blob_recorded", "blobs_forgotten", b"blobs_forgotten", "bundle_cleared", b"bundle_cleared", "bundle_cost_learned", b"bundle_cost_learned", "bundle_crashed", b"bundle_crashed", "bundle_held", b"bundle_held", "bundle_inspected", b"bundle_inspected", "bundle_registered", b"bundle_registered", "bundle_released", b"bundle_released", "capability_reported", b"capability_reported", "carbon_planned", b"carbon_planned", "certificate_issued", b"certificate_issued", "challenge_answered", b"challenge_answered", "challenge_ended", b"challenge_ended", "challenge_issued", b"challenge_issued", "commitment_recorded", b"commitment_recorded", "credits_granted", b"credits_granted", "credits_released", b"credits_released", "device_certificate_ended", b"device_certificate_ended", "device_measured", b"device_measured", "forecasts_recorded", b"forecasts_recorded", "job_archived", b"job_archived", "job_deferred", b"job_deferred", "job_deleted", b"job_deleted", "job_funded", b"job_funded", "job_resumed", b"job_resumed", "job_state_changed", b"job_state_changed", "job_submitted", b"job_submitted", "journal_started", b"journal_started", "kind", b"kind", "lease_ended", b"lease_ended", "lease_granted", b"lease_granted", "pack_requested", b"pack_requested", "packing_failed", b"packing_failed", "party_enrolled", b"party_enrolled", "party_revoked", b"party_revoked", "pool_created", b"pool_created", "pool_mode_changed", b"pool_mode_changed", "restarted", b"restarted", "session_closed", b"session_closed", "session_opened", b"session_opened", "task_abandoned", b"task_abandoned", "task_created", b"task_created", "task_dropped", b"task_dropped", "task_input_packed", b"task_input_packed", "task_settled", b"task_settled", "token_issued", b"token_issued", "token_revoked", b"token_revoked", "worker_quarantined", b"worker_quarantined", "worker_released", b"worker_released", "worker_struck", b"worker_struck", "worker_warmed", b"worker_warmed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_admitted", b"account_admitted", "account_created", b"account_created", "account_expelled", b"account_expelled", "allotment_renewed", b"allotment_renewed", "allotment_set", b"allotment_set", "assurance_accepted", b"assurance_accepted", "audit_compared", b"audit_compared", "audit_given_up", b"audit_given_up", "audits_drawn", b"audits_drawn", "blob_quota_set", b"blob_quota_set", "blob_recorded", b"blob_recorded", "blobs_forgotten", b"blobs_forgotten", "bundle_cleared", b"bundle_cleared", "bundle_cost_learned", b"bundle_cost_learned", "bundle_crashed", b"bundle_crashed", "bundle_held", b"bundle_held", "bundle_inspected", b"bundle_inspected", "bundle_registered", b"bundle_registered", "bundle_released", b"bundle_released", "capability_reported", b"capability_reported", "carbon_planned", b"carbon_planned", "certificate_issued", b"certificate_issued", "challenge_answered", b"challenge_answered", "challenge_ended", b"challenge_ended", "challenge_issued", b"challenge_issued", "commitment_recorded", b"commitment_recorded", "credits_granted", b"credits_granted", "credits_released", b"credits_released", "device_certificate_ended", b"device_certificate_ended", "device_measured", b"device_measured", "draw_secret_set", b"draw_secret_set", "evidence_released", b"evidence_released", "forecasts_recorded", b"forecasts_recorded", "job_archived", b"job_archived", "job_deferred", b"job_deferred", "job_deleted", b"job_deleted", "job_funded", b"job_funded", "job_resumed", b"job_resumed", "job_state_changed", b"job_state_changed", "job_submitted", b"job_submitted", "journal_started", b"journal_started", "kind", b"kind", "lease_ended", b"lease_ended", "lease_granted", b"lease_granted", "pack_requested", b"pack_requested", "packing_failed", b"packing_failed", "party_enrolled", b"party_enrolled", "party_revoked", b"party_revoked", "pay_voided", b"pay_voided", "pool_created", b"pool_created", "pool_mode_changed", b"pool_mode_changed", "referee_reported", b"referee_reported", "restarted", b"restarted", "rows_corrected", b"rows_corrected", "session_closed", b"session_closed", "session_opened", b"session_opened", "task_abandoned", b"task_abandoned", "task_created", b"task_created", "task_dropped", b"task_dropped", "task_input_packed", b"task_input_packed", "task_settled", b"task_settled", "token_issued", b"token_issued", "token_revoked", b"token_revoked", "verdict_reached", b"verdict_reached", "worker_distrusted", b"worker_distrusted", "worker_quarantined", b"worker_quarantined", "worker_released", b"worker_released", "worker_struck", b"worker_struck", "worker_trusted", b"worker_trusted", "worker_warmed", b"worker_warmed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["task_created", "pack_requested", "task_input_packed", "lease_granted", "lease_ended", "commitment_recorded", "task_settled", "task_abandoned", "task_dropped", "job_submitted", "job_state_changed", "job_archived", "blob_recorded", "packing_failed", "session_opened", "session_closed", "capability_reported", "journal_started", "restarted", "account_created", "pool_created", "token_issued", "token_revoked", "party_enrolled", "certificate_issued", "party_revoked", "worker_quarantined", "worker_released", "bundle_registered", "bundle_inspected", "bundle_held", "bundle_crashed", "job_deleted", "blobs_forgotten", "blob_quota_set", "worker_struck", "worker_warmed", "account_admitted", "account_expelled", "bundle_cleared", "bundle_released", "pool_mode_changed", "credits_granted", "credits_released", "allotment_set", "allotment_renewed", "job_funded", "challenge_issued", "challenge_answered", "device_measured", "device_certificate_ended", "challenge_ended", "forecasts_recorded", "carbon_planned", "job_deferred", "job_resumed", "bundle_cost_learned"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["task_created", "pack_requested", "task_input_packed", "lease_granted", "lease_ended", "commitment_recorded", "task_settled", "task_abandoned", "task_dropped", "job_submitted", "job_state_changed", "job_archived", "blob_recorded", "packing_failed", "session_opened", "session_closed", "capability_reported", "journal_started", "restarted", "account_created", "pool_created", "token_issued", "token_revoked", "party_enrolled", "certificate_issued", "party_revoked", "worker_quarantined", "worker_released", "bundle_registered", "bundle_inspected", "bundle_held", "bundle_crashed", "job_deleted", "blobs_forgotten", "blob_quota_set", "worker_struck", "worker_warmed", "account_admitted", "account_expelled", "bundle_cleared", "bundle_released", "pool_mode_changed", "credits_granted", "credits_released", "allotment_set", "allotment_renewed", "job_funded", "challenge_issued", "challenge_answered", "device_measured", "device_certificate_ended", "challenge_ended", "forecasts_recorded", "carbon_planned", "job_deferred", "job_resumed", "bundle_cost_learned", "draw_secret_set", "audits_drawn", "audit_compared", "referee_reported", "verdict_reached", "rows_corrected", "evidence_released", "pay_voided", "worker_distrusted", "worker_trusted", "assurance_accepted", "audit_given_up"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -1305,6 +1409,8 @@ class TaskCreated(_message.Message):
     UNIT_MICROS_FIELD_NUMBER: _builtins.int
     CHALLENGE_TASK_ID_FIELD_NUMBER: _builtins.int
     SHARE_KEY_FIELD_NUMBER: _builtins.int
+    CHECKS_FIELD_NUMBER: _builtins.int
+    CORRECTS_FIELD_NUMBER: _builtins.int
     task_id: _builtins.str
     kind: _session_pb2.TaskKind.ValueType
     job_id: _builtins.str
@@ -1318,9 +1424,15 @@ class TaskCreated(_message.Message):
     """The account's place in the fair order from here on, micro-bits: log2 of its decayed usage + time / half-life;
     0: unchanged.
     """
+    corrects: _builtins.int
+    """Of rows that are done again: the job's result that it corrects; 0: none."""
     @_builtins.property
     def spans(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """start, end, start, end, …: half-open ranges of job positions, in packing order."""
+
+    @_builtins.property
+    def checks(self) -> _containers.RepeatedCompositeFieldContainer[Global___EvidenceRow]:
+        """Of an audit, and of a referee's task: the rows of settled leases that it checks, one for each of its own, in order."""
 
     def __init__(
         self,
@@ -1334,10 +1446,12 @@ class TaskCreated(_message.Message):
         unit_micros: _builtins.int = ...,
         challenge_task_id: _builtins.str | None = ...,
         share_key: _builtins.int = ...,
+        checks: _abc.Iterable[Global___EvidenceRow] | None = ...,
+        corrects: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_challenge_task_id", b"_challenge_task_id", "_job_id", b"_job_id", "challenge_task_id", b"challenge_task_id", "job_id", b"job_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_challenge_task_id", b"_challenge_task_id", "_job_id", b"_job_id", "bundle_digest", b"bundle_digest", "challenge_task_id", b"challenge_task_id", "job_id", b"job_id", "kind", b"kind", "pool_id", b"pool_id", "share_key", b"share_key", "spans", b"spans", "task_id", b"task_id", "unit_micros", b"unit_micros"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_challenge_task_id", b"_challenge_task_id", "_job_id", b"_job_id", "bundle_digest", b"bundle_digest", "challenge_task_id", b"challenge_task_id", "checks", b"checks", "corrects", b"corrects", "job_id", b"job_id", "kind", b"kind", "pool_id", b"pool_id", "share_key", b"share_key", "spans", b"spans", "task_id", b"task_id", "unit_micros", b"unit_micros"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__challenge_task_id: _TypeAlias = _typing.Literal["challenge_task_id"]  # noqa: Y015
     _WhichOneofArgType__challenge_task_id: _TypeAlias = _typing.Literal["_challenge_task_id", b"_challenge_task_id"]  # noqa: Y015
@@ -1349,6 +1463,31 @@ class TaskCreated(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__job_id) -> _WhichOneofReturnType__job_id | None: ...
 
 Global___TaskCreated: _TypeAlias = TaskCreated  # noqa: Y015
+
+@_typing.final
+class EvidenceRow(_message.Message):
+    """A row of a settled lease's block."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEASE_ID_FIELD_NUMBER: _builtins.int
+    ROW_FIELD_NUMBER: _builtins.int
+    lease_id: _builtins.str
+    row: _builtins.int
+    """Position in the block, from 0."""
+    def __init__(
+        self,
+        *,
+        lease_id: _builtins.str = ...,
+        row: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_id", b"lease_id", "row", b"row"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EvidenceRow: _TypeAlias = EvidenceRow  # noqa: Y015
 
 @_typing.final
 class PackRequested(_message.Message):
@@ -1384,11 +1523,16 @@ class TaskInputPacked(_message.Message):
     PACK_NUMBER_FIELD_NUMBER: _builtins.int
     INPUT_FIELD_NUMBER: _builtins.int
     INLINE_FIELD_NUMBER: _builtins.int
+    CANDIDATES_FIELD_NUMBER: _builtins.int
     task_id: _builtins.str
     pack_number: _builtins.int
     inline: _builtins.bool
     @_builtins.property
     def input(self) -> _blob_pb2.BlobReference: ...
+    @_builtins.property
+    def candidates(self) -> _containers.RepeatedCompositeFieldContainer[Global___PackedCandidate]:
+        """Of a referee's task: the rows to put beside its own."""
+
     def __init__(
         self,
         *,
@@ -1396,14 +1540,40 @@ class TaskInputPacked(_message.Message):
         pack_number: _builtins.int = ...,
         input: _blob_pb2.BlobReference | None = ...,
         inline: _builtins.bool = ...,
+        candidates: _abc.Iterable[Global___PackedCandidate] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["inline", b"inline", "input", b"input", "pack_number", b"pack_number", "task_id", b"task_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["candidates", b"candidates", "inline", b"inline", "input", b"input", "pack_number", b"pack_number", "task_id", b"task_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___TaskInputPacked: _TypeAlias = TaskInputPacked  # noqa: Y015
+
+@_typing.final
+class PackedCandidate(_message.Message):
+    """Output rows of workers in a fresh block."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BLOCK_FIELD_NUMBER: _builtins.int
+    INLINE_FIELD_NUMBER: _builtins.int
+    inline: _builtins.bool
+    @_builtins.property
+    def block(self) -> _blob_pb2.BlobReference: ...
+    def __init__(
+        self,
+        *,
+        block: _blob_pb2.BlobReference | None = ...,
+        inline: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["block", b"block"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block", b"block", "inline", b"inline"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PackedCandidate: _TypeAlias = PackedCandidate  # noqa: Y015
 
 @_typing.final
 class PackingFailed(_message.Message):
@@ -2293,3 +2463,429 @@ class JobResumed(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___JobResumed: _TypeAlias = JobResumed  # noqa: Y015
+
+@_typing.final
+class DrawSecretSet(_message.Message):
+    """The key by which rows of this job are drawn for audits, fixed before any commitment of the job: its leaf in a
+    checkpoint binds the coordinator to it. Shown in the job's certificate once the job has ended.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    SECRET_FIELD_NUMBER: _builtins.int
+    job_id: _builtins.str
+    secret: _builtins.bytes
+    """32 bytes."""
+    def __init__(
+        self,
+        *,
+        job_id: _builtins.str = ...,
+        secret: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id", "secret", b"secret"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DrawSecretSet: _TypeAlias = DrawSecretSet  # noqa: Y015
+
+@_typing.final
+class AuditsDrawn(_message.Message):
+    """A lease of a verifying job settled: these of its rows are checked. Another one for the same lease adds rows."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEASE_ID_FIELD_NUMBER: _builtins.int
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    CURSOR_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    EXECUTION_CLASS_FIELD_NUMBER: _builtins.int
+    RATE_PPM_FIELD_NUMBER: _builtins.int
+    DRAWN_FIELD_NUMBER: _builtins.int
+    REFEREED_FIELD_NUMBER: _builtins.int
+    TRUST_FIELD_NUMBER: _builtins.int
+    lease_id: _builtins.str
+    job_id: _builtins.str
+    worker_id: _builtins.str
+    cursor: _builtins.int
+    """The job's result that the lease settled."""
+    rows: _builtins.int
+    """Of the lease's block."""
+    execution_class: _builtins.str
+    rate_ppm: _builtins.int
+    trust: Global___Trust.ValueType
+    @_builtins.property
+    def drawn(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Rows of the block, rising; in a later event those that are new."""
+
+    @_builtins.property
+    def refereed(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Those of `drawn` that go straight to a referee."""
+
+    def __init__(
+        self,
+        *,
+        lease_id: _builtins.str = ...,
+        job_id: _builtins.str = ...,
+        worker_id: _builtins.str = ...,
+        cursor: _builtins.int = ...,
+        rows: _builtins.int = ...,
+        execution_class: _builtins.str = ...,
+        rate_ppm: _builtins.int = ...,
+        drawn: _abc.Iterable[_builtins.int] | None = ...,
+        refereed: _abc.Iterable[_builtins.int] | None = ...,
+        trust: Global___Trust.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cursor", b"cursor", "drawn", b"drawn", "execution_class", b"execution_class", "job_id", b"job_id", "lease_id", b"lease_id", "rate_ppm", b"rate_ppm", "refereed", b"refereed", "rows", b"rows", "trust", b"trust", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AuditsDrawn: _TypeAlias = AuditsDrawn  # noqa: Y015
+
+@_typing.final
+class AuditCompared(_message.Message):
+    """An audit's rows were compared with those that they check."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TASK_ID_FIELD_NUMBER: _builtins.int
+    LEASE_ID_FIELD_NUMBER: _builtins.int
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    EQUAL_FIELD_NUMBER: _builtins.int
+    task_id: _builtins.str
+    lease_id: _builtins.str
+    """The audit's own."""
+    job_id: _builtins.str
+    worker_id: _builtins.str
+    """The auditor."""
+    @_builtins.property
+    def equal(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bool]:
+        """One for each row of the task, in order."""
+
+    def __init__(
+        self,
+        *,
+        task_id: _builtins.str = ...,
+        lease_id: _builtins.str = ...,
+        job_id: _builtins.str = ...,
+        worker_id: _builtins.str = ...,
+        equal: _abc.Iterable[_builtins.bool] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["equal", b"equal", "job_id", b"job_id", "lease_id", b"lease_id", "task_id", b"task_id", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AuditCompared: _TypeAlias = AuditCompared  # noqa: Y015
+
+@_typing.final
+class AuditGivenUp(_message.Message):
+    """Nobody could audit the task's rows: a referee checks them."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TASK_ID_FIELD_NUMBER: _builtins.int
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    task_id: _builtins.str
+    job_id: _builtins.str
+    reason: _builtins.str
+    def __init__(
+        self,
+        *,
+        task_id: _builtins.str = ...,
+        job_id: _builtins.str = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id", "reason", b"reason", "task_id", b"task_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AuditGivenUp: _TypeAlias = AuditGivenUp  # noqa: Y015
+
+@_typing.final
+class RefereeReported(_message.Message):
+    """What an operator's worker found when it worked the rows out itself."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TASK_ID_FIELD_NUMBER: _builtins.int
+    LEASE_ID_FIELD_NUMBER: _builtins.int
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    OWN_ROOT_FIELD_NUMBER: _builtins.int
+    EXECUTION_CLASS_FIELD_NUMBER: _builtins.int
+    FINDINGS_FIELD_NUMBER: _builtins.int
+    MESSAGE_DIGEST_FIELD_NUMBER: _builtins.int
+    SIGNATURE_FIELD_NUMBER: _builtins.int
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    task_id: _builtins.str
+    lease_id: _builtins.str
+    job_id: _builtins.str
+    worker_id: _builtins.str
+    own_root: _builtins.bytes
+    """Merkle root over its own output rows, in the order of the task's rows."""
+    execution_class: _builtins.str
+    message_digest: _builtins.bytes
+    """Of the exact bytes that were signed."""
+    signature: _builtins.bytes
+    sequence: _builtins.int
+    """The message's number in its session: part of what was signed."""
+    @_builtins.property
+    def findings(self) -> _containers.RepeatedCompositeFieldContainer[_session_pb2.RowFinding]: ...
+    def __init__(
+        self,
+        *,
+        task_id: _builtins.str = ...,
+        lease_id: _builtins.str = ...,
+        job_id: _builtins.str = ...,
+        worker_id: _builtins.str = ...,
+        own_root: _builtins.bytes = ...,
+        execution_class: _builtins.str = ...,
+        findings: _abc.Iterable[_session_pb2.RowFinding] | None = ...,
+        message_digest: _builtins.bytes = ...,
+        signature: _builtins.bytes = ...,
+        sequence: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["execution_class", b"execution_class", "findings", b"findings", "job_id", b"job_id", "lease_id", b"lease_id", "message_digest", b"message_digest", "own_root", b"own_root", "sequence", b"sequence", "signature", b"signature", "task_id", b"task_id", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RefereeReported: _TypeAlias = RefereeReported  # noqa: Y015
+
+@_typing.final
+class VerdictReached(_message.Message):
+    """What is held of one row from here on."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    LEASE_ID_FIELD_NUMBER: _builtins.int
+    ROW_FIELD_NUMBER: _builtins.int
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    VERDICT_FIELD_NUMBER: _builtins.int
+    REFEREE_LEASE_ID_FIELD_NUMBER: _builtins.int
+    job_id: _builtins.str
+    lease_id: _builtins.str
+    """Whose row it is: the lease that settled it, or for VERDICT_AUDITOR_WRONG the audit's lease."""
+    row: _builtins.int
+    worker_id: _builtins.str
+    """Whose lease that was."""
+    verdict: Global___Verdict.ValueType
+    referee_lease_id: _builtins.str
+    def __init__(
+        self,
+        *,
+        job_id: _builtins.str = ...,
+        lease_id: _builtins.str = ...,
+        row: _builtins.int = ...,
+        worker_id: _builtins.str = ...,
+        verdict: Global___Verdict.ValueType = ...,
+        referee_lease_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id", "lease_id", b"lease_id", "referee_lease_id", b"referee_lease_id", "row", b"row", "verdict", b"verdict", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VerdictReached: _TypeAlias = VerdictReached  # noqa: Y015
+
+@_typing.final
+class RowsCorrected(_message.Message):
+    """Rows that were delivered before are withdrawn and done again."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    LEASE_ID_FIELD_NUMBER: _builtins.int
+    CURSOR_FIELD_NUMBER: _builtins.int
+    SPANS_FIELD_NUMBER: _builtins.int
+    ROWS_FAILED_FIELD_NUMBER: _builtins.int
+    VERDICT_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    job_id: _builtins.str
+    lease_id: _builtins.str
+    cursor: _builtins.int
+    """The result that gave them."""
+    rows_failed: _builtins.int
+    """So many of them had no value."""
+    verdict: Global___Verdict.ValueType
+    reason: _builtins.str
+    @_builtins.property
+    def spans(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """start, end, start, end, …: half-open ranges of job positions, rising."""
+
+    def __init__(
+        self,
+        *,
+        job_id: _builtins.str = ...,
+        lease_id: _builtins.str = ...,
+        cursor: _builtins.int = ...,
+        spans: _abc.Iterable[_builtins.int] | None = ...,
+        rows_failed: _builtins.int = ...,
+        verdict: Global___Verdict.ValueType = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cursor", b"cursor", "job_id", b"job_id", "lease_id", b"lease_id", "reason", b"reason", "rows_failed", b"rows_failed", "spans", b"spans", "verdict", b"verdict"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RowsCorrected: _TypeAlias = RowsCorrected  # noqa: Y015
+
+@_typing.final
+class EvidenceReleased(_message.Message):
+    """Enough of a lease's rows, and of those after it, were checked: pending to available."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEASE_ID_FIELD_NUMBER: _builtins.int
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    ACCOUNT_ID_FIELD_NUMBER: _builtins.int
+    MICROCREDITS_FIELD_NUMBER: _builtins.int
+    ACCEPTED_FIELD_NUMBER: _builtins.int
+    lease_id: _builtins.str
+    job_id: _builtins.str
+    worker_id: _builtins.str
+    account_id: _builtins.str
+    """The worker's."""
+    microcredits: _builtins.int
+    accepted: _builtins.bool
+    """True: not by audits, the job's owner took it as it was."""
+    def __init__(
+        self,
+        *,
+        lease_id: _builtins.str = ...,
+        job_id: _builtins.str = ...,
+        worker_id: _builtins.str = ...,
+        account_id: _builtins.str = ...,
+        microcredits: _builtins.int = ...,
+        accepted: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "account_id", b"account_id", "job_id", b"job_id", "lease_id", b"lease_id", "microcredits", b"microcredits", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EvidenceReleased: _TypeAlias = EvidenceReleased  # noqa: Y015
+
+@_typing.final
+class PayVoided(_message.Message):
+    """What a worker had earned in a job and not got yet returns to the job: pending to held, or to who paid."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    ACCOUNT_ID_FIELD_NUMBER: _builtins.int
+    MICROCREDITS_FIELD_NUMBER: _builtins.int
+    job_id: _builtins.str
+    worker_id: _builtins.str
+    account_id: _builtins.str
+    """The worker's."""
+    microcredits: _builtins.int
+    def __init__(
+        self,
+        *,
+        job_id: _builtins.str = ...,
+        worker_id: _builtins.str = ...,
+        account_id: _builtins.str = ...,
+        microcredits: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_id", b"account_id", "job_id", b"job_id", "microcredits", b"microcredits", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PayVoided: _TypeAlias = PayVoided  # noqa: Y015
+
+@_typing.final
+class WorkerDistrusted(_message.Message):
+    """A row of the worker is proven wrong: its record is zero, and it gets no work of verifying jobs."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    LEASE_ID_FIELD_NUMBER: _builtins.int
+    ROW_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    worker_id: _builtins.str
+    job_id: _builtins.str
+    lease_id: _builtins.str
+    row: _builtins.int
+    reason: _builtins.str
+    def __init__(
+        self,
+        *,
+        worker_id: _builtins.str = ...,
+        job_id: _builtins.str = ...,
+        lease_id: _builtins.str = ...,
+        row: _builtins.int = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id", "lease_id", b"lease_id", "reason", b"reason", "row", b"row", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WorkerDistrusted: _TypeAlias = WorkerDistrusted  # noqa: Y015
+
+@_typing.final
+class WorkerTrusted(_message.Message):
+    """An operator lets the worker begin anew, with an empty record."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    worker_id: _builtins.str
+    def __init__(
+        self,
+        *,
+        worker_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WorkerTrusted: _TypeAlias = WorkerTrusted  # noqa: Y015
+
+@_typing.final
+class AssuranceAccepted(_message.Message):
+    """The job's owner takes its rows with the checks that were made by now."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    job_id: _builtins.str
+    def __init__(
+        self,
+        *,
+        job_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AssuranceAccepted: _TypeAlias = AssuranceAccepted  # noqa: Y015
