@@ -16,12 +16,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Final, TypeAlias
 
+from fallow.checking_story import CONFIDENCE_PPM, wrong
 from fallow.checkpoint import Checkpoint, CheckpointUnusable, read_checkpoint
 from fallow.errors import FallowError, Reason
 from fallow.identity import write_private
 from fallow.ids import DIGEST_BYTES, Digest
-from fallow.job_records import Evidence, RawRecord, Statement, Submitted
-from fallow.job_story import Commitment, Result, Story, wrong
+from fallow.job_records import Compared, Drawn, Evidence, RawRecord, Reported, Statement, Submitted, TaskMade
+from fallow.job_story import Commitment, Result, Story
 from fallow.journal_proof import SALT_BYTES, leaf_of
 from fallow.wire.evidence import fact_of, statement_from
 
@@ -161,7 +162,7 @@ def told(evidence: Evidence) -> dict[str, Json]:
             for worker in statement.workers
         ],
         "results": [_result(result) for result in story.results],
-        "verification": {"policy": submitted.policy, "assurance": submitted.assurance},
+        "verification": _verification(story, submitted),
     }
 
 
@@ -180,7 +181,6 @@ def dataset_digest(submitted: Submitted) -> Digest:
 
 
 def _job(story: Story, submitted: Submitted) -> dict[str, Json]:
-    settled = [result.settled for result in story.results if result.settled is not None]
     return {
         "job_id": submitted.job_id,
         "title": submitted.title,
@@ -196,7 +196,7 @@ def _job(story: Story, submitted: Submitted) -> dict[str, Json]:
         "submitted_at_ms": story.submitted_at_ms,
         "ended_at_ms": story.ended_at_ms,
         "budget_microcredits": submitted.budget_microcredits + story.funded_microcredits,
-        "paid_microcredits": sum(fact.microcredits for fact in settled),
+        "paid_microcredits": story.paid_microcredits,
     }
 
 
@@ -207,6 +207,7 @@ def _result(result: Result) -> dict[str, Json]:
         "record": result.at.sequence,
         "at_ms": result.at.at_ms,
         "positions": [list(span) for span in result.task.spans],
+        "corrects": result.task.corrects,
     }
     if result.abandoned is not None:
         gone = result.abandoned
@@ -221,6 +222,120 @@ def _result(result: Result) -> dict[str, Json]:
         "released": settled.released,
         "contribution_microcredits": settled.contribution_microcredits,
         "commitment": _commitment(result.commitment),
+    }
+
+
+def _verification(story: Story, submitted: Submitted) -> dict[str, Json]:
+    """What was checked, and what that says about rows that were not."""
+    checks = story.checks
+    if not checks.secret:
+        return {"policy": submitted.policy, "assurance": submitted.assurance}
+    return {
+        "policy": submitted.policy,
+        "assurance": submitted.assurance,
+        "accepted": checks.accepted,
+        "secret": checks.secret.hex(),
+        "secret_record": checks.secret_record,
+        "draws": [_draw(record, draw) for record, draw in checks.draws],
+        "audits": [_audit(record, audit, story) for record, audit in checks.audits],
+        "given_up": [{"record": record, "reason": fact.reason} for record, fact in checks.given_up],
+        "referee_reports": [_report(record, report, story) for record, report in checks.reports],
+        "verdicts": [
+            {
+                "record": record,
+                "lease_id": fact.lease_id,
+                "row": fact.row,
+                "worker_id": fact.worker_id,
+                "verdict": fact.verdict,
+                "referee_lease_id": fact.referee_lease_id,
+            }
+            for record, fact in checks.verdicts
+        ],
+        "corrections": [
+            {
+                "record": record,
+                "result": fact.cursor,
+                "lease_id": fact.lease_id,
+                "positions": [list(span) for span in fact.spans],
+                "verdict": fact.verdict,
+                "reason": fact.reason,
+            }
+            for record, fact in checks.corrections
+        ],
+        "distrusted": [
+            {"record": record, "worker_id": fact.worker_id, "lease_id": fact.lease_id, "row": fact.row,
+             "reason": fact.reason}
+            for record, fact in checks.distrusted
+        ],
+        "released": [
+            {"record": record, "lease_id": fact.lease_id, "worker_id": fact.worker_id,
+             "microcredits": fact.microcredits, "accepted": fact.accepted}
+            for record, fact in checks.released
+        ],
+        "voided": [
+            {"record": record, "worker_id": fact.worker_id, "microcredits": fact.microcredits}
+            for record, fact in checks.voided
+        ],
+        "bounds": {
+            "confidence_ppm": CONFIDENCE_PPM,
+            "workers": [
+                {
+                    "worker_id": bound.worker_id,
+                    "rows": bound.rows,
+                    "rows_checked": bound.rows_checked,
+                    "rows_by_referee": bound.rows_by_referee,
+                    "wrong_ppm_max": bound.wrong_ppm_max,
+                    "wrong_ppm_max_of_colluders": bound.wrong_ppm_max_of_colluders,
+                }
+                for bound in checks.bounds(story.standing(), story.workers())
+            ],
+        },
+    }  # fmt: skip
+
+
+def _draw(record: int, draw: Drawn) -> dict[str, Json]:
+    return {
+        "record": record,
+        "result": draw.cursor,
+        "lease_id": draw.lease_id,
+        "worker_id": draw.worker_id,
+        "rows_of_lease": draw.rows,
+        "rate_ppm": draw.rate_ppm,
+        "rows": list(draw.drawn),
+        "rows_to_referee": list(draw.refereed),
+        "trust": draw.trust,
+    }
+
+
+def _checked_rows(task: TaskMade) -> list[Json]:
+    return [[row.lease_id, row.row] for row in task.checks]
+
+
+def _audit(record: int, audit: Compared, story: Story) -> dict[str, Json]:
+    commitment = story.commitments.get(audit.lease_id)
+    return {
+        "record": record,
+        "task_id": audit.task_id,
+        "worker_id": audit.worker_id,
+        "rows": _checked_rows(story.tasks[audit.task_id]),
+        "equal": list(audit.equal),
+        "commitment": _commitment(commitment) if commitment is not None else None,
+    }
+
+
+def _report(record: int, report: Reported, story: Story) -> dict[str, Json]:
+    return {
+        "record": record,
+        "task_id": report.task_id,
+        "lease_id": report.lease_id,
+        "worker_id": report.worker_id,
+        "rows": _checked_rows(story.tasks[report.task_id]),
+        "findings": [list(found) for found in report.findings],
+        "own_root": report.own_root.hex(),
+        "execution_class": report.execution_class,
+        "message_digest": report.message_digest.hex(),
+        "signature": report.signature.hex(),
+        "message_sequence": report.message_sequence,
     }
 
 

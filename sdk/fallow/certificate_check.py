@@ -16,14 +16,16 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from fallow.assurance import PPM
 from fallow.certificate import Json, bytes_at, check_sections, evidence_from_json, leaf_of_record, told
+from fallow.checking_story import wrong
 from fallow.checkpoint import Checkpoint, CheckpointUnusable, read_checkpoint
 from fallow.envelope import Domain, check_signature
 from fallow.errors import FallowError
 from fallow.identity import CONTROL_NAME, load_certificate, public_der_of_certificate
 from fallow.ids import Digest, SessionId, digest_of
 from fallow.job_records import Evidence, Statement
-from fallow.job_story import Commitment, Story, wrong
+from fallow.job_story import Commitment, Story
 from fallow.journal_proof import ProofWrong, root_shown
 from fallow.row_block import RowBlock
 from fallow.session_signature import check_worker_signature
@@ -47,6 +49,14 @@ class Checked:
     """Workers' signatures that were checked, over the exact bytes."""
     signatures_unchecked: int
     """Those for which the certificate lacks the rows that were signed with them."""
+    rows_checked: int
+    """Of delivered rows: worked out by somebody else, and found right."""
+    rows_by_referee: int
+    """Those of them that a referee worked out."""
+    rows_withdrawn: int
+    wrong_ppm_max: int
+    """Of any worker's rows, with 99 % confidence, if it cheats by itself; a million: nothing is known."""
+    wrong_ppm_max_of_colluders: int
     roots: int
     """Results whose root was worked out again from the rows that the certificate carries."""
 
@@ -66,8 +76,12 @@ def check_certificate(certificate: Mapping[str, Json], authority_fingerprint: Di
     if manifest is not None and digest_of(bytes_at("manifest", manifest)) != submitted.bundle_digest:
         raise wrong("manifest", "is not that of the job's bundle")
     outputs = _outputs(certificate["outputs"], story)
+    story.checks.check_owners({worker.worker_id: worker.owner_tag for worker in statement.workers}, story.workers())
     signatures = _check_signatures(story, statement, outputs, coordinator_key)
     commitments = len(story.commitments)
+    bounds = story.checks.bounds(story.standing(), story.workers())
+    # Without bounds either nothing was checked, or everybody is trusted.
+    nothing_ppm = 0 if story.checks.secret else PPM
     return Checked(
         job_id=submitted.job_id,
         state=story.state,
@@ -78,6 +92,11 @@ def check_certificate(certificate: Mapping[str, Json], authority_fingerprint: Di
         checkpoint=checkpoint,
         signatures=signatures,
         signatures_unchecked=commitments - signatures,
+        rows_checked=sum(bound.rows_checked for bound in bounds),
+        rows_by_referee=sum(bound.rows_by_referee for bound in bounds),
+        rows_withdrawn=sum(len(rows) for rows in story.withdrawn.values()),
+        wrong_ppm_max=max((bound.wrong_ppm_max for bound in bounds), default=nothing_ppm),
+        wrong_ppm_max_of_colluders=max((bound.wrong_ppm_max_of_colluders for bound in bounds), default=nothing_ppm),
         roots=sum(commitment.fact.output_digest in outputs for commitment in story.commitments.values()),
     )
 
@@ -256,4 +275,7 @@ def _place(story: Story, commitment: Commitment) -> str:
     for result in story.results:
         if result.commitment is commitment:
             return f"{result.path}.commitment"
+    for at, (_, audit) in enumerate(story.checks.audits):
+        if audit.lease_id == commitment.fact.lease_id:
+            return f"verification.audits[{at}].commitment"
     return f"record {commitment.at.sequence}"

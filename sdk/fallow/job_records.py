@@ -101,6 +101,14 @@ class Funded:
 
 
 @dataclass(frozen=True, slots=True)
+class CheckedRow:
+    """A row of a settled lease's block."""
+
+    lease_id: str
+    row: int
+
+
+@dataclass(frozen=True, slots=True)
 class TaskMade:
     """Rows of the job were cut into a task: to be done, or to be checked."""
 
@@ -108,6 +116,10 @@ class TaskMade:
     kind: str
     spans: tuple[tuple[int, int], ...]
     """Half-open ranges of job positions, in the order of its rows."""
+    checks: tuple[CheckedRow, ...]
+    """Of a task that audits, or that a referee has: the rows it checks, one for each of its own."""
+    corrects: int
+    """The result whose rows are done again; 0: none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,4 +175,137 @@ class Abandoned:
     reason: str
 
 
-Fact = Submitted | Moved | Funded | TaskMade | Granted | Committed | Settled | Abandoned
+@dataclass(frozen=True, slots=True)
+class SecretSet:
+    """The key of all draws of the job, fixed before its first commitment."""
+
+    secret: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """These rows of a lease are checked; a later one for the same lease adds rows."""
+
+    lease_id: str
+    worker_id: str
+    cursor: int
+    rows: int
+    rate_ppm: int
+    drawn: tuple[int, ...]
+    refereed: tuple[int, ...]
+    """Those of `drawn` that go straight to a referee."""
+    trust: str
+    """Why nothing is drawn: `own`, `operator`; else `none`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """An audit's rows were compared with those that they check."""
+
+    task_id: str
+    lease_id: str
+    worker_id: str
+    equal: tuple[bool, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class GivenUp:
+    """Nobody could audit some rows: a referee checks them."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reported:
+    """What a referee found when it worked the rows out itself."""
+
+    task_id: str
+    lease_id: str
+    worker_id: str
+    own_root: Digest
+    execution_class: str
+    findings: tuple[tuple[str, ...], ...]
+    """For each row of its task, what it found of each candidate; empty: there was no such candidate."""
+    message_digest: Digest
+    signature: bytes
+    message_sequence: int
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """What is held of one row."""
+
+    lease_id: str
+    row: int
+    worker_id: str
+    verdict: str
+    referee_lease_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Corrected:
+    """Delivered rows are withdrawn, and done again."""
+
+    lease_id: str
+    cursor: int
+    spans: tuple[tuple[int, int], ...]
+    rows_failed: int
+    verdict: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Released:
+    """A lease's pay may be spent."""
+
+    lease_id: str
+    worker_id: str
+    microcredits: int
+    accepted: bool
+    """Not by checks: the job's owner took the rows as they were."""
+
+
+@dataclass(frozen=True, slots=True)
+class Voided:
+    """What a worker had earned in the job and not got yet returned to the job."""
+
+    worker_id: str
+    microcredits: int
+
+
+@dataclass(frozen=True, slots=True)
+class Distrusted:
+    """A row of the worker was proven wrong."""
+
+    worker_id: str
+    lease_id: str
+    row: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """The job's owner took its rows with the checks that were made by then."""
+
+
+Fact = (
+    Submitted
+    | Moved
+    | Funded
+    | TaskMade
+    | Granted
+    | Committed
+    | Settled
+    | Abandoned
+    | SecretSet
+    | Drawn
+    | Compared
+    | GivenUp
+    | Reported
+    | Judged
+    | Corrected
+    | Released
+    | Voided
+    | Distrusted
+    | Accepted
+)

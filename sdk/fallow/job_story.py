@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from fallow.errors import FallowError, Reason
+from fallow.checking_story import Checks, wrong
 from fallow.job_records import (
     Abandoned,
     Committed,
+    Corrected,
     Fact,
     Funded,
     Granted,
@@ -24,11 +25,6 @@ from fallow.job_records import (
 from fallow.ranges import RangeSet
 
 STATES_FINAL = frozenset({"succeeded", "failed", "cancelled"})
-
-
-def wrong(where: str, what: str) -> FallowError:
-    """The error that names what is wrong in a certificate or its evidence."""
-    return FallowError(Reason.EVIDENCE_WRONG, f"{where}: {what}", field=where)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +83,9 @@ class Story:
     state: str = ""
     reason: str = ""
     funded_microcredits: int = 0
+    settled: list[tuple[At, Settled]] = field(default_factory=list[tuple[At, Settled]])
+    """Audits, too."""
+    checks: Checks = field(default_factory=Checks)
     tasks: dict[str, TaskMade] = field(default_factory=dict[str, TaskMade])
     leases: dict[str, Granted] = field(default_factory=dict[str, Granted])
     commitments: dict[str, Commitment] = field(default_factory=dict[str, Commitment])
@@ -95,6 +94,9 @@ class Story:
     """By cursor."""
     rows: RangeSet = field(default_factory=RangeSet)
     """Job positions that are delivered."""
+    withdrawn: dict[int, RangeSet] = field(default_factory=dict[int, RangeSet])
+    """Job positions that a result gave and that were done again, by its number."""
+    rows_failed_withdrawn: int = 0
 
     def read(self, facts: Iterable[tuple[RawRecord, Fact | None]]) -> None:
         """Takes in records, in the journal's order. Raises EVIDENCE_WRONG, naming the record."""
@@ -123,15 +125,21 @@ class Story:
                     self._settle(at, where, fact)
                 case Abandoned():
                     task = self._task(where, fact.task_id)
-                    self._deliver(where, Result(at, task, None, None, fact))
+                    if fact.cursor:
+                        self._deliver(where, Result(at, task, None, None, fact))
                 case None:
                     raise wrong(where, "is of a kind that this version does not know; use a newer fallow")
+                case _:
+                    self.checks.take(record.sequence, fact, self.tasks)
+                    if isinstance(fact, Corrected):
+                        self._withdraw(where, fact)
 
     @property
     def rows_failed(self) -> int:
         """Delivered rows without a value."""
         facts = [result.settled or result.abandoned for result in self.results]
-        return sum(fact.rows_failed if isinstance(fact, Settled) else fact.rows for fact in facts if fact is not None)
+        failed = sum(fact.rows_failed if isinstance(fact, Settled) else fact.rows for fact in facts if fact is not None)
+        return failed - self.rows_failed_withdrawn
 
     def finish(self) -> Submitted:
         """The job, once all records are read. Raises EVIDENCE_WRONG unless it has ended with all its rows accounted."""
@@ -145,7 +153,32 @@ class Story:
             raise wrong("records", "results are missing or double")
         if self.state == "succeeded" and self.rows != RangeSet.of(0, submitted.rows):
             raise wrong("records", f"{len(self.rows)} of {submitted.rows} rows are delivered, yet the job succeeded")
+        self.checks.check_draws(
+            {lease: (c.at.sequence, c.fact.message_digest) for lease, c in self.commitments.items()}
+        )
+        if self.state == "succeeded" and not self.checks.accepted and (row := self.checks.undecided()) is not None:
+            raise wrong("verification.draws", f"row {row.row} of lease {row.lease_id} was drawn and never decided")
         return submitted
+
+    def workers(self) -> dict[str, str]:
+        """Workers by lease."""
+        return {lease_id: lease.worker_id for lease_id, lease in self.leases.items()}
+
+    def standing(self) -> dict[str, int]:
+        """Rows by worker that are delivered and not withdrawn."""
+        rows: dict[str, int] = {}
+        for result in self.results:
+            if result.commitment is not None:
+                worker_id = result.commitment.lease.worker_id
+                stands = RangeSet(result.task.spans) - self.withdrawn.get(result.cursor, RangeSet())
+                rows[worker_id] = rows.get(worker_id, 0) + len(stands)
+        return rows
+
+    @property
+    def paid_microcredits(self) -> int:
+        """What the job paid for rows and audits, less what came back."""
+        voided = sum(fact.microcredits for _, fact in self.checks.voided)
+        return sum(fact.microcredits for _, fact in self.settled) - voided
 
     def _task(self, where: str, task_id: str) -> TaskMade:
         if (task := self.tasks.get(task_id)) is None:
@@ -166,7 +199,9 @@ class Story:
         committed = commitment.fact
         if (fact.rows, fact.rows_failed) != (committed.rows, committed.rows_failed):
             raise wrong(where, f"settles {fact.rows} rows where {committed.rows} are committed to")
-        self._deliver(where, Result(at, task, fact, commitment, None))
+        self.settled.append((at, fact))
+        if fact.cursor:
+            self._deliver(where, Result(at, task, fact, commitment, None))
 
     def _deliver(self, where: str, result: Result) -> None:
         fact = result.settled or result.abandoned
@@ -178,3 +213,11 @@ class Story:
             raise wrong(where, "delivers rows that are delivered already")
         self.rows = self.rows | fresh
         self.results.append(result)
+
+    def _withdraw(self, where: str, fact: Corrected) -> None:
+        gone = RangeSet(fact.spans)
+        if gone - self.rows:
+            raise wrong(where, "withdraws rows that are not delivered")
+        self.rows = self.rows - gone
+        self.withdrawn[fact.cursor] = self.withdrawn.get(fact.cursor, RangeSet()) | gone
+        self.rows_failed_withdrawn += fact.rows_failed

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from fallow.ids import JobId
 from fallow_coordinator.core import events as ev
+from fallow_coordinator.core import verification_events as v
 from fallow_coordinator.core.state import State
 
 
@@ -25,7 +26,12 @@ def job_of(state: State, event: ev.Event) -> JobRecord | None:
     return None if find is None else find(state, event)
 
 
-def _named(_: State, event: ev.JobSubmitted | ev.JobStateChanged | ev.JobFunded) -> JobRecord:
+class _Named(Protocol):
+    @property
+    def job_id(self) -> JobId: ...
+
+
+def _named(_: State, event: _Named) -> JobRecord:
     return JobRecord(event.job_id)
 
 
@@ -49,6 +55,17 @@ _FINDERS: Final[dict[type, Callable[[State, Any], JobRecord | None]]] = {
     ev.JobSubmitted: _named,
     ev.JobStateChanged: _named,
     ev.JobFunded: _named,
+    v.DrawSecretSet: _named,
+    v.AuditsDrawn: _named,
+    v.AuditCompared: _named,
+    v.AuditGivenUp: _named,
+    v.RefereeReported: _named,
+    v.VerdictReached: _named,
+    v.RowsCorrected: _named,
+    v.EvidenceReleased: _named,
+    v.PayVoided: _named,
+    v.WorkerDistrusted: _named,
+    v.AssuranceAccepted: _named,
     ev.TaskCreated: _created,
     ev.LeaseGranted: _of_task,
     ev.TaskSettled: _of_task,

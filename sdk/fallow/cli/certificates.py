@@ -150,6 +150,11 @@ def _facts(checked: Checked, compared: ResultsChecked | None) -> dict[str, Any]:
         "signatures_checked": checked.signatures,
         "signatures_unchecked": checked.signatures_unchecked,
         "roots_checked": checked.roots,
+        "rows_checked": checked.rows_checked,
+        "rows_by_referee": checked.rows_by_referee,
+        "rows_withdrawn": checked.rows_withdrawn,
+        "wrong_ppm_max": checked.wrong_ppm_max,
+        "wrong_ppm_max_of_colluders": checked.wrong_ppm_max_of_colluders,
         "rows_compared": compared.rows if compared is not None else None,
     }
 
@@ -165,6 +170,21 @@ def _text(checked: Checked, compared: ResultsChecked | None) -> str:
         + (f"; {unchecked:,} can't be checked without the rows that were signed" if unchecked else ""),
         f"{counted(checked.roots, 'root')} worked out again from the rows in the certificate",
     ]
+    if checked.rows_checked or checked.rows_withdrawn:
+        lines.append(
+            f"{counted(checked.rows_checked, 'row')} checked by others, {checked.rows_by_referee:,} of them by a "
+            f"referee; {checked.rows_withdrawn:,} withdrawn and done again"
+        )
+        lines.append(
+            f"of no worker's rows more than {_percent(checked.wrong_ppm_max)} are wrong if it cheats by itself, "
+            f"{_percent(checked.wrong_ppm_max_of_colluders)} if workers collude (with 99 % confidence)"
+        )
+    else:
+        lines.append("no row was checked by anybody else")
     if compared is not None:
         lines.append(f"{counted(compared.rows, 'saved row')} are those of {compared.roots:,} committed roots")
     return "\n".join(lines)
+
+
+def _percent(share_ppm: int) -> str:
+    return f"{share_ppm / 10_000:.2g} %"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Final
 
 from fallow.certificate import OUTPUTS_BYTES_MAX
+from fallow.checking_story import wrong
 from fallow.checkpoint import Checkpoint, CheckpointUnusable, read_checkpoint
 from fallow.client.connection import CALL_TIMEOUT_S, Connection
 from fallow.client.stream import watch
@@ -15,7 +16,6 @@ from fallow.identity import write_private
 from fallow.ids import Digest, JobId
 from fallow.job import JobStatus
 from fallow.job_records import Evidence, RawRecord
-from fallow.job_story import wrong
 from fallow.journal_proof import ProofWrong, check_consistency
 from fallow.v1 import certificate_service_pb2, job_service_pb2
 from fallow.wire.evidence import record_from_message

@@ -2,28 +2,42 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from google.protobuf.message import DecodeError
 
 from fallow.errors import FallowError, Reason
 from fallow.ids import Digest
 from fallow.job_records import (
     Abandoned,
+    Accepted,
+    CheckedRow,
     Committed,
+    Compared,
+    Corrected,
     DatasetPart,
+    Distrusted,
+    Drawn,
     EvidenceWorker,
     Fact,
     Funded,
+    GivenUp,
     Granted,
+    Judged,
     Moved,
     RawRecord,
+    Released,
+    Reported,
+    SecretSet,
     Settled,
     Statement,
     Submitted,
     TaskMade,
+    Voided,
 )
 from fallow.journal.v1 import journal_pb2 as pb
 from fallow.v1 import certificate_service_pb2, session_pb2
-from fallow.wire.enums import CAUSES, DATA_CLASSES, JOB_STATES, TASK_KINDS
+from fallow.wire.enums import CAUSES, DATA_CLASSES, FINDINGS, JOB_STATES, TASK_KINDS
 
 
 def record_from_message(message: certificate_service_pb2.EvidenceRecord) -> RawRecord:
@@ -74,6 +88,39 @@ def fact_of(event: bytes) -> Fact | None:
             ended = message.task_abandoned
             cause = CAUSES.member(ended.cause, "cause").value
             return Abandoned(ended.task_id, ended.cursor, ended.rows, cause, ended.reason)
+        case _:
+            return _verification_fact(message)
+
+
+def _verification_fact(message: pb.Event) -> Fact | None:
+    match message.WhichOneof("kind"):
+        case "draw_secret_set":
+            return SecretSet(message.draw_secret_set.secret)
+        case "audits_drawn":
+            return _drawn(message.audits_drawn)
+        case "audit_compared":
+            found = message.audit_compared
+            return Compared(found.task_id, found.lease_id, found.worker_id, tuple(found.equal))
+        case "audit_given_up":
+            return GivenUp(message.audit_given_up.reason)
+        case "referee_reported":
+            return _reported(message.referee_reported)
+        case "verdict_reached":
+            told = message.verdict_reached
+            verdict = _name(pb.Verdict, told.verdict, "VERDICT_")
+            return Judged(told.lease_id, told.row, told.worker_id, verdict, told.referee_lease_id)
+        case "rows_corrected":
+            return _corrected(message.rows_corrected)
+        case "evidence_released":
+            released = message.evidence_released
+            return Released(released.lease_id, released.worker_id, released.microcredits, released.accepted)
+        case "pay_voided":
+            return Voided(message.pay_voided.worker_id, message.pay_voided.microcredits)
+        case "worker_distrusted":
+            ended = message.worker_distrusted
+            return Distrusted(ended.worker_id, ended.lease_id, ended.row, ended.reason)
+        case "assurance_accepted":
+            return Accepted()
         case _:
             return None
 
@@ -128,7 +175,61 @@ def _task(message: pb.TaskCreated) -> TaskMade:
         task_id=message.task_id,
         kind=TASK_KINDS.member(message.kind, "kind").value,
         spans=tuple(zip(flat[::2], flat[1::2], strict=False)),
+        checks=tuple(CheckedRow(row.lease_id, row.row) for row in message.checks),
+        corrects=message.corrects,
     )
+
+
+def _drawn(message: pb.AuditsDrawn) -> Drawn:
+    return Drawn(
+        lease_id=message.lease_id,
+        worker_id=message.worker_id,
+        cursor=message.cursor,
+        rows=message.rows,
+        rate_ppm=message.rate_ppm,
+        drawn=tuple(message.drawn),
+        refereed=tuple(message.refereed),
+        trust=_name(pb.Trust, message.trust, "TRUST_"),
+    )
+
+
+def _reported(message: pb.RefereeReported) -> Reported:
+    return Reported(
+        task_id=message.task_id,
+        lease_id=message.lease_id,
+        worker_id=message.worker_id,
+        own_root=Digest(message.own_root),
+        execution_class=message.execution_class,
+        findings=tuple(
+            tuple("" if not one.finding else FINDINGS.member(one.finding, "finding").value for one in found.candidates)
+            for found in message.findings
+        ),
+        message_digest=Digest(message.message_digest),
+        signature=message.signature,
+        message_sequence=message.sequence,
+    )
+
+
+def _corrected(message: pb.RowsCorrected) -> Corrected:
+    flat = list(message.spans)
+    return Corrected(
+        lease_id=message.lease_id,
+        cursor=message.cursor,
+        spans=tuple(zip(flat[::2], flat[1::2], strict=False)),
+        rows_failed=message.rows_failed,
+        verdict=_name(pb.Verdict, message.verdict, "VERDICT_"),
+        reason=message.reason,
+    )
+
+
+# Generated enum wrappers have no type in common.
+def _name(kind: Any, number: int, prefix: str) -> str:
+    """A journal's enumeration as people write it: `proven-wrong`. Raises MALFORMED_MESSAGE for an unknown number."""
+    try:
+        name = str(kind.Name(number))
+    except ValueError as error:
+        raise FallowError(Reason.MALFORMED_MESSAGE, f"the journal says {error}", field="event") from None
+    return name.removeprefix(prefix).lower().replace("_", "-")
 
 
 def _committed(message: pb.CommitmentRecorded) -> Committed:
