@@ -24,7 +24,7 @@ from fallow.identity import PrivateKey
 from fallow.shown_text import log_to_stderr
 from fallow_coordinator.config import EXIT_STORAGE_FAILED, FollowerSettings
 from fallow_coordinator.ports import StorageFailed
-from fallow_coordinator.store.journal_nodes import RUN_RECORDS, run_start
+from fallow_coordinator.store.journal_nodes import run_start
 from fallow_coordinator.store.journal_reader import JOURNAL_FILE, JournalReader, StoredRecord, decode_records
 from fallow_coordinator.store.projection import Projection
 from fallow_coordinator.store.sealed_segments import Sealing, SegmentShelf
@@ -178,8 +178,9 @@ class Follower:
                 applied = 0
         if found := self._snapshots.newest(self._journal.leaf, until_sequence=applied):
             header, state = found
-            run = self._journal.stored(after_sequence=run_start(header.sequence), limit=RUN_RECORDS)
-            leaves = [record.leaf for record in run if record.sequence <= header.sequence]
+            begin = run_start(header.sequence)
+            run = self._journal.stretch(after_sequence=begin, limit=header.sequence - begin)
+            leaves = [record.leaf for record in run]
             self._projection = Projection(state, leaves)
             self._sequence = self._snapshot_sequence = header.sequence
         while self._sequence < applied:

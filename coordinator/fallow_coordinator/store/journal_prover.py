@@ -122,7 +122,7 @@ class JournalProver:
         """The leaves of a run, as far as it goes."""
         leaves = self._runs.get(run)
         if leaves is None or len(leaves) < RUN_RECORDS:
-            stored = self._journal.stored(after_sequence=run * RUN_RECORDS, limit=RUN_RECORDS)
+            stored = self._journal.stretch(after_sequence=run * RUN_RECORDS, limit=RUN_RECORDS)
             leaves = self._runs[run] = [record.leaf for record in stored]
             if len(self._runs) > RUNS_REMEMBERED_MAX:
                 self._runs.popitem(last=False)
@@ -130,7 +130,7 @@ class JournalProver:
 
     def _records(self, sequences: Sequence[int]) -> list[StoredRecord]:
         start = (sequences[0] - 1) // RUN_RECORDS * RUN_RECORDS
-        stored = self._journal.stored(after_sequence=start, limit=RUN_RECORDS)
+        stored = self._journal.stretch(after_sequence=start, limit=sequences[-1] - start)
         found = {record.sequence: record for record in stored}
         missing = [sequence for sequence in sequences if sequence not in found]
         if missing:
