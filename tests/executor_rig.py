@@ -29,7 +29,7 @@ from fallow_worker.ports import LoadedBundle, Outcome, Work
 
 NONCE = bytes(range(16))
 RUNTIME_MAX_MS = 60_000
-WAIT_SECONDS_MAX = 20.0
+WAIT_SECONDS_MAX = 60.0
 _leases = itertools.count(1)
 
 

@@ -84,7 +84,7 @@ def wait_for_line(log: Path) -> str:
 
 def test_a_newcomer_gets_from_model_to_result(clone: Path, tmp_path: Path) -> None:
     make, start, lend, submit = blocks("sh")
-    (python,) = blocks("python")
+    python, study = blocks("python")
     place = tmp_path / "try"
     environment = {
         "HOME": str(tmp_path / "home"),
@@ -109,6 +109,8 @@ def test_a_newcomer_gets_from_model_to_result(clone: Path, tmp_path: Path) -> No
         run(submit, place)
         (place / "rows.py").write_text(python)
         run("python rows.py", place)
+    (place / "study.py").write_text(study)
+    run("python study.py", place)
 
     rows, out = pq.read_table(place / "rows.parquet"), pq.read_table(place / "out.parquet")
     assert out.column("id").to_pylist() == rows.column("id").to_pylist()
