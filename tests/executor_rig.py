@@ -65,6 +65,14 @@ class BundleOnDisk:
         codec = RowCodec(schema, digest_of(encode_schema(schema)))
         return codec.decode(RowBlock.parse(outcome.output_block))
 
+    def rewritten(self, outcome: Outcome, change: Callable[[Any], Any]) -> bytes:
+        """The output block with `change` done to its only column."""
+        schema = self.manifest.output_schema
+        [column] = schema.columns
+        values = change(self.decoded(outcome).columns[column.name])
+        codec = RowCodec(schema, digest_of(encode_schema(schema)))
+        return codec.encode({column.name: np.asarray(values)}, nonce=NONCE)
+
 
 def bundle_on_disk(
     folder: Path, manifest: BundleManifest, files: Mapping[str, bytes], *, batch_rows: int = 4, peak: int = 128 * MIB

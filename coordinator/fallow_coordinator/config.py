@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Final
 
 from fallow_coordinator.core.commands import MeasuringRules
 
 MIB = 1024 * 1024
+
+COLLECTOR_THRESHOLDS: Final = (10_000, 20, 100)
+"""Python's garbage collector looks for cycles this rarely: a busy writer or follower makes much that is free at once
+and little that is not, and with the usual thresholds the search took a seventh of its time."""
 
 EXIT_FAILED = 1
 """Something a person can act on: the line on standard error says what."""
@@ -78,17 +83,31 @@ class CollectionSettings:
 class FollowerSettings:
     """How the follower tails the journal."""
 
+    niceness: int = 5
+    """Its priority on a busy machine: about a third of the writer's share of a core, so that it keeps up."""
     chunk_records: int = 2_000
     """Records put into the views in one transaction."""
     idle_poll_ms: int = 100
     """Longest wait between two looks at an idle journal: the lag of the views stays below 200 ms."""
     busy_poll_ms: int = 10
     """Wait after a look that found something."""
+    load_poll_ms: int = 50
+    """Wait after a look that found much: larger transactions write less."""
+    load_records: int = 100
+    """So many records are much."""
     snapshot_records: int = 20_000
-    """A snapshot is written when the newest is so many records old: about what a start has to fold at most."""
+    """A snapshot is due when the newest is so many records old, unless snapshots took too much time lately."""
+    snapshot_records_late: int = 100_000
+    """When it is so old, they may take more: about what a start has to fold at most, some two seconds."""
     snapshot_ms: int = 300_000
     """Or when it is so old and anything happened since."""
     snapshot_rest_ms: int = 10_000
-    """Shortest time between two tries; four times what the last one took, when that is longer."""
+    """Shortest time between two tries."""
     segment_records: int = 1 << 16
     """Records of a sealed segment: a power of two."""
+
+    def poll_ms(self, found: int) -> int:
+        """How long to wait after a look that found so many records, fewer than a chunk."""
+        if not found:
+            return self.idle_poll_ms
+        return self.load_poll_ms if found >= self.load_records else self.busy_poll_ms

@@ -10,6 +10,7 @@ waits for it.
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import os
 import select
@@ -18,11 +19,12 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Final
 
 from fallow.checkpoint import Sign, signer_of
 from fallow.identity import PrivateKey
 from fallow.shown_text import log_to_stderr
-from fallow_coordinator.config import EXIT_STORAGE_FAILED, FollowerSettings
+from fallow_coordinator.config import COLLECTOR_THRESHOLDS, EXIT_STORAGE_FAILED, FollowerSettings
 from fallow_coordinator.ports import StorageFailed
 from fallow_coordinator.store.journal_nodes import run_start
 from fallow_coordinator.store.journal_reader import JOURNAL_FILE, JournalReader, StoredRecord, decode_records
@@ -32,6 +34,11 @@ from fallow_coordinator.store.snapshots import SnapshotHeader, SnapshotShelf, st
 from fallow_coordinator.store.view_file import ViewFile
 
 logger = logging.getLogger(__name__)
+
+SNAPSHOT_SHARE: Final = 0.05
+"""Part of the follower's time that snapshots take at most."""
+SNAPSHOT_SHARE_LATE: Final = 0.2
+"""The same, once the newest is `snapshot_records_late` old."""
 
 
 class Follower:
@@ -79,6 +86,10 @@ class Follower:
                 self._projection.fold(record)
             self._views.apply(self._projection.take_changes(), sequence=stored[-1].sequence, leaf=stored[-1].leaf)
             self._sequence, self._newest = stored[-1].sequence, stored[-1]
+            sealing = self._sealing
+            if sealing is not None and sealing.next_sequence == stored[0].sequence and len(stored) <= sealing.room:
+                # They were read and compared just now: sealing need not do it again.
+                sealing.add(stored, checked=True)
         return len(stored)
 
     def catch_up(self) -> int:
@@ -96,11 +107,16 @@ class Follower:
         return self._snapshot_sequence
 
     def snapshot_is_due(self) -> bool:
-        """Whether the newest snapshot is old enough for the next."""
+        """Whether the newest snapshot is old enough for the next.
+
+        Under load it is by the time that writing it takes, up to the number of records that a start may have to fold.
+        """
         behind, settings = self._sequence - self._snapshot_sequence, self._settings
         waited_ms = (time.monotonic() - self._snapshot_tried_s) * 1_000
         if behind >= settings.snapshot_records:
-            return waited_ms >= max(settings.snapshot_rest_ms, 4_000 * self._snapshot_took_s)
+            share = SNAPSHOT_SHARE_LATE if behind >= settings.snapshot_records_late else SNAPSHOT_SHARE
+            rest_ms = self._snapshot_took_s * 1_000 * (1 / share - 1)
+            return waited_ms >= max(settings.snapshot_rest_ms, rest_ms)
         return behind > 0 and waited_ms >= settings.snapshot_ms
 
     def write_snapshot(self) -> bool:
@@ -124,7 +140,7 @@ class Follower:
         return True
 
     def seal_step(self) -> bool:
-        """Seals a chunk of records that lie behind the newest snapshot; gives whether there may be more to seal now."""
+        """Does a piece of the sealing of records behind the newest snapshot; gives whether there may be more now."""
         if self._sign is None or self._sealing_failed:
             return False
         try:
@@ -148,13 +164,16 @@ class Follower:
                     f"{self._journal.path} does not hold what was sealed up to record {sealing.sealed_through}; "
                     "restore journal and segments from one backup"
                 )
-        if sealing.last_sequence > self._snapshot_sequence:
-            return False
-        wanted = min(self._settings.chunk_records, sealing.last_sequence - sealing.next_sequence + 1)
-        sealing.add(self._journal.stored(after_sequence=sealing.next_sequence - 1, limit=wanted))
-        written = sealing.finish(time.time_ns() // 1_000_000)
-        if written is not None:
+        if 0 < sealing.full_through <= self._snapshot_sequence:
+            written = sealing.finish(time.time_ns() // 1_000_000)
+            assert written is not None, "a full segment is written"
             logger.info("segment.sealed first=%d last=%d", written.first, written.last)
+            return True
+        # What `step` could not hand over: records from before this process, and those for which there was no room.
+        wanted = min(self._settings.chunk_records, self._sequence - sealing.next_sequence + 1, sealing.room)
+        if wanted <= 0:
+            return False
+        sealing.add(self._journal.stored(after_sequence=sealing.next_sequence - 1, limit=wanted))
         return True
 
     def close(self) -> None:
@@ -219,17 +238,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--state", type=Path, required=True, help="the folder of the journal")
     parser.add_argument("--key", type=Path, help="the coordinator's key: segments are sealed under its signature")
     defaults = FollowerSettings()
-    for name in ("snapshot_records", "snapshot_ms", "snapshot_rest_ms", "segment_records"):
+    for name in ("snapshot_records", "snapshot_records_late", "snapshot_ms", "snapshot_rest_ms", "segment_records"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(defaults, name))
     options = parser.parse_args(arguments)
     log_to_stderr(logging.INFO, "%(asctime)s %(levelname)s %(name)s %(message)s")
     settings = replace(
         defaults,
         snapshot_records=options.snapshot_records,
+        snapshot_records_late=options.snapshot_records_late,
         snapshot_ms=options.snapshot_ms,
         snapshot_rest_ms=options.snapshot_rest_ms,
         segment_records=options.segment_records,
     )
+    # Whoever works for somebody who waits goes first: the writer, and those who submit.
+    os.nice(settings.niceness)
+    gc.set_threshold(*COLLECTOR_THRESHOLDS)
     waker = _Waker()
     try:
         while not waker.is_ending() and not (options.state / JOURNAL_FILE).exists():
@@ -238,12 +261,18 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         sign = signer_of(PrivateKey.load(options.key)) if options.key is not None else None
         follower = Follower(options.state, settings, sign)
+        # What was read stays: the collector need not look at it again.
+        gc.collect()
+        gc.freeze()
         while not waker.is_ending():
             count = follower.step()
             if follower.snapshot_is_due():
                 follower.write_snapshot()
-            if not follower.seal_step() and count < settings.chunk_records:
-                waker.wait(settings.busy_poll_ms if count else settings.idle_poll_ms)
+            if count >= settings.chunk_records:
+                # Sealing waits until the views have caught up.
+                continue
+            if not follower.seal_step():
+                waker.wait(settings.poll_ms(count))
         # The next start folds what comes after this one, which is next to nothing.
         follower.catch_up()
         follower.write_snapshot()

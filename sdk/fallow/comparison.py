@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
@@ -9,8 +10,13 @@ from typing import Final
 PROFILE_SAMPLES_MIN: Final = 200
 """A profile of fewer rows counts for nothing: a difference between classes is then nobody's guilt."""
 PPM: Final = 1_000_000
+CEILING_PPM: Final = 4 * PPM
+"""What rounding explains at most, in spreads: sums in another order moved rows by 0.35 at most, weights rounded to fp16
+by 10 at least (docs/decisions/0024)."""
 PPM_MAX: Final = 1 << 40
 """What no number can tell: values that are not numbers, lengths that differ, integers and texts."""
+UNMEASURED_FACTOR: Final = 4.0
+"""A bundle whose spread could not be measured is taken to have so many floors."""
 
 
 class Finding(StrEnum):
@@ -67,3 +73,41 @@ class ToleranceProfile:
     def counts(self) -> bool:
         """Whether enough rows taught it."""
         return self.samples >= PROFILE_SAMPLES_MIN
+
+
+@dataclass(frozen=True, slots=True)
+class ColumnSpread:
+    """How far a floating column, or what a head scores, moves."""
+
+    column: str
+    relative: float
+    """The largest move of an element, relative to its size; never below the floor."""
+    scale: float
+    """The median size of an element: what elements near zero are measured by."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """How far one machine's outputs move between forms of the same arithmetic."""
+
+    columns: tuple[ColumnSpread, ...]
+    samples: int
+    """Rows by which it was measured; 0: it was not."""
+    floor: float
+
+    def of(self, column: str) -> ColumnSpread:
+        """The spread of a column."""
+        known = (one for one in self.columns if one.column == column)
+        return next(known, ColumnSpread(column, UNMEASURED_FACTOR * self.floor, 0.0))
+
+
+def fault_of_findings(findings: Sequence[RowFinding], *, rows: int, candidates: int) -> str:
+    """What is wrong with the form of findings that a child gave for so many rows and candidates, or nothing."""
+    if [found.row for found in findings] != list(range(rows)):
+        return f"findings of {len(findings)} rows for {rows}"
+    for found in findings:
+        if len(found.candidates) != candidates:
+            return f"row {found.row} has {len(found.candidates)} findings for {candidates} candidates"
+        if any(max(one.error_ppm_of_tolerance, one.deviation_ppm) > PPM_MAX for one in found.candidates):
+            return f"row {found.row} is further away than can be said"
+    return ""

@@ -152,7 +152,7 @@ class Committed:
 
 @dataclass(frozen=True, slots=True)
 class Settled:
-    """A lease's rows count."""
+    """A lease's rows count. Cursor 0: nothing is delivered by it; it audited, or came second with the same rows."""
 
     task_id: str
     lease_id: str

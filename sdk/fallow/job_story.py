@@ -24,6 +24,8 @@ from fallow.job_records import (
 )
 from fallow.ranges import RangeSet
 
+REFEREE = "referee"
+"""A kind of task whose answer is a report, and no rows."""
 STATES_FINAL = frozenset({"succeeded", "failed", "cancelled"})
 
 
@@ -84,7 +86,7 @@ class Story:
     reason: str = ""
     funded_microcredits: int = 0
     settled: list[tuple[At, Settled]] = field(default_factory=list[tuple[At, Settled]])
-    """Audits, too."""
+    """Audits and leases that came second, too."""
     checks: Checks = field(default_factory=Checks)
     tasks: dict[str, TaskMade] = field(default_factory=dict[str, TaskMade])
     leases: dict[str, Granted] = field(default_factory=dict[str, Granted])
@@ -193,6 +195,9 @@ class Story:
 
     def _settle(self, at: At, where: str, fact: Settled) -> None:
         task = self._task(where, fact.task_id)
+        if task.kind == REFEREE and not fact.cursor:
+            self.settled.append((at, fact))
+            return
         commitment = self.commitments.get(fact.lease_id)
         if commitment is None or commitment.lease.task_id != fact.task_id:
             raise wrong(where, f"settles task {fact.task_id} without a commitment")

@@ -53,6 +53,8 @@ FAILED_ROWS_MAX_DEFAULT = 1_000
 REFEREE_ROWS_MAX = 1_024
 """Rows of one referee's lease."""
 REFEREE_CANDIDATES_MAX = 8
+REFEREE_FINDINGS_MAX = 4_096
+"""Rows of all candidates of one referee's lease together."""
 REFEREE_CLASSES_MAX = 64
 """Execution classes that the candidates of one referee's lease may have, and profiles that come with it."""
 COMPARED_SOURCES_MAX = 4_096

@@ -451,6 +451,8 @@ class GrantsRenewed:
     fence: int
     input_grant: SignedBytes | None
     offer: BundleOffer | None
+    candidate_grants: tuple[SignedBytes, ...] = ()
+    """Of a referee's lease: one for each candidate, in its order."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,15 +30,19 @@ from executor_rig import (
     silent,
     until,
 )
+from fallow.bundle import Precision
+from fallow.comparison import Finding
+from fallow.ids import PoolId, digest_of
 from fallow.limits import GIB
-from fallow.row_block import RowBlock
-from fallow.session import Cause, DeviceLevel, SandboxLevel, TaskKind
+from fallow.row_block import RowBlock, pack
+from fallow.session import BlobReference, Candidate, Cause, DeviceLevel, Lease, SandboxLevel, TaskKind
 from fallow_worker.executor import WorkFailed
 from fallow_worker.executor.on_processes import ProcessExecutor
 from fallow_worker.executor.on_ray import RayExecutor
 from fallow_worker.executor.ray_settings import RaySettings
 from fallow_worker.executor.supervisor import Supervisor, SupervisorSettings
-from fallow_worker.ports import Executor
+from fallow_worker.ports import Executor, Work
+from fallow_worker.refereeing import Spreads, refereed
 
 pytestmark = [
     pytest.mark.processes,
@@ -246,6 +250,42 @@ async def test_an_inspection_gives_a_report(executor: Executor, tmp_path: Path) 
     assert outcome.output_block == b""
 
 
+async def test_a_referee_runs_the_rows_itself_and_puts_others_beside_them(executor: Executor, tmp_path: Path) -> None:
+    bundle = dense_bundle(tmp_path, hidden=64)
+    work = bundle.work(dense_rows(9), kind=TaskKind.REFEREE)
+    own = await executor.run(bundle.work(dense_rows(9)), silent)
+    lied = bundle.rewritten(own, lambda y: y * np.float32(1.01))
+    near = bundle.rewritten(own, lambda y: y * np.float32(1 + 2**-23))
+    spreads = Spreads()
+    classes = (own.execution_class, "another class")
+    for _ in range(2 if isinstance(executor, ProcessExecutor) else 1):  # the second time the spread is known
+        blocks = [own.output_block, lied, lied, near]
+        lease = referees_lease(work, classes, list(zip(blocks, (0, 0, 1, 1), [()] * 4, strict=True)))
+        outcome = await refereed(executor, work, lease, blocks, silent, spreads)
+        assert RowBlock.parse(outcome.output_block).root() == RowBlock.parse(own.output_block).root()
+        assert outcome.execution_class == own.execution_class
+        assert [row.row for row in outcome.findings] == list(range(9))
+        kinds = [{row.candidates[index].finding for row in outcome.findings} for index in range(4)]
+        assert kinds == [{Finding.EQUAL}, {Finding.WRONG}, {Finding.UNEXPLAINED}, {Finding.TIE}]
+        assert spreads.get(bundle.loaded.bundle_digest, own.execution_class) is not None
+
+
+async def test_a_referee_meets_rows_without_values_as_a_map_does(executor: Executor, tmp_path: Path) -> None:
+    bundle = gather_bundle(tmp_path)
+    work = bundle.work({"x": np.array([[1], [9], [2]], np.int64)}, kind=TaskKind.REFEREE)
+    whole = (await executor.run(bundle.work({"x": np.array([[1], [2], [2]], np.int64)}), silent)).output_block
+    # The second candidate answers the last two rows, and has no value for the last one.
+    part = RowBlock.parse(whole)
+    blocks = [whole, pack(part.schema_digest, [part[1], b""], [], NONCE)]
+    lease = referees_lease(work, ("another class",), [(blocks[0], 0, ()), (blocks[1], 0, (1, 2))])
+    outcome = await refereed(executor, work, lease, blocks, silent, Spreads())
+    assert [[one.finding for one in row.candidates] for row in outcome.findings] == [
+        [Finding.EQUAL, None],
+        [Finding.TIE, Finding.TIE],
+        [Finding.EQUAL, Finding.WITHHELD],
+    ]
+
+
 async def test_release_leaves_no_process_and_the_next_run_starts_anew(executor: Executor, tmp_path: Path) -> None:
     await executor.release()
     before = set(descendants())
@@ -258,6 +298,34 @@ async def test_release_leaves_no_process_and_the_next_run_starts_anew(executor: 
     assert caught.value.cause is Cause.OWNER_PREEMPT
     assert set(descendants()) <= before
     assert len(RowBlock.parse((await executor.run(bundle.work(looping_rows(2)), silent)).output_block)) == 1
+
+
+def referees_lease(work: Work, classes: tuple[str, ...], candidates: list[tuple[bytes, int, tuple[int, ...]]]) -> Lease:
+    """A referee's lease over the rows of `work` with these candidates: (block, class number, rows)."""
+    return Lease(
+        lease_id=work.lease_id,
+        fence=1,
+        kind=TaskKind.REFEREE,
+        bundle_digest=work.bundle.bundle_digest,
+        offer=None,
+        rows=work.rows,
+        input=None,
+        inline_input=work.input_block,
+        input_grant=None,
+        deadline_ms=0,
+        runtime_max_ms=work.runtime_max_ms,
+        precision=Precision.FP32,
+        output_bytes_max=work.output_bytes_max,
+        unit_micros=0,
+        pool_id=PoolId("pool"),
+        candidates=tuple(
+            Candidate(
+                BlobReference(digest_of(block), len(block)), None, block, (number,) * (len(rows) or work.rows), rows
+            )
+            for block, number, rows in candidates
+        ),
+        execution_classes=classes,
+    )
 
 
 def is_locked_in(pid: int) -> bool:

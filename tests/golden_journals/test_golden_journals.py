@@ -11,6 +11,7 @@ import pytest
 from fallow_coordinator.core import invariants
 from fallow_coordinator.core.evolve import evolve
 from fallow_coordinator.core.state import State
+from fallow_coordinator.core.tolerance_events import DeviationsLearned
 from fallow_coordinator.core.verification_events import VerificationEvent
 from fallow_coordinator.ports import StorageFailed
 from fallow_coordinator.store.encoding import KINDS, EventUnreadable, encode_event
@@ -19,7 +20,7 @@ from fallow_coordinator.store.segment import decode_segment, encode_segment
 from golden_journals.facts import facts_of
 
 HERE = Path(__file__).parent
-NOT_DECIDED_YET = set(get_args(VerificationEvent))
+NOT_DECIDED_YET = {*get_args(VerificationEvent), DeviationsLearned}
 JOURNALS = sorted(HERE.glob("*.journal"))
 
 

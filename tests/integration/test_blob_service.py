@@ -24,7 +24,7 @@ from fallow.ids import Digest, digest_of
 from fallow.limits import BLOB_CHUNK_BYTES, BLOCK_BYTES_MAX, MIB
 from fallow.row_block import RowBlock, Span, pack, pack_selection
 from fallow.session import BlobReference, SignedBytes
-from fallow.v1 import blob_service_pb2
+from fallow.v1 import blob_pb2, blob_service_pb2
 from fallow.wire.blob import (
     BlobKind,
     Receipt,
@@ -615,6 +615,80 @@ async def test_wrong_packs_are_refused(rig: BlobRig, party: Party) -> None:
         assert await reason([], [], NONCE) is Reason.DATASET_EMPTY
         many = [(0, 9, 1)] * 300_000
         assert await reason([known], many, NONCE) is Reason.LIMIT_EXCEEDED
+
+
+def raw_rows(channel: Any, name: str, answer: Any) -> Any:
+    """A call about single rows, as bytes and message."""
+    path = f"/{blob_service_pb2.DESCRIPTOR.services_by_name['BlobService'].full_name}/{name}"
+    return channel.unary_unary(
+        path, request_serializer=lambda message: message.SerializeToString(), response_deserializer=answer
+    )
+
+
+async def test_single_rows_of_stored_and_brought_blocks_are_packed_and_compared(rig: BlobRig, party: Party) -> None:
+    blocks = [block_of(40, 1), block_of(40, 2), block_of(40, 1)]
+    blocks[2] = pack(
+        SCHEMA, list(RowBlock.parse(blocks[0])), [(len(row),) for row in RowBlock.parse(blocks[0])], bytes(16)
+    )
+    parsed = [RowBlock.parse(data) for data in blocks]
+    places = [(1, 39), (0, 0), (2, 7), (1, 39)]
+    async with rig.channel(party) as channel, rig.packer(rig.coordinator_key) as packer:
+        client = BlobClient(channel)
+        for data in blocks[:2]:
+            await client.put(rig.put_grant(party, data, kind=BlobKind.ROW_BLOCK), data)
+        sources = [
+            *(
+                blob_service_pb2.RowSource(blob=blob_pb2.BlobReference(digest=digest_of(data), length_bytes=len(data)))
+                for data in blocks[:2]
+            ),
+            blob_service_pb2.RowSource(inline_block=blocks[2]),
+        ]
+        pack_rows = raw_rows(packer.channel, "PackRows", blob_service_pb2.PackRowsResponse.FromString)
+        compare = raw_rows(packer.channel, "CompareRows", blob_service_pb2.CompareRowsResponse.FromString)
+        rows = [blob_service_pb2.RowPlace(source=source, row=row) for source, row in places]
+        packed = (await pack_rows(blob_service_pb2.PackRowsRequest(sources=sources, rows=rows, nonce=NONCE))).blob
+        reference = BlobReference(Digest(packed.digest), packed.length_bytes)
+        block = RowBlock.parse(await client.get(rig.grants.get(reference, party.holder, now_ms=now_ms()), reference))
+        pairs = [
+            blob_service_pb2.RowPair(
+                left=blob_service_pb2.RowPlace(source=0, row=row),
+                right=blob_service_pb2.RowPlace(source=source, row=row),
+            )
+            for source in (1, 2)
+            for row in range(40)
+        ]
+        answered = await compare(blob_service_pb2.CompareRowsRequest(sources=sources, pairs=pairs))
+        # What belongs to one lease alone goes with it.
+        gone = await RemoteBlobs(packer.channel).delete_blobs(
+            [reference.digest], decided_at_ms=now_ms(), packed_only=True
+        )
+    assert [bytes(row) for row in block] == [bytes(parsed[source][row]) for source, row in places]
+    assert block.nonce == NONCE and block.size_features[0] == len(parsed[1][39])
+    assert list(answered.equal) == [parsed[0][row] == parsed[source][row] for source in (1, 2) for row in range(40)]
+    assert all(answered.equal[40:]) and not all(answered.equal[:40])
+    assert list(gone) == [reference.digest]
+
+
+async def test_single_rows_are_for_the_coordinator_alone_and_have_limits(rig: BlobRig, party: Party) -> None:
+    row = blob_service_pb2.RowPlace()
+    source = blob_service_pb2.RowSource(inline_block=block_of(3))
+    for key, reason, count in (
+        (party.key, Reason.PERMISSION_DENIED, 1),
+        (rig.coordinator_key, Reason.LIMIT_EXCEEDED, 65_537),
+    ):
+        async with rig.packer(key) as packer:
+            for name, request in (
+                ("PackRows", blob_service_pb2.PackRowsRequest(sources=[source], rows=[row] * count, nonce=NONCE)),
+                (
+                    "CompareRows",
+                    blob_service_pb2.CompareRowsRequest(
+                        sources=[source], pairs=[blob_service_pb2.RowPair(left=row, right=row)] * count
+                    ),
+                ),
+            ):
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await raw_rows(packer.channel, name, lambda data: data)(request)
+                assert error_from_rpc(caught.value).reason is reason
 
 
 async def test_packed_inputs_go_when_the_coordinator_says_so_and_for_nobody_else(rig: BlobRig, party: Party) -> None:

@@ -96,6 +96,54 @@ def test_a_graph_that_knows_the_place_of_a_row_is_recognised() -> None:
     assert (report.slot_dependent, report.neighbour_dependent) == (True, False)
 
 
+def test_dependences_that_show_in_few_rows_are_recognised() -> None:
+    """Rows that begin above 1.7, about one in twenty: to these the largest of the batch, or their place, is added."""
+    rare = [
+        helper.make_node("Slice", ["x", "first", "second", "last"], ["begin"]),
+        helper.make_node("Greater", ["begin", "bound"], ["large"]),
+        helper.make_node("Where", ["large", "what", "nothing"], ["add"]),
+        helper.make_node("Add", ["x", "add"], ["y"]),
+    ]
+    constants: dict[str, Any] = {
+        "first": np.array([0], np.int64),
+        "second": np.array([1], np.int64),
+        "last": np.array([1], np.int64),
+        "bound": np.array(1.7, np.float32),
+        "nothing": np.array(0, np.float32),
+    }
+    neighbours = model_of([helper.make_node("ReduceMax", ["x"], ["what"], keepdims=0), *rare], **constants)
+    report = report_on(neighbours, **WIDE_OUT)
+    assert (report.accepted, report.neighbour_dependent, report.canonical_batch_rows) == (True, True, 1)
+    places = [
+        helper.make_node("Shape", ["x"], ["count"], start=0, end=1),
+        helper.make_node("Squeeze", ["count"], ["n"]),
+        helper.make_node("Range", ["zero", "n", "one"], ["places"]),
+        helper.make_node("Cast", ["places"], ["slots"], to=TensorProto.FLOAT),
+        helper.make_node("Unsqueeze", ["slots", "last"], ["what"]),
+    ]
+    slots = model_of([*places, *rare], zero=np.array(0, np.int64), one=np.array(1, np.int64), **constants)
+    report = report_on(slots, **WIDE_OUT)
+    assert report.accepted, report.refusals
+    assert report.canonical_batch_rows == 1 or report.slot_dependent
+    assert not report.neighbour_dependent
+
+
+def test_a_dynamically_quantised_program_runs_alone() -> None:
+    """Weights of 8 bits, activations quantised by the largest of the batch, as exporters write it."""
+    weights = np.random.default_rng(5).integers(-100, 100, (FEATURES, FEATURES)).astype(np.int8)
+    model = model_of(
+        [
+            helper.make_node("DynamicQuantizeLinear", ["x"], ["q", "scale", "zero"]),
+            helper.make_node("MatMulInteger", ["q", "weights", "zero"], ["sums"]),
+            helper.make_node("Cast", ["sums"], ["floats"], to=TensorProto.FLOAT),
+            helper.make_node("Mul", ["floats", "scale"], ["y"]),
+        ],
+        weights=weights,
+    )
+    report = report_on(model, **WIDE_OUT)
+    assert (report.accepted, report.neighbour_dependent, report.canonical_batch_rows) == (True, True, 1)
+
+
 def test_a_batch_fixed_in_the_model_is_kept_and_must_not_mix_rows() -> None:
     report = report_on(dense_model(batch=3))
     assert report.accepted, report.refusals

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from fallow.bundle import BundleFile, BundleManifest, Precision, ProgramFormat, ProgramStage
+from fallow.comparison import Finding
 from fallow.credentials import Credentials
 from fallow.errors import FallowError, Reason
 from fallow.identity import PrivateKey
@@ -22,6 +23,7 @@ from fallow.schema import BytesColumn, Schema
 from fallow.session import (
     BlobReference,
     BundleOffer,
+    Candidate,
     Capability,
     CapabilityChanged,
     Cause,
@@ -34,6 +36,7 @@ from fallow.session import (
     Lease,
     LeaseReturned,
     LeaseRevoked,
+    Refereed,
     Settled,
     SignedBytes,
     TaskFailed,
@@ -92,9 +95,10 @@ class Bench:
         renewal: Renewal | None = None,
         idle_release_ms: int = 300_000,
         looks: Looks | None = None,
+        task_kinds: frozenset[TaskKind] = frozenset({TaskKind.MAP}),
     ) -> Daemon:
         token = ResumeToken(self.folder / "resume_token")
-        terms = Terms(self.executor.slots, frozenset({TaskKind.MAP}), idle_release_ms=idle_release_ms)
+        terms = Terms(self.executor.slots, task_kinds, idle_release_ms=idle_release_ms)
         self.daemon = Daemon(
             terms=terms,
             capability=await self.executor.capability(),
@@ -304,6 +308,40 @@ async def test_expired_grants_are_renewed_while_the_lease_waits(bench: Bench) ->
     assert wanted.lease_id == lease.lease_id
     conversation.say(GrantsRenewed(lease.lease_id, lease.fence, lease.input_grant, bench.offer))
     await settle(conversation, lease)
+
+
+async def test_a_referee_fetches_candidates_and_tells_findings_until_they_are_heard(bench: Bench) -> None:
+    daemon = await bench.starts(task_kinds=frozenset({TaskKind.REFEREE}))
+    conversation = await bench.coordinator.session()
+    theirs = pack(SCHEMA_DIGEST, [b"eno", b"a lie", b"eerht"], [], bytes(16))
+    some = pack(SCHEMA_DIGEST, [b"eerht"], [], bytes(16))
+    (whole, grant), (part, _) = bench.blobs.add(theirs), bench.blobs.add(some)
+    stale = SignedBytes(b"stale", b"grant")
+    lease = replace(
+        bench.lease([b"one", b"two", b"three"]),
+        kind=TaskKind.REFEREE,
+        candidates=(Candidate(whole, stale, b"", (0, 0, 0)), Candidate(part, None, some, (1,), (2,))),
+        execution_classes=("made-up", "other"),
+    )
+    bench.blobs.errors += [FallowError(Reason.GRANT_EXPIRED, "too late")]
+    conversation.say(lease)
+    assert (await conversation.hears(GrantsWanted)).lease_id == lease.lease_id
+    conversation.say(GrantsRenewed(lease.lease_id, lease.fence, None, bench.offer, (grant, grant)))
+    refereed = await conversation.hears(Refereed)
+    own = pack(SCHEMA_DIGEST, [b"eno", b"owt", b"eerht"], [], bytes(16))
+    assert refereed.own_root == RowBlock.parse(own).root()
+    assert refereed.execution_class == "made-up"
+    assert [[one.finding for one in row.candidates] for row in refereed.rows] == [
+        [Finding.EQUAL, None],
+        [Finding.WRONG, None],
+        [Finding.EQUAL, Finding.EQUAL],
+    ]
+    # It is evidence: said again, word for word, in the next session, until somebody has heard it.
+    conversation.end()
+    again = await bench.coordinator.session()
+    assert await again.hears(Refereed) == refereed
+    again.say(Settled(lease.lease_id, lease.fence, 0))
+    await eventually(lambda: not daemon.world.leases)
 
 
 async def test_a_drain_delivers_what_runs_gives_back_the_rest_and_ends(bench: Bench) -> None:

@@ -45,6 +45,8 @@ class Blobs:
     """The blob service's shelf: rows by digest. Survives everything."""
 
     rows: dict[Digest, Rows] = field(default_factory=dict[Digest, Rows])
+    dropped: set[Digest] = field(default_factory=set[Digest])
+    """Inputs that nobody needs any more, as the coordinator says."""
 
     def put(self, rows: Rows, nonce: bytes = b"") -> BlobReference:
         """Stores rows; the nonce makes equal rows differ."""
@@ -239,6 +241,8 @@ class CoordinatorLife:
                     self._break(link)
             case f.PackTask():
                 self._start_packing(effect.task_id, effect.pack_number)
+            case f.DropInput():
+                self.blobs.dropped.add(effect.input)
             case f.WakeWatchers() | f.WakeBundleWatchers() | f.EndParty():
                 pass
 

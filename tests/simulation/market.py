@@ -156,7 +156,7 @@ class MarketSimulation(Simulation):
             )
             if told != counted:
                 raise SimulationError(f"the books say {told}, the events {counted}")
-        held = sum(job.budget - job.spent for job in books.budgets.values() if not job.ended)
+        held = sum(job.kept if job.ended else job.budget - job.spent for job in books.budgets.values())
         if sum(books.available.values()) + sum(books.pending.values()) + held != books.granted:
             raise SimulationError("credits were made or lost")
 

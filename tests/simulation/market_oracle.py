@@ -31,6 +31,8 @@ class SeenBudget:
     limit: int
     spent: int = 0
     ended: bool = False
+    kept: int = 0
+    """What its late leases may still cost once it has ended."""
 
 
 @dataclass
@@ -87,7 +89,7 @@ class MarketOracle(Oracle):
             case e.LeaseEnded():
                 if ended is not None:
                     self._free(event.lease_id)
-            case e.TaskSettled():
+            case e.TaskSettled() | e.LateLeaseSettled():
                 self._pay(event)
             case _:
                 self._see_transfer(event)
@@ -138,10 +140,13 @@ class MarketOracle(Oracle):
 
     def _end_job(self, job_id: JobId) -> None:
         job = self.budgets[job_id]
-        _must(not any(price.job_id == job_id for price in self.prices.values()), "a job ended and left leases to pay")
+        left = [price for price in self.prices.values() if price.job_id == job_id]
+        late = all(price.task_id in self.answered for price in left)
+        _must(late, "a job ended and left leases to pay whose rows it does not have")
         job.ended = True
         if job.mode is PoolMode.MARKET:
-            self.available[job.account_id] += job.budget - job.spent
+            job.kept = sum(price.reserved for price in left)
+            self.available[job.account_id] += job.budget - job.spent - job.kept
 
     def _price(self, event: e.LeaseGranted) -> None:
         job_id, _ = self.spans[event.task_id]
@@ -171,9 +176,12 @@ class MarketOracle(Oracle):
         job = self.budgets[price.job_id]
         if job.mode is PoolMode.QUOTA:
             self.allotted[job.account_id] += price.reserved
+        elif job.mode is PoolMode.MARKET and job.ended:
+            job.kept -= price.reserved
+            self.available[job.account_id] += price.reserved
         return price
 
-    def _pay(self, event: e.TaskSettled) -> None:
+    def _pay(self, event: e.TaskSettled | e.LateLeaseSettled) -> None:
         job_id, _ = self.spans[event.task_id]
         if job_id is None:
             return
@@ -187,6 +195,8 @@ class MarketOracle(Oracle):
             _must(not event.released, "a volunteer's pay was released unchecked")
             _must(not event.contribution_microcredits, "paid work is no contribution")
             self.pending[owner] += event.microcredits
+            if job.ended:
+                self._spend(job.account_id, event.microcredits)
             return
         if job.mode is PoolMode.QUOTA:
             self.allotted[job.account_id] -= event.microcredits

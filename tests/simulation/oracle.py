@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 from fallow.ids import Digest, JobId, LeaseId, PartyId, SessionId, TaskId
@@ -14,6 +15,9 @@ from simulation.virtual_time import SimulationError
 IDEMPOTENCY_MS = 24 * 3_600_000
 AWAY_MS_MAX = 35_000
 """The longest grace and some ticks."""
+TICKS_MS = 5_000
+LATE_MS = 120_000
+"""How long a lease outlives its job when its rows came from another one."""
 
 
 @dataclass
@@ -76,13 +80,14 @@ class Oracle:
     cut: dict[JobId, int] = field(default_factory=dict[JobId, int])
     ended_at: dict[JobId, int] = field(default_factory=dict[JobId, int])
     """Sequence of each job's end."""
+    ended_at_ms: dict[JobId, int] = field(default_factory=dict[JobId, int])
     dead_sessions: set[SessionId] = field(default_factory=set[SessionId])
     """Sessions of coordinators that are no more."""
     away_since_ms: dict[PartyId, int] = field(default_factory=dict[PartyId, int])
     capabilities: dict[PartyId, Capability] = field(default_factory=dict[PartyId, Capability])
     wishes: dict[JobId, JobOptions] = field(default_factory=dict[JobId, JobOptions])
-    resting: set[PartyId] = field(default_factory=set[PartyId])
-    """Workers that get nothing for now."""
+    resting: dict[PartyId, int] = field(default_factory=dict[PartyId, int])
+    """Workers that get nothing for now, and until when."""
     blamed: set[PartyId] = field(default_factory=set[PartyId])
     """Workers of which a lease just ended by their own fault."""
     restarted_at_ms: int = 0
@@ -98,6 +103,15 @@ class Oracle:
     """Answers that were looked at, and whether they hold."""
     lied: set[LeaseId] = field(default_factory=set[LeaseId])
     """Leases whose worker delivered something else than it had committed to."""
+    doubled: int = 0
+    """Second leases that were granted."""
+    classes: dict[LeaseId, str] = field(default_factory=dict[LeaseId, str])
+    """Execution class of each commitment."""
+    answered: dict[TaskId, tuple[LeaseId, Digest | None]] = field(
+        default_factory=dict[TaskId, tuple[LeaseId, Digest | None]]
+    )
+    """Who delivered a task, and what."""
+    agreements: Counter[e.Agreement] = field(default_factory=Counter[e.Agreement])
 
     def new_life(self) -> None:
         """A fresh coordinator starts: the streams of the old one are gone."""
@@ -110,6 +124,7 @@ class Oracle:
         self.sequence += 1
         if self.ticks and not isinstance(event, e.Restarted | e.LeaseEnded):
             self._check_graces(at_ms)
+            self._check_rests(at_ms)
         match event:
             case e.JobSubmitted():
                 key = (event.account_id, event.idempotency_key)
@@ -149,12 +164,12 @@ class Oracle:
             case e.WorkerStruck():
                 _must(event.worker_id in self.blamed, "a worker was blamed for what is not its fault")
                 self.blamed.discard(event.worker_id)
-                self.resting.discard(event.worker_id)
+                self.resting.pop(event.worker_id, None)
                 if event.cool_ms:
-                    self.resting.add(event.worker_id)
+                    self.resting[event.worker_id] = at_ms + event.cool_ms
             case e.WorkerWarmed():
                 _must(event.worker_id in self.resting, "who does not rest came back")
-                self.resting.discard(event.worker_id)
+                del self.resting[event.worker_id]
             case e.Restarted():
                 self.away_since_ms = dict.fromkeys([*self.sessions.values(), *self.away_since_ms], at_ms)
                 self.sessions.clear()
@@ -170,8 +185,11 @@ class Oracle:
                 _must(event.lease_id in self.leases, "a lease that is over committed")
                 _must(self.leases[event.lease_id].output is None, "a lease committed twice")
                 self.leases[event.lease_id].output = event.output.digest
+                self.classes[event.lease_id] = event.execution_class
             case e.TaskSettled():
                 self._settle(event)
+            case e.LateLeaseSettled():
+                self._settle_late(event)
             case e.TaskAbandoned():
                 _must(not event.reason.startswith("lost "), "a task was lost so often that it was given up")
                 self._finish_task(event.task_id)
@@ -226,12 +244,21 @@ class Oracle:
             outlived = any(lease.worker_id in long_gone for lease in self.leases.values())
             _must(not outlived, "a lease outlived its worker's grace")
 
+    def _check_rests(self, at_ms: int) -> None:
+        if at_ms - self.restarted_at_ms > TICKS_MS:
+            late = any(at_ms - until_ms > TICKS_MS for until_ms in self.resting.values())
+            _must(not late, "a host rests longer than it should")
+
     def _move(self, event: e.JobStateChanged) -> None:
         job = self.jobs[event.job_id]
         _must(job.state not in JOB_STATES_FINAL, "a finished job moved")
         job.state = event.state
         if event.state in JOB_STATES_FINAL:
             self.ended_at[event.job_id] = self.sequence
+            self.ended_at_ms[event.job_id] = self.at_ms
+            for lease in self.leases.values():
+                if lease.task_id in self.answered and self.spans[lease.task_id][0] == event.job_id:
+                    lease.deadline_ms = min(lease.deadline_ms, self.at_ms + LATE_MS)
         if event.state is JobState.SUCCEEDED:
             _must(len(job.delivered) == job.rows, "a job succeeded without all of its rows")
 
@@ -257,6 +284,7 @@ class Oracle:
     def _grant(self, event: e.LeaseGranted) -> None:
         self._check_fit(event)
         _must(event.task_id not in self.over, "a task that is over was leased")
+        self.doubled += event.duplicate
         _must(event.fence > self.fences.get(event.task_id, 0), "a fence did not grow")
         _must(self.sessions.get(event.session_id) == event.worker_id, "a lease went to a closed session")
         _must(event.session_id not in self.dead_sessions, "a lease went to a stream of a coordinator that is no more")
@@ -266,7 +294,8 @@ class Oracle:
             _must(packed > 0 and packed == self.packs[event.task_id], "a lease carries no fresh packing")
         self.fences[event.task_id] = event.fence
         live = [lease for lease in self.leases.values() if lease.task_id == event.task_id]
-        _must(not live, "two live leases of one task")
+        _must(len(live) == event.duplicate, "two live leases of one task that are not told so, or three")
+        _must(all(lease.worker_id != event.worker_id for lease in live), "a worker was given its own task again")
         self.leases[event.lease_id] = SeenLease(event.task_id, event.worker_id, event.session_id, event.deadline_ms)
         held = sum(lease.worker_id == event.worker_id for lease in self.leases.values())
         _must(held <= self.windows[event.worker_id], "a worker holds more leases than its window")
@@ -279,6 +308,17 @@ class Oracle:
             self.blamed.add(lease.worker_id)
         if lease is not None and event.outcome is e.LeaseOutcome.EXPIRED:
             _must(at_ms >= lease.deadline_ms, "a lease expired before its deadline")
+        if lease is not None:
+            self._check_lateness(lease.task_id)
+
+    def _check_lateness(self, task_id: TaskId) -> None:
+        """Nobody is kept busy for long with rows that a finished job has."""
+        ended_at_ms = self.ended_at_ms.get(self.spans[task_id][0] or JobId(""), self.at_ms)
+        undisturbed = self.restarted_at_ms < ended_at_ms
+        _must(
+            not (self.ticks and undisturbed) or self.at_ms - ended_at_ms <= LATE_MS + TICKS_MS,
+            "a lease outlived its job for long",
+        )
 
     def _settle(self, event: e.TaskSettled) -> None:
         self._finish_task(event.task_id)
@@ -290,7 +330,29 @@ class Oracle:
         job_id, spans = self.spans[event.task_id]
         if job_id is not None:
             _must(lease.output is not None, "a lease settled without commitment")
+            self.answered[event.task_id] = (event.lease_id, lease.output)
             self._deliver(job_id, spans, event.cursor, lease.output)
+
+    def _settle_late(self, event: e.LateLeaseSettled) -> None:
+        lease = self.leases.pop(event.lease_id, None)
+        _must(lease is not None and lease.task_id == event.task_id, "a lease that is over settled late")
+        assert lease is not None
+        _must(lease.output is not None, "a lease settled late without commitment")
+        self.settled.add(event.lease_id)
+        _must(event.task_id in self.answered, "a lease settled late whose task nobody delivered")
+        delivered_by, output = self.answered[event.task_id]
+        _must(event.delivered_lease_id == delivered_by != event.lease_id, "a late lease names another delivery")
+        if self.classes[delivered_by] != self.classes[event.lease_id]:
+            expected = e.Agreement.INCOMPARABLE
+        else:
+            expected = e.Agreement.SAME if output == lease.output else e.Agreement.DIFFERENT
+        _must(event.agreement is expected, "a late commitment was compared wrongly")
+        self._check_lateness(event.task_id)
+        self.agreements[event.agreement] += 1
+
+    def late_out(self) -> bool:
+        """Whether a lease is out whose rows another one has delivered."""
+        return any(lease.task_id in self.answered for lease in self.leases.values())
 
     def _finish_task(self, task_id: TaskId) -> None:
         _must(task_id not in self.over, "a task was done twice")

@@ -18,9 +18,11 @@ from fallow_coordinator.core import commands as c
 from fallow_coordinator.core import (
     decide,
     draft,
+    duplicates,
     evolve_sessions,
     evolve_tasks,
     groups,
+    health,
     jobs,
     lanes,
     leases,
@@ -367,6 +369,86 @@ def no_amnesty(patch: pytest.MonkeyPatch) -> EngineBugs:
     return EngineBugs()
 
 
+def rests_never_end(patch: pytest.MonkeyPatch) -> EngineBugs:
+    """A host that failed too often is never tried again."""
+    patch.setattr(health, "warmed", lambda state, now_ms: [])
+    return EngineBugs()
+
+
+def late_leases_deliver_again(patch: pytest.MonkeyPatch) -> EngineBugs:
+    """Rows that are there are delivered once more."""
+
+    def wrong(self: draft.Draft, task: Task, lease: Lease, answer: Any, **rest: Any) -> None:
+        self.settle(task, lease, rows_failed=0)
+
+    patch.setattr(draft.Draft, "settle_late", wrong)
+    return EngineBugs()
+
+
+def late_leases_always_agree(patch: pytest.MonkeyPatch) -> EngineBugs:
+    """Nobody looks what a late commitment says."""
+    right = draft.Draft.settle_late
+
+    def wrong(self: draft.Draft, *rest: Any, **more: Any) -> None:
+        right(self, *rest, **more)
+        for index, event in enumerate(self.events):
+            if isinstance(event, e.LateLeaseSettled):
+                self.events[index] = replace(event, agreement=e.Agreement.SAME)
+
+    patch.setattr(draft.Draft, "settle_late", wrong)
+    return EngineBugs()
+
+
+def late_leases_stay(patch: pytest.MonkeyPatch) -> EngineBugs:
+    """Who is late keeps on working long after the job has ended."""
+    from fallow_coordinator.core import evolve_jobs
+
+    patch.setattr(evolve_jobs, "move_deadline", lambda state, lease, deadline_ms: None)
+    return EngineBugs()
+
+
+def a_worker_outruns_itself(patch: pytest.MonkeyPatch) -> EngineBugs:
+    """A late task is given to the very worker that has it."""
+    right = duplicates._taker
+
+    def wrong(state: State, job: Job, straggler: duplicates.Straggler, taken: set[PartyId]) -> Worker | None:
+        holder = state.workers[straggler.lease.worker_id]
+        return holder if holder.free else right(state, job, straggler, taken)
+
+    patch.setattr(duplicates, "_taker", wrong)
+    return EngineBugs()
+
+
+def input_goes_with_the_first_of_two_leases(patch: pytest.MonkeyPatch) -> EngineBugs:
+    """The input of a task in two hands is dropped when one of them is done."""
+    right = evolve_tasks._release
+
+    def wrong(state: State, lease_id: LeaseId, outcome: e.LeaseOutcome | None) -> Task:
+        task = right(state, lease_id, outcome)
+        if task.input is not None and not task.input_inline:
+            state.ended_leases[lease_id] = replace(state.ended_leases[lease_id], input=task.input.digest)
+        return task
+
+    patch.setattr(evolve_tasks, "_release", wrong)
+    return EngineBugs()
+
+
+def the_other_lease_is_forgotten(patch: pytest.MonkeyPatch) -> EngineBugs:
+    """When one of two leases ends its task is tried again, whatever the other one does."""
+    patch.setattr(draft.Draft, "_other_live", lambda self, task, lease: None)
+    right = evolve_tasks._end
+
+    def wrong(state: State, event: e.LeaseEnded, at_ms: int) -> None:
+        task = state.tasks[state.leases[event.lease_id].task_id]
+        right(state, event, at_ms)
+        if task.lease_id is not None and task.answer is None:
+            task.lease_id = None
+            evolve_tasks._wait(state, task, at_ms)
+
+    patch.setattr(evolve_tasks, "_end", wrong)
+    return EngineBugs()
+
+
 def fleets_idle_beside_work(patch: pytest.MonkeyPatch) -> EngineBugs:
     """Stock that was leased is never made anew."""
     patch.setattr(lanes, "_unstock", lambda state, task: None)
@@ -405,4 +487,11 @@ PLANTED: tuple[Plant, ...] = (
     owners_are_blamed,
     no_amnesty,
     fleets_idle_beside_work,
+    rests_never_end,
+    late_leases_deliver_again,
+    late_leases_always_agree,
+    late_leases_stay,
+    a_worker_outruns_itself,
+    input_goes_with_the_first_of_two_leases,
+    the_other_lease_is_forgotten,
 )

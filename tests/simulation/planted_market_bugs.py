@@ -156,6 +156,28 @@ def tasks_of_a_job_without_funds_are_forgotten(patch: pytest.MonkeyPatch) -> Eng
     return EngineBugs()
 
 
+def late_leases_keep_their_reservation(patch: pytest.MonkeyPatch) -> EngineBugs:
+    """What a late lease does not cost comes back to nobody."""
+    patch.setattr(postings, "_left_over", lambda job, microcredits: ())
+    return EngineBugs()
+
+
+def jobs_give_back_what_late_leases_may_cost(patch: pytest.MonkeyPatch) -> EngineBugs:
+    """The end of a job leaves nothing to pay those who are late."""
+    right = postings._POSTINGS[e.JobStateChanged]
+
+    def wrong(state: State, event: e.JobStateChanged) -> tuple[Posting, ...]:
+        job = state.jobs[event.job_id]
+        reserved, job.reserved_microcredits = job.reserved_microcredits, 0
+        try:
+            return right(state, event)
+        finally:
+            job.reserved_microcredits = reserved
+
+    patch.setitem(postings._POSTINGS, e.JobStateChanged, wrong)
+    return EngineBugs()
+
+
 PLANTED: tuple[Plant, ...] = (
     pays_twice,
     reservation_leaks,
@@ -172,4 +194,6 @@ PLANTED: tuple[Plant, ...] = (
     overdrafts_are_allowed,
     strangers_work_for_nothing,
     tasks_of_a_job_without_funds_are_forgotten,
+    late_leases_keep_their_reservation,
+    jobs_give_back_what_late_leases_may_cost,
 )

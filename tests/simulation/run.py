@@ -92,6 +92,30 @@ class Weather:
         return c.RecordForecasts(now_ms - now_ms % 3_600_000, told, "dice")
 
 
+class Sloth:
+    """Who is slow in one seed, with dice of its own: tasks that take far too long, machines of two kinds, bad hosts."""
+
+    def __init__(self, seed: int) -> None:
+        self._dice = random.Random(f"sloth {seed}")
+        self._often = self._dice.choice((0.0, 0.3, 0.6))
+        self._kinds = self._dice.random() < 0.3
+        self._broken = "worker-1" if self._dice.random() < 0.15 else ""
+
+    def breaks(self, worker: str) -> bool:
+        """Whether a task fails by the fault of this host, which is a bad one."""
+        return worker == self._broken and self._dice.random() < 0.9
+
+    def more_ms(self, kind: TaskKind) -> int:
+        """How much longer a task takes."""
+        if kind is not TaskKind.MAP or self._dice.random() >= self._often:
+            return 0
+        return self._dice.choice((8_000, 20_000, 45_000, 200_000))
+
+    def execution_class(self, worker: str) -> str:
+        """What a worker says of its numerics."""
+        return f"test {sum(worker.encode()) % 2}" if self._kinds else "test"
+
+
 class Simulation:
     """The world of one seed."""
 
@@ -118,6 +142,7 @@ class Simulation:
         )
         self.program_crashes = dice.random() < 0.1
         self.weather = Weather(seed)
+        self.sloth = Sloth(seed)
         self.unit_micros_per_row = dice.choice((20_000, 100_000, 400_000))
         self.clients = [self._client(number) for number in range(dice.randint(1, 3))]
         self.coordinator = self._new_life()
@@ -247,6 +272,10 @@ class Simulation:
             self.schedule.after(self.schedule.between(100, 8_000), self._restart)
         self.schedule.after(1_000, self._second)
 
+    def host_breaks(self, worker: str) -> bool:
+        """Whether a task fails now by its host's own fault."""
+        return self.schedule.now_ms < FAULTS_END_MS and self.sloth.breaks(worker)
+
     def _quarantine(self, worker_id: PartyId) -> None:
         self.coordinator.submit(c.QuarantineWorker(worker_id, "odd"), _ignore)
 
@@ -365,10 +394,11 @@ class Simulation:
     # ---------------------------------------------------------------------------------------------- the end
 
     def done(self) -> bool:
-        """Faults are over, the coordinator is up, every worker is connected and every client's job has ended."""
+        """Faults are over, the coordinator is up, every worker is connected, every job has ended, nobody is late."""
         ended = all(client.state in JOB_STATES_FINAL for client in self.clients)
         connected = all(worker.link is not None and worker.link.session_id for worker in self.workers)
-        return ended and connected and self.schedule.now_ms >= FAULTS_END_MS and self.coordinator.alive
+        quiet = self.schedule.now_ms >= FAULTS_END_MS and not self.disk.oracle.late_out()
+        return ended and connected and quiet and self.coordinator.alive
 
     def run(self) -> None:
         """Runs to the end and judges it."""

@@ -198,7 +198,8 @@ class SimulatedWorker:
         work = self.held[lease.lease_id] = Work(lease, taken_at_ms=self.schedule.now_ms)
         life = self.life
         self.schedule.after(
-            self.schedule.between(20, 2_500), lambda: self._finish(work) if self.life == life and self.alive else None
+            self.schedule.between(20, 2_500) + self.simulation.sloth.more_ms(lease.kind),
+            lambda: self._finish(work) if self.life == life and self.alive else None,
         )
 
     def _finish(self, work: Work) -> None:
@@ -207,6 +208,11 @@ class SimulatedWorker:
             return
         if self.schedule.chance(self.simulation.faults.task_trouble):
             self._trouble(work)
+        elif lease.kind is TaskKind.MAP and self.simulation.host_breaks(self.name):
+            self.held.pop(lease.lease_id)
+            self._tell(
+                lambda s: c.FailTask(s, lease.worker_id, lease.lease_id, lease.fence, Cause.WORKER, "it is a bad host")
+            )
         elif lease.kind is TaskKind.INSPECT:
             self._report(work)
         elif lease.kind is TaskKind.CHECK:
@@ -216,6 +222,9 @@ class SimulatedWorker:
             self._commit(work)
         else:
             assert lease.input is not None
+            live = lease.lease_id in self.simulation.disk.oracle.leases
+            if live and lease.input.digest in self.simulation.blobs.dropped:
+                raise SimulationError("the input of a live lease was dropped")
             rows = self.simulation.blobs.rows[lease.input.digest]
             work.output = tuple(answer_of(row) for row in rows)
             self._commit(work)
@@ -309,7 +318,7 @@ class SimulatedWorker:
                 inline=inline,
                 failures=failures,
                 usage=usage,
-                execution_class="test",
+                execution_class=self.simulation.sloth.execution_class(self.name),
                 message_digest=root,
                 signature=b"",
                 sequence=1,

@@ -29,7 +29,7 @@ from fallow.session import Cause, TaskKind, Usage
 from fallow.wire.bundle import encode_manifest
 from fallow.wire.schema import encode_schema
 from fallow_coordinator.core import commands as c
-from fallow_coordinator.core import invariants
+from fallow_coordinator.core import invariants, measuring
 from fallow_coordinator.core.devices import identity_of, measured, speed_measured
 from fallow_coordinator.core.measuring import elapsed_ms, sized
 from fallow_coordinator.core.questions import device_standing, lease_to_send, workers
@@ -261,3 +261,25 @@ def _commit(took: int, round_trip: int) -> c.Commit:
         execution_class="", message_digest=digest_of(b""), signature=b"", sequence=1, stored=stored, elapsed_ms=took,
         round_trip_ms=round_trip,
     )  # fmt: skip
+
+
+async def test_a_tick_looks_at_so_many_workers_and_at_all_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measuring, "WORKERS_LOOKED_AT_MAX", 2)
+    here = Measuring()
+    await here.begin()
+    others = [await here.world.volunteer(f"other {number}") for number in range(6)]
+    for number, other in enumerate(others):
+        device = replace(CPU, device_id=f"cpu-{number}")
+        await here.capability(other, (device,), KINDS)
+    state = here.world.engine.state
+    await here.pass_ms(60_000)
+    issued = len(state.challenges)
+    assert issued <= 2
+    for _ in range(60):
+        await here.pass_ms(1_000)
+        assert len(state.challenges) - issued <= 2
+        issued = len(state.challenges)
+    assert {challenge.worker_id for challenge in state.challenges.values()} == {
+        here.worker.worker_id,
+        *(other.worker_id for other in others),
+    }

@@ -184,9 +184,8 @@ def test_forged_segment_is_found_though_leaf_and_digests_fit(sealed: Path) -> No
     shelf = SegmentShelf(sealed)
     segment = shelf.segments()[0]
     records = read_records(segment)
-    forged = replace(records[4], salt=bytes(16))
-    records[4] = replace(
-        forged,
+    forged = records[4]._replace(salt=bytes(16))
+    records[4] = forged._replace(
         leaf=leaf_of(salt=forged.salt, sequence=5, at_ms=forged.at_ms, epoch=forged.epoch, event=forged.event),
     )
     header, _ = read_header(segment)

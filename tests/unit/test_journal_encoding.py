@@ -157,6 +157,7 @@ def test_numbers_of_kinds_are_for_ever() -> None:
         "blobs_forgotten": 35,
         "blob_quota_set": 36,
         "worker_struck": 40,
+        "late_lease_settled": 42,
         "worker_warmed": 41,
         "account_admitted": 75,
         "account_expelled": 76,
@@ -190,6 +191,7 @@ def test_numbers_of_kinds_are_for_ever() -> None:
         "worker_trusted": 99,
         "assurance_accepted": 100,
         "audit_given_up": 101,
+        "deviations_learned": 110,
     }
 
 

@@ -24,7 +24,13 @@ from fallow_coordinator.ports import StorageFailed, WriterFenced
 from fallow_coordinator.store import sqlite
 from fallow_coordinator.store.journal_reader import JOURNAL_FILE, JournalReader
 from fallow_coordinator.store.journal_tree import JournalTree
-from fallow_coordinator.store.sealed_segments import Segment, SegmentShelf, read_header, read_records
+from fallow_coordinator.store.sealed_segments import (
+    FULL_SEGMENTS_MAX,
+    Segment,
+    SegmentShelf,
+    read_header,
+    read_records,
+)
 from fallow_coordinator.store.sqlite import SqliteStore
 from fallow_coordinator.store.stored_record import StoredRecord
 
@@ -146,6 +152,58 @@ def test_nothing_leaves_the_database_that_is_not_sealed(store: SqliteStore, tmp_
     assert not unsigned.seal_step(), "nobody signs"
     unsigned.close()
     assert let_go(store) == 0
+
+
+def test_records_that_were_just_put_into_the_views_are_sealed_without_being_read_again(
+    store: SqliteStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    follower = Follower(tmp_path, SETTINGS, SIGN)
+    follower.catch_up()
+    follower.write_snapshot()
+    while follower.seal_step():
+        pass
+    read: list[int] = []
+    stored = JournalReader.stored
+
+    def noted(self: JournalReader, *, after_sequence: int, limit: int) -> list[StoredRecord]:
+        found = stored(self, after_sequence=after_sequence, limit=limit)
+        read.extend(record.sequence for record in found)
+        return found
+
+    monkeypatch.setattr(JournalReader, "stored", noted)
+    grow(store, 20)
+    follower.catch_up()
+    assert not follower.seal_step(), "what is full waits for a snapshot that covers it"
+    assert SegmentShelf(tmp_path).holding(33) is None
+    follower.write_snapshot()
+    while follower.seal_step():
+        pass
+    follower.close()
+    assert read == list(range(41, 61)), "each once"
+    shelf = SegmentShelf(tmp_path)
+    sealed = [record for segment in shelf.segments() for record in read_records(segment)]
+    assert sealed == all_records(tmp_path)[:48]
+
+
+def test_only_so_many_segments_are_made_ahead_of_the_snapshot(store: SqliteStore, tmp_path: Path) -> None:
+    follower = Follower(tmp_path, SETTINGS, SIGN)
+    follower.catch_up()
+    follower.write_snapshot()
+    while follower.seal_step():
+        pass
+    grow(store, 100)
+    follower.catch_up()
+    while follower.seal_step():
+        pass
+    sealing = follower._sealing
+    assert sealing is not None and sealing.room == 0
+    assert sealing.next_sequence == 33 + FULL_SEGMENTS_MAX * 16, "the rest stays in the database"
+    follower.write_snapshot()
+    while follower.seal_step():
+        pass
+    follower.close()
+    assert SegmentShelf(tmp_path).segments()[-1].last == 128
+    assert let_go(store) == 128
 
 
 def test_segment_of_another_journal_takes_no_record_out(store: SqliteStore, tmp_path: Path) -> None:

@@ -324,6 +324,18 @@ def test_snapshots_are_due_by_records_and_by_time_and_rest_between(folder: Path)
     by_time.close()
 
 
+def test_snapshots_take_a_small_part_of_the_time_until_a_start_would_take_long(folder: Path) -> None:
+    shutil.rmtree(folder / "snapshots")
+    for late, waited_s, is_due in ((10**6, 18.0, False), (10**6, 20.0, True), (10, 3.0, False), (10, 5.0, True)):
+        follower = Follower(
+            folder, FollowerSettings(snapshot_records=10, snapshot_records_late=late, snapshot_rest_ms=0)
+        )
+        follower._snapshot_took_s = 1.0
+        follower._snapshot_tried_s -= waited_s
+        assert follower.snapshot_is_due() is is_due, (late, waited_s)
+        follower.close()
+
+
 def test_full_disk_costs_a_snapshot_and_no_view(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -14,10 +14,10 @@ from typing import Any
 
 from fallow.errors import FallowError, Reason
 from fallow.limits import GIB, LEASES_PER_WORKER_MAX
+from fallow.region import REGION_RULE, is_region
 from fallow.session import SANDBOX_ORDER, SandboxLevel, TaskKind
 from fallow.shown_text import log_to_stderr, shown
 
-REGION_LENGTH_MAX = 64
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
 
@@ -384,8 +384,8 @@ def _seconds(text: str) -> float:
 
 
 def _region(text: str) -> str:
-    if not 1 <= len(text) <= REGION_LENGTH_MAX or not text.isprintable():
-        raise argparse.ArgumentTypeError(f"1 to {REGION_LENGTH_MAX} printable characters, such as de or us-east")
+    if not is_region(text):
+        raise argparse.ArgumentTypeError(REGION_RULE)
     return text
 
 

@@ -71,6 +71,7 @@ from fallow_worker.heap import give_back
 from fallow_worker.link import After, Greeting, after, goodbye_error
 from fallow_worker.output import clipped, told
 from fallow_worker.ports import Executor, Outcome, Work
+from fallow_worker.refereeing import Spreads, refereed
 from fallow_worker.renewal import Renewal
 from fallow_worker.transfers import Blobs, Inputs, Transfers, trouble_of, with_blob_endpoint
 
@@ -164,6 +165,7 @@ class Daemon:
         self._inputs: dict[LeaseId, Inputs] = {}
         self._outputs: dict[LeaseId, bytes] = {}
         self._rows_done: dict[LeaseId, int] = {}
+        self._spreads = Spreads()
         self._committed_at: dict[LeaseId, float] = {}
         """When a commitment that nobody has answered yet was said last."""
         self._release: asyncio.Task[None] | None = None
@@ -508,6 +510,7 @@ class Daemon:
             slots=lease.slots,
             challenge=lease.challenge,
         )
+        candidates = inputs.candidates
         del inputs
         if self._release is not None:
             await self._release
@@ -516,6 +519,8 @@ class Daemon:
         def progress(rows_done: int) -> None:
             self._rows_done[lease.lease_id] = rows_done
 
+        if lease.kind is TaskKind.REFEREE:
+            return await refereed(self._executor, work, lease, candidates, progress, self._spreads)
         return await self._executor.run(work, progress)
 
     def _run_failed(self, lease_id: LeaseId, cause: Cause, reason: str) -> RunFailed:

@@ -15,7 +15,7 @@ from fallow.limits import (
     ROW_FAILURES_LISTED_PER_TASK_MAX,
 )
 from fallow.row_block import RowBlock
-from fallow.session import BlobReference, Cause, Checked, Commitment, Inspection, Lease, RowFailure
+from fallow.session import BlobReference, Cause, Checked, Commitment, Inspection, Lease, Refereed, RowFailure
 from fallow_worker.executor import WorkFailed
 from fallow_worker.ports import Outcome
 
@@ -23,16 +23,25 @@ _HASHED_ON_THE_SPOT_BYTES: Final = 64 * KIB
 """Smaller blocks are hashed faster than a thread is asked to."""
 
 
-async def told(lease: Lease, outcome: Outcome) -> Commitment | Inspection | Checked:
-    """What to say of an outcome: a commitment over its output block, its report or verdict. Raises WorkFailed."""
+async def told(lease: Lease, outcome: Outcome) -> Commitment | Inspection | Checked | Refereed:
+    """What to say of an outcome: a commitment over its output block, its report, verdict or findings.
+
+    Raises WorkFailed.
+    """
     if outcome.verdict is not None:
         verdict = replace(outcome.verdict, reason=clipped(outcome.verdict.reason))
         return Checked(lease.lease_id, lease.fence, verdict)
     if outcome.report is not None:
         return Inspection(lease.lease_id, lease.fence, outcome.report, outcome.usage)
     if len(outcome.output_block) <= _HASHED_ON_THE_SPOT_BYTES:
-        return commitment(lease, outcome)
-    return await asyncio.to_thread(commitment, lease, outcome)
+        bound = commitment(lease, outcome)
+    else:
+        bound = await asyncio.to_thread(commitment, lease, outcome)
+    if not outcome.findings:
+        return bound
+    return Refereed(
+        lease.lease_id, lease.fence, bound.output_root, outcome.findings, outcome.execution_class, outcome.usage
+    )
 
 
 def commitment(lease: Lease, outcome: Outcome) -> Commitment:

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from fallow.bundle import InspectionReport
 from fallow.challenge import ChallengePlan, ChallengeVerdict
+from fallow.comparison import RowFinding, Spread, ToleranceProfile
 from fallow.ids import Digest, LeaseId
 from fallow.session import Capability, RowFailure, TaskKind, Usage
 
@@ -24,6 +25,33 @@ class LoadedBundle:
     slot_dependent: bool
     memory_bytes_peak: int
     """From the inspection; the child's memory limit follows from it."""
+
+
+@dataclass(frozen=True, slots=True)
+class CandidateRows:
+    """Output rows of workers, to be put beside a referee's."""
+
+    block: bytes
+    rows: tuple[int, ...]
+    """Rows of the lease that the block's rows answer."""
+    class_numbers: tuple[int, ...]
+    """The class of each: its place in `RefereeWork.execution_classes`."""
+
+
+@dataclass(frozen=True, slots=True)
+class RefereeWork:
+    """What a referee compares, once it has run the rows itself."""
+
+    own_block: bytes
+    """The referee's output rows."""
+    own_class: str
+    candidates: tuple[CandidateRows, ...]
+    execution_classes: tuple[str, ...]
+    profiles: tuple[ToleranceProfile, ...] = ()
+    spread: Spread | None = None
+    """The bundle's, when an earlier lease has measured it."""
+    runs_program: bool = True
+    """False: compare without running the program in other forms, because it did not survive that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +72,14 @@ class Work:
     slots: tuple[int, ...] = ()
     challenge: ChallengePlan | None = None
     """Of a challenge, and of the check of an answer, which then is `input_block`."""
+    referee: RefereeWork | None = None
+    """Of the second half of a referee's lease; the first is a map."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Output rows and what they took. Only one of `output_block`, `report` and `verdict` is set."""
+    """Output rows and what they took. Only one of `output_block`, `report` and `verdict` is set,
+    but a referee's rows come with its findings."""
 
     output_block: bytes
     failures: tuple[RowFailure, ...]
@@ -56,6 +87,9 @@ class Outcome:
     execution_class: str
     report: InspectionReport | None = None
     verdict: ChallengeVerdict | None = None
+    findings: tuple[RowFinding, ...] = ()
+    spread: Spread | None = None
+    """The bundle's, when the referee has measured it."""
 
 
 class Executor(Protocol):

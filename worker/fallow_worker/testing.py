@@ -19,6 +19,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.x509.oid import NameOID
 
+from fallow.comparison import CandidateFinding, Finding, RowFinding
 from fallow.credentials import Credentials, key_of_folder
 from fallow.errors import FallowError, Reason
 from fallow.explanation import WorkerExplanation
@@ -50,7 +51,7 @@ from fallow.v1 import worker_service_pb2_grpc
 from fallow.wire.errors import ERROR_METADATA_KEY, encode_error
 from fallow.wire.explanation import worker_explanation_to_message
 from fallow.wire.session import decode_worker_message, encode_coordinator_message
-from fallow_worker.ports import Outcome, Work
+from fallow_worker.ports import Outcome, RefereeWork, Work
 
 _Message = TypeVar("_Message")
 PATIENCE_S = 20.0
@@ -60,7 +61,7 @@ PATIENCE_S = 20.0
 
 
 class FakeExecutor:
-    """Gives every row back reversed. Runs wait for `gate`; `failures` fail the leases they name."""
+    """Gives every row back reversed; referees by bytes. Runs wait for `gate`; `failures` fail the leases they name."""
 
     def __init__(self, *, slots: int = 1, level: SandboxLevel = SandboxLevel.FULL) -> None:
         """Says it has one CPU with `slots` slots."""
@@ -97,6 +98,8 @@ class FakeExecutor:
                 raise self.next_failures.pop(0)
             if work.lease_id in self.failures:
                 raise self.failures[work.lease_id]
+            if work.referee is not None:
+                return Outcome(b"", (), Usage(), "made-up", findings=_by_bytes(work.referee, work.rows))
             block = RowBlock.parse(work.input_block)
             progress(len(block))
             rows = [bytes(row)[::-1] for row in block]
@@ -115,6 +118,16 @@ class FakeExecutor:
     async def stop(self) -> None:
         """Remembers."""
         self.stopped = True
+
+
+def _by_bytes(task: RefereeWork, rows: int) -> tuple[RowFinding, ...]:
+    """Findings of a comparison by bytes alone."""
+    own = RowBlock.parse(task.own_block)
+    by_row = [[CandidateFinding(None)] * len(task.candidates) for _ in range(rows)]
+    for index, candidate in enumerate(task.candidates):
+        for row, theirs in zip(candidate.rows, RowBlock.parse(candidate.block), strict=True):
+            by_row[row][index] = CandidateFinding(Finding.EQUAL if theirs == own[row] else Finding.WRONG)
+    return tuple(RowFinding(row, tuple(found)) for row, found in enumerate(by_row))
 
 
 # ------------------------------------------------------------------------------------------------- blobs

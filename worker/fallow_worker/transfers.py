@@ -14,7 +14,7 @@ from fallow.channel import blob_channel
 from fallow.credentials import Credentials
 from fallow.errors import FallowError, Reason
 from fallow.ids import LeaseId, digest_of
-from fallow.session import BlobReference, BundleOffer, Lease, SignedBytes
+from fallow.session import BlobReference, BundleOffer, Candidate, Lease, SignedBytes
 from fallow_worker.bundle_cache import BundleCache
 from fallow_worker.core.happenings import FetchTrouble
 from fallow_worker.network import NetworkMeter
@@ -77,6 +77,8 @@ class Inputs:
     bundle: LoadedBundle
     block: bytes
     """Empty for inspections."""
+    candidates: tuple[bytes, ...] = ()
+    """Of a referee's lease: the blocks to compare with."""
 
 
 @dataclass(slots=True)
@@ -115,7 +117,8 @@ class Transfers:
                 )
             else:
                 bundle = await self._cache.bundle(offer, blobs, lease.lease_id)
-            return Inputs(bundle, await self._input(lease, blobs))
+            block = await self._input(lease, blobs)
+            return Inputs(bundle, block, tuple([await self._candidate(one, blobs) for one in lease.candidates]))
 
     async def upload(self, grant: SignedBytes, output: bytes) -> SignedBytes:
         """The receipt of a stored output. Raises FallowError."""
@@ -150,15 +153,21 @@ class Transfers:
     async def _input(self, lease: Lease, blobs: Blobs) -> bytes:
         if lease.input is None:
             return b""
-        if lease.inline_input:
-            if digest_of(lease.inline_input) != lease.input.digest:
-                raise FallowError(Reason.DIGEST_MISMATCH, "the inline input is not the one that the lease names")
-            self.counts.inline_bytes_fetched += len(lease.inline_input)
-            return lease.inline_input
-        if lease.input_grant is None:
-            raise FallowError(Reason.GRANT_EXPIRED, "the lease came without a grant for its input")
+        return await self._block(lease.input, lease.inline_input, lease.input_grant, blobs)
+
+    async def _candidate(self, candidate: Candidate, blobs: Blobs) -> bytes:
+        return await self._block(candidate.block, candidate.inline_block, candidate.grant, blobs)
+
+    async def _block(self, named: BlobReference, inline: bytes, grant: SignedBytes | None, blobs: Blobs) -> bytes:
+        if inline:
+            if digest_of(inline) != named.digest:
+                raise FallowError(Reason.DIGEST_MISMATCH, "an inline block is not the one that the lease names")
+            self.counts.inline_bytes_fetched += len(inline)
+            return inline
+        if grant is None:
+            raise FallowError(Reason.GRANT_EXPIRED, "the lease came without a grant for one of its blocks")
         began = time.monotonic()
-        block = await blobs.get(lease.input_grant, lease.input)
+        block = await blobs.get(grant, named)
         self.network.received(len(block), time.monotonic() - began)
         self.counts.blob_bytes_fetched += len(block)
         return block

@@ -32,7 +32,7 @@ def status(state: Path, as_json: bool) -> None:
         ("commitments", str(now.commitments)),
         ("leases sent", f"{sum(now.assign_buckets)}, 99 % within {quantile_ms(now.assign_buckets, 0.99):.1f} ms"),
         ("journal", f"{now.journal_sequence} records, {now.commits} commits, epoch {now.epoch}"),
-        ("views", f"{now.view_sequence} records"),
+        ("views", f"{now.view_sequence} records, {max(0, now.journal_sequence - now.view_sequence)} behind"),
         ("memory", f"{now.resident_bytes // (1024 * 1024)} MiB"),
     ]
     tell(now, as_json, "\n".join(f"{name:18} {value}" for name, value in rows))

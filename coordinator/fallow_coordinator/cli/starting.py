@@ -9,17 +9,13 @@ import json
 import signal
 import sys
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import click
 
 from fallow.identity import write_private
 from fallow.shown_text import log_to_stderr
 from fallow_coordinator.cli.options import DurationType, json_option, state_option
-
-COLLECTOR_THRESHOLDS: Final = (10_000, 20, 100)
-"""Python's garbage collector looks for cycles this rarely: a busy writer makes much that is free at once and little
-that is not, and with the usual thresholds the search took a seventh of its time."""
 
 
 @click.command()
@@ -142,7 +138,7 @@ def start(
 ) -> None:
     """Starts a coordinator; the first start makes its keys and journal. Ctrl-C stops it and everything it started."""
     from fallow_coordinator.blobs.bucket import BucketPlace
-    from fallow_coordinator.config import MIB, CollectionSettings
+    from fallow_coordinator.config import COLLECTOR_THRESHOLDS, MIB, CollectionSettings
     from fallow_coordinator.coordinator import StartOptions
     from fallow_coordinator.core.commands import MeasuringRules
 

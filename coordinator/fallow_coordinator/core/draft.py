@@ -8,13 +8,15 @@ from fallow.credits import PoolMode
 from fallow.errors import Reason
 from fallow.ids import Digest, JobId, LeaseId, PartyId, TaskId
 from fallow.job import JOB_STATES_FINAL, Footprint, JobState
-from fallow.limits import ROW_FAILURE_REASON_BYTES_MAX, TASK_ATTEMPTS_MAX
-from fallow.session import Cause, TaskKind
+from fallow.limits import ROW_FAILURE_REASON_BYTES_MAX, ROW_FAILURES_LISTED_PER_TASK_MAX, TASK_ATTEMPTS_MAX
+from fallow.session import Cause, RowFailure, TaskKind
 from fallow_coordinator.core.devices import challenge_of, ended
+from fallow_coordinator.core.duplicate_events import Agreement
 from fallow_coordinator.core.events import (
     CommitmentRecorded,
     Event,
     JobStateChanged,
+    LateLeaseSettled,
     LeaseEnded,
     LeaseOutcome,
     TaskAbandoned,
@@ -22,11 +24,12 @@ from fallow_coordinator.core.events import (
     TaskSettled,
 )
 from fallow_coordinator.core.evolve_tasks import MEASURING_KINDS, counts_as_attempt
+from fallow_coordinator.core.footprints import footprint_of
 from fallow_coordinator.core.funding import is_short, resumed, settlement, short_of_allotment
 from fallow_coordinator.core.health import is_strike, struck
 from fallow_coordinator.core.learning import inspected_unit_micros, learned
 from fallow_coordinator.core.limits import TASK_LOSSES_MAX
-from fallow_coordinator.core.state import Job, Lease, State, Task
+from fallow_coordinator.core.state import Answer, Job, Lease, State, Task
 from fallow_coordinator.core.timings import NO_TIMING, Timing
 
 
@@ -51,6 +54,8 @@ class Draft:
         self._tasks_gone: set[TaskId] = set()
         self._struck: set[PartyId] = set()
         self._resumed: set[JobId] = set()
+        self._left_out: list[Lease] = []
+        """Leases whose tasks were delivered by other leases in this draft."""
 
     def end_lease(self, lease: Lease, outcome: LeaseOutcome, cause: Cause, reason: str) -> None:
         """Ends a lease without result; its task is tried again, or given up when it has been tried often enough."""
@@ -67,11 +72,19 @@ class Draft:
         if task.kind in MEASURING_KINDS:
             self._drop_measurement(task, outcome, cause, reason)
             return
+        if task.answer is not None or self._other_live(task, lease) is not None:
+            # Its rows are delivered, or in other hands: there is nothing to try again.
+            return
         if counts_as_attempt(outcome, cause):
             if task.attempts + 1 >= TASK_ATTEMPTS_MAX:
                 self.abandon(task, cause, reason)
         elif task.losses + 1 >= TASK_LOSSES_MAX:
             self.abandon(task, cause, f"lost {TASK_LOSSES_MAX} times, last: {reason}")
+
+    def _other_live(self, task: Task, lease: Lease) -> Lease | None:
+        """The task's other lease, unless it has ended."""
+        other_id = task.other_lease_id(lease.lease_id)
+        return None if other_id is None or other_id in self._leases_ended else self._state.leases[other_id]
 
     def _drop_measurement(self, task: Task, outcome: LeaseOutcome, cause: Cause, reason: str) -> None:
         """A challenge or a check is never tried again as such: the next look decides anew."""
@@ -143,8 +156,71 @@ class Draft:
             told = learned(bundle, inspected=inspected_unit_micros(job, task), worked=timing.worked_unit_micros)
             self.events += [told] if told is not None else []
         self._given_back(task, lease.reserved_microcredits - got.microcredits)
+        other = self._other_live(task, lease)
+        if other is not None and other.commitment is not None:
+            self.settle_late(task, other, self._answer(lease))
+        elif other is not None:
+            self._left_out.append(other)
         if task.job_id is not None and tally is not None:
             self._judge(self._state.jobs[task.job_id], tally)
+
+    def settle_late(
+        self,
+        task: Task,
+        lease: Lease,
+        answer: Answer,
+        *,
+        footprint: Footprint = Footprint(),  # noqa: B008 - frozen
+        timing: Timing = NO_TIMING,
+    ) -> None:
+        """A lease has committed to rows that `answer` delivered: compared and paid, and nothing is delivered again.
+
+        What nobody could compare, or contradicts, is paid as pending whatever the worker's tier: no byte of it was
+        uploaded.
+        """
+        self._leases_ended.add(lease.lease_id)
+        mine = self._answer(lease)
+        if lease.commitment is not None:
+            spent, measured = lease.commitment.millijoules, lease.commitment.energy_measured
+            footprint = footprint_of(self._state, lease, spent, measured=measured, now_ms=self._state.clock_ms)
+        if mine.execution_class != answer.execution_class:
+            agreement = Agreement.INCOMPARABLE
+        else:
+            agreement = Agreement.SAME if mine.output_root == answer.output_root else Agreement.DIFFERENT
+        listed = self._failures_of(lease)
+        # A full list may be a part of it, and nobody has counted.
+        rows_failed = task.rows if len(listed) >= ROW_FAILURES_LISTED_PER_TASK_MAX else len(listed)
+        got = settlement(self._state, task, lease, rows_failed=rows_failed)
+        self.events.append(
+            LateLeaseSettled(
+                task_id=task.task_id,
+                lease_id=lease.lease_id,
+                delivered_lease_id=answer.lease_id,
+                agreement=agreement,
+                rows=task.rows,
+                rows_failed=rows_failed,
+                microcredits=got.microcredits,
+                released=got.released and agreement is Agreement.SAME,
+                contribution_microcredits=got.contribution_microcredits,
+                speed_milliunits_per_s=timing.speed_milliunits_per_s,
+                footprint=footprint,
+            )
+        )
+        self._given_back(task, lease.reserved_microcredits - got.microcredits)
+
+    def _answer(self, lease: Lease) -> Answer:
+        """What a lease is bound to, by a commitment from before or of this draft."""
+        known = lease.commitment or self._commitment_of(lease)
+        assert known is not None, "what settles was committed"
+        return Answer(lease.lease_id, known.output_root, known.execution_class)
+
+    def _failures_of(self, lease: Lease) -> tuple[RowFailure, ...]:
+        known = lease.commitment or self._commitment_of(lease)
+        return known.failures if known is not None else ()
+
+    def _commitment_of(self, lease: Lease) -> CommitmentRecorded | None:
+        made = (event for event in self.events if isinstance(event, CommitmentRecorded))
+        return next((event for event in made if event.lease_id == lease.lease_id), None)
 
     def _given_back(self, task: Task, microcredits: int) -> None:
         """A lease ended and left something of what it could have cost: jobs that lacked it try again."""
@@ -160,7 +236,7 @@ class Draft:
                 self.events.append(resumed(one))
 
     def finish(self, job: Job, state: JobState, reason: str, code: Reason | None) -> None:
-        """Ends a job: its leases are revoked, its tasks dropped."""
+        """Ends a job: its leases are revoked, its tasks dropped. Late leases of one that succeeded may still commit."""
         tally = self._tally(job.job_id)
         if tally.ended:
             return
@@ -169,23 +245,33 @@ class Draft:
             if task_id in self._tasks_gone:
                 continue
             self._tasks_gone.add(task_id)
-            lease_id = self._state.tasks[task_id].lease_id
-            if lease_id is not None and lease_id not in self._leases_ended:
-                self._leases_ended.add(lease_id)
-                self.events.append(
-                    LeaseEnded(
-                        lease_id=lease_id,
-                        outcome=LeaseOutcome.REVOKED,
-                        cause=Cause.PLATFORM,
-                        reason=f"its job is {state.value}",
-                    )
-                )
+            for lease_id in self._state.tasks[task_id].lease_ids:
+                self._revoke(lease_id, f"its job is {state.value}")
             self.events.append(TaskDropped(task_id=task_id))
+        if state is not JobState.SUCCEEDED:
+            self.end_late_leases(job, f"its job is {state.value}")
+            for lease in self._left_out:
+                if self._state.tasks[lease.task_id].job_id == job.job_id:
+                    self._revoke(lease.lease_id, f"its job is {state.value}")
         self.events.append(
             JobStateChanged(
                 job_id=job.job_id, state=state, reason=reason, reason_code=code.value if code is not None else ""
             )
         )
+
+    def end_late_leases(self, job: Job, reason: str) -> None:
+        """Takes back leases whose rows came from another lease before."""
+        for task_id in job.late:
+            for lease_id in self._state.tasks[task_id].lease_ids:
+                self._revoke(lease_id, reason)
+
+    def _revoke(self, lease_id: LeaseId, reason: str) -> None:
+        """Ends a lease of a task that nobody needs any more."""
+        if lease_id in self._leases_ended:
+            return
+        self._leases_ended.add(lease_id)
+        ended = LeaseEnded(lease_id=lease_id, outcome=LeaseOutcome.REVOKED, cause=Cause.PLATFORM, reason=reason)
+        self.events.append(ended)
 
     def fail_jobs_of(self, bundle_digest: Digest, reason: str, code: Reason) -> None:
         """Ends all unfinished jobs that use a bundle."""

@@ -27,7 +27,7 @@ def effects_of(state: State, event: e.Event) -> tuple[f.Effect, ...]:  # noqa: P
             return (sent,) if task.job_id is None else (sent, f.WakeWatchers(job_id=task.job_id))
         case e.CommitmentRecorded():
             return _NOTHING if event.inline else _offers(state, (event.lease_id,))
-        case e.TaskSettled():
+        case e.TaskSettled() | e.LateLeaseSettled():
             return _settled(state, event)
         case e.LeaseEnded():
             return _ended(state, event)
@@ -58,7 +58,8 @@ def _offers(state: State, lease_ids: tuple[LeaseId, ...]) -> tuple[f.Effect, ...
     made: list[f.Effect] = []
     for lease_id in lease_ids:
         lease = state.leases[lease_id]
-        if lease.commitment is not None and not lease.commitment.inline:
+        delivered = state.tasks[lease.task_id].answer is not None
+        if lease.commitment is not None and not lease.commitment.inline and not delivered:
             made.append(f.SendUploadOffer(session_id=lease.session_id, lease_id=lease_id))
     return tuple(made)
 
@@ -68,7 +69,7 @@ def _standings(state: State, worker_id: PartyId, *device_ids: str) -> tuple[f.Ef
     return () if session_id is None else tuple(f.SendStanding(session_id, worker_id, name) for name in device_ids)
 
 
-def _settled(state: State, event: e.TaskSettled) -> tuple[f.Effect, ...]:
+def _settled(state: State, event: e.TaskSettled | e.LateLeaseSettled) -> tuple[f.Effect, ...]:
     ended = state.ended_leases[event.lease_id]
     worker = state.workers[ended.worker_id]
     made: list[f.Effect] = []

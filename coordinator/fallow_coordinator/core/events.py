@@ -14,7 +14,9 @@ from fallow.ids import AccountId, Digest, JobId, KeyFingerprint, LeaseId, PartyI
 from fallow.job import DatasetBlock, Footprint, JobOptions, JobState
 from fallow.roles import DataClass, Role, Tier
 from fallow.session import BlobReference, Capability, Cause, RowFailure, TaskKind, Usage
-from fallow_coordinator.core import verification_events
+from fallow_coordinator.core import tolerance_events, verification_events
+from fallow_coordinator.core.duplicate_events import Agreement as Agreement  # noqa: PLC0414 - told as this module's
+from fallow_coordinator.core.duplicate_events import LateLeaseSettled as LateLeaseSettled  # noqa: PLC0414
 from fallow_coordinator.core.verification_events import EvidenceRow
 
 
@@ -429,6 +431,10 @@ class LeaseGranted:
     price_microcredits_per_unit: int = 0
     reserved_microcredits: int = 0
     """Most that it can cost: its job can spend it on no other lease while this one lives."""
+    duplicate: bool = False
+    """True: the task's second live lease, because its first is late."""
+    share_key: int = 0
+    """Of a duplicate: the account's place in the fair order from here on (`shares`); 0: unchanged."""
 
 
 class LeaseOutcome(StrEnum):
@@ -674,6 +680,7 @@ Event = (
     | LeaseEnded
     | CommitmentRecorded
     | TaskSettled
+    | LateLeaseSettled
     | TaskAbandoned
     | TaskDropped
     | ChallengeIssued
@@ -686,4 +693,5 @@ Event = (
     | JobDeferred
     | JobResumed
     | verification_events.VerificationEvent
+    | tolerance_events.ToleranceEvent
 )

@@ -19,10 +19,13 @@ from fallow_coordinator.core import (
     evolve_tasks,
     evolve_verification,
     health,
+    tolerances,
 )
 from fallow_coordinator.core import verification_events as v
+from fallow_coordinator.core.ledger import Posting
 from fallow_coordinator.core.postings import postings_of
 from fallow_coordinator.core.state import State
+from fallow_coordinator.core.tolerance_events import DeviationsLearned
 
 _OF_TASKS = frozenset(get_args(evolve_tasks.TaskEvent))
 
@@ -32,10 +35,14 @@ def evolve(state: State, event: e.Event, at_ms: int) -> None:
 
     Asserts on anything that no decision can have made: then the journal or this program is broken.
     """
+    evolve_posted(state, event, at_ms, postings_of(state, event))
+
+
+def evolve_posted(state: State, event: e.Event, at_ms: int, postings: tuple[Posting, ...]) -> None:
+    """As `evolve`, for who has asked for the event's postings already."""
     assert at_ms >= state.clock_ms, "the journal's clock never goes back"
     state.sequence += 1
     state.clock_ms = at_ms
-    postings = postings_of(state, event)
     if postings:
         state.ledger.post(postings)
     if type(event) in _OF_TASKS:
@@ -52,6 +59,7 @@ def evolve(state: State, event: e.Event, at_ms: int) -> None:
             | e.LeaseEnded()
             | e.CommitmentRecorded()
             | e.TaskSettled()
+            | e.LateLeaseSettled()
             | e.TaskAbandoned()
             | e.TaskDropped()
         ):
@@ -124,5 +132,7 @@ def evolve(state: State, event: e.Event, at_ms: int) -> None:
             | v.AssuranceAccepted()
         ):
             evolve_verification.evolve_verification(state, event, at_ms)
+        case DeviationsLearned():
+            tolerances.evolve_tolerances(state, event)
         case _:
             assert_never(event)

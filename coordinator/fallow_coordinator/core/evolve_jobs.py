@@ -13,8 +13,9 @@ from fallow_coordinator.core import events as e
 from fallow_coordinator.core.commands import StoredBlob
 from fallow_coordinator.core.cutting import unit_nano_starts
 from fallow_coordinator.core.evolve_carbon import forget_deferral
+from fallow_coordinator.core.evolve_tasks import move_deadline
 from fallow_coordinator.core.lanes import CUTTABLE, join_queue, lane_of, leave_queue, release_lane, wants_cutting
-from fallow_coordinator.core.limits import IDEMPOTENCY_MS
+from fallow_coordinator.core.limits import IDEMPOTENCY_MS, LATE_MS_MAX
 from fallow_coordinator.core.needs import needs_of_job
 from fallow_coordinator.core.parking import park, unpark
 from fallow_coordinator.core.state import Account, Bundle, IdempotencyRecord, Job, State
@@ -190,6 +191,10 @@ def _move(state: State, event: e.JobStateChanged, at_ms: int) -> None:
         leave_queue(state, job)
     if event.state in JOB_STATES_FINAL:
         assert not job.tasks, "a finished job has no live tasks"
+        for task_id in job.late:
+            (lease_id,) = state.tasks[task_id].lease_ids
+            lease = state.leases[lease_id]
+            move_deadline(state, lease, min(lease.deadline_ms, at_ms + LATE_MS_MAX))
         assert event.state is not JobState.SUCCEEDED or len(job.done) == job.rows, "success means every row"
         job.finished_at_ms = at_ms
         state.finished[job.job_id] = state.sequence
@@ -217,6 +222,7 @@ def _set_cost(state: State, job: Job, cost_permille: int) -> None:
 
 def _archive(state: State, event: e.JobArchived) -> None:
     job = state.jobs.pop(event.job_id)
+    assert not job.late, "a job leaves when nobody works for it any more"
     state.archived_through = max(state.archived_through, state.finished.pop(event.job_id))
     _let_go_of_outputs(state, job)
 
@@ -226,6 +232,7 @@ def _delete(state: State, event: e.JobDeleted, at_ms: int) -> None:
     if job is None:
         return
     assert job.state in JOB_STATES_FINAL and not job.deleted_at_ms, "finished jobs are deleted, each once"
+    assert not job.late, "nobody works for a deleted job"
     _let_go_of_outputs(state, job)
     job.results = []
     job.blocks, job.kept = (), None

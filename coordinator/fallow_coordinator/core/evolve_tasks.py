@@ -25,6 +25,7 @@ from fallow_coordinator.core.limits import (
 )
 from fallow_coordinator.core.needs import ANY_POOL, Needs
 from fallow_coordinator.core.state import (
+    Answer,
     CommitmentFacts,
     EndedLease,
     Job,
@@ -43,6 +44,7 @@ TaskEvent = (
     | e.LeaseEnded
     | e.CommitmentRecorded
     | e.TaskSettled
+    | e.LateLeaseSettled
     | e.TaskAbandoned
     | e.TaskDropped
 )
@@ -94,6 +96,8 @@ def evolve_task(state: State, event: TaskEvent, at_ms: int) -> None:
             _commit(state, event, at_ms)
         case e.TaskSettled():
             _settle(state, event, at_ms)
+        case e.LateLeaseSettled():
+            _settle_late(state, event, at_ms)
         case e.TaskAbandoned():
             _abandon(state, event)
         case e.TaskDropped():
@@ -161,7 +165,8 @@ def _cut(job: Job, task: Task) -> None:
 def _leave_phase(state: State, task: Task) -> None:
     """Takes a task out of the index of its phase."""
     assert task.phase is not TaskPhase.LEASED or task.lease_id is None, "a leased task is let go by its lease"
-    leave_lane(state, task)
+    if task.phase is not TaskPhase.ANSWERED:
+        leave_lane(state, task)
 
 
 def _wait(state: State, task: Task, not_before_ms: int) -> None:
@@ -177,11 +182,14 @@ def _grant(state: State, event: e.LeaseGranted, at_ms: int) -> None:
     assert event.lease_id not in state.leases and event.lease_id not in state.ended_leases, "a lease is granted once"
     assert event.fence == task.fence + 1, "a fence only grows, one by one"
     assert worker.session_id == event.session_id and worker.free > 0, "a lease goes to a free, open session"
-    assert task.phase is (TaskPhase.WAITING if task.kind in UNPACKED_KINDS else TaskPhase.READY), "it can be leased"
-    _leave_phase(state, task)
-    task.phase = TaskPhase.LEASED
+    if event.duplicate:
+        _double(state, task, event)
+    else:
+        assert task.phase is (TaskPhase.WAITING if task.kind in UNPACKED_KINDS else TaskPhase.READY), "it can be leased"
+        _leave_phase(state, task)
+        task.phase = TaskPhase.LEASED
+        task.lease_id = event.lease_id
     task.fence = event.fence
-    task.lease_id = event.lease_id
     state.leases[event.lease_id] = Lease(
         lease_id=event.lease_id,
         task_id=event.task_id,
@@ -199,12 +207,26 @@ def _grant(state: State, event: e.LeaseGranted, at_ms: int) -> None:
     worker.free_since_ms = 0
     if task.job_id is not None:
         job = state.jobs[task.job_id]
-        job.rows_leased += task.rows
+        job.rows_leased += 0 if event.duplicate else task.rows
         job.reserved_microcredits += event.reserved_microcredits
     if task.kind is TaskKind.MAP:
         takes_bundle(state, worker, task.bundle_digest)
     if task.kind is TaskKind.INSPECT:
         state.accounts[submitter_of(state, task)].inspected_last = state.sequence
+
+
+def _double(state: State, task: Task, event: e.LeaseGranted) -> None:
+    """Gives a task that is leased its second live lease."""
+    assert task.phase is TaskPhase.LEASED and task.lease_id is not None, "a duplicate is of a task that is leased"
+    assert task.duplicate_id is None and task.job_id is not None, "rows of jobs are leased twice at most"
+    assert state.leases[task.lease_id].worker_id != event.worker_id, "a duplicate goes to another worker"
+    task.duplicate_id = event.lease_id
+    task.duplicates += 1
+    state.duplicated[task.task_id] = None
+    job = state.jobs[task.job_id]
+    job.duplicates += 1
+    if event.share_key:
+        move_share(state, state.accounts[job.account_id], event.share_key)
 
 
 def submitter_of(state: State, task: Task) -> AccountId:
@@ -226,14 +248,20 @@ def _commit(state: State, event: e.CommitmentRecorded, at_ms: int) -> None:
         wall_us=event.usage.wall_microseconds,
         millijoules=event.millijoules,
         energy_measured=event.energy_measured,
+        execution_class=event.execution_class,
     )
     if event.inline:
         return
     upload_until_ms = at_ms + UPLOAD_MS_MIN + event.output.length_bytes // TRANSFER_BYTES_PER_MS_MIN
     if upload_until_ms > lease.deadline_ms:
-        _forget_deadline(state, lease)
-        lease.deadline_ms = upload_until_ms
-        insort(state.deadlines, (lease.deadline_ms, lease.lease_id))
+        move_deadline(state, lease, upload_until_ms)
+
+
+def move_deadline(state: State, lease: Lease, deadline_ms: int) -> None:
+    """The lease ends by itself at another moment."""
+    _forget_deadline(state, lease)
+    lease.deadline_ms = deadline_ms
+    insort(state.deadlines, (deadline_ms, lease.lease_id))
 
 
 def _forget_deadline(state: State, lease: Lease) -> None:
@@ -244,11 +272,17 @@ def _forget_deadline(state: State, lease: Lease) -> None:
 
 
 def _release(state: State, lease_id: LeaseId, outcome: e.LeaseOutcome | None) -> Task:
-    """Takes a lease off its worker and its task, and remembers it; gives the task."""
+    """Takes a lease off its worker and its task, and remembers it; gives the task.
+
+    What is left of two leases becomes the task's one.
+    """
     lease = state.leases.pop(lease_id)
     task = state.tasks[lease.task_id]
-    assert task.lease_id == lease_id and task.fence == lease.fence, "a task has one live lease, its newest"
-    task.lease_id = None
+    assert lease_id in task.lease_ids and lease.fence <= task.fence, "a live lease is its task's"
+    other_id = task.other_lease_id(lease_id)
+    task.lease_id, task.duplicate_id = other_id, None
+    if outcome is not None or other_id is None:
+        state.duplicated.pop(task.task_id, None)
     _forget_deadline(state, lease)
     worker = state.workers[lease.worker_id]
     hold(state, worker, lease_id=lease_id, unit_micros=task.unit_micros, holds=False)
@@ -257,7 +291,8 @@ def _release(state: State, lease_id: LeaseId, outcome: e.LeaseOutcome | None) ->
     end_grace_if_empty(state, worker)
     if task.job_id is not None:
         job = state.jobs[task.job_id]
-        job.rows_leased -= task.rows
+        if task.phase is TaskPhase.LEASED and (other_id is None or outcome is None):
+            job.rows_leased -= task.rows
         job.reserved_microcredits -= lease.reserved_microcredits
     state.ended_leases[lease_id] = EndedLease(
         lease.task_id,
@@ -266,7 +301,8 @@ def _release(state: State, lease_id: LeaseId, outcome: e.LeaseOutcome | None) ->
         lease.fence,
         outcome,
         lease.commitment,
-        task.input.digest if task.input is not None and not task.input_inline else None,
+        task.input.digest if task.input is not None and not task.input_inline and other_id is None else None,
+        late=outcome is None and task.answer is not None,
     )
     state.ended_order.append(lease_id)
     if len(state.ended_order) > LEASES_REMEMBERED_MAX:
@@ -287,10 +323,18 @@ def retry_delay_ms(attempts: int) -> int:
 def _end(state: State, event: e.LeaseEnded, at_ms: int) -> None:
     worker_id = state.leases[event.lease_id].worker_id
     task = _release(state, event.lease_id, event.outcome)
-    task.last_cause, task.last_reason = event.cause, event.reason
-    task.input, task.input_inline = None, False
     if event.outcome is e.LeaseOutcome.FAILED:
         forget_bundle(state, state.workers[worker_id], task.bundle_digest)
+    if task.answer is not None:
+        _remove(state, task)
+        return
+    task.last_cause, task.last_reason = event.cause, event.reason
+    if task.lease_id is not None:
+        # The other lease goes on: nothing is tried again, and nothing is counted as a try.
+        if event.outcome not in (e.LeaseOutcome.LOST, e.LeaseOutcome.REVOKED):
+            task.avoid[worker_id] = None
+        return
+    task.input, task.input_inline = None, False
     not_before_ms = at_ms
     if counts_as_attempt(event.outcome, event.cause):
         task.attempts += 1
@@ -309,7 +353,9 @@ def _remove(state: State, task: Task) -> None:
     """A task leaves the state; its phase's index too."""
     _leave_phase(state, task)
     del state.tasks[task.task_id]
-    if task.job_id is not None:
+    if task.answer is not None:
+        _forget_late(state, task)
+    elif task.job_id is not None:
         del state.jobs[task.job_id].tasks[task.task_id]
     else:
         if task.kind is TaskKind.INSPECT:
@@ -327,7 +373,11 @@ def _settle(state: State, event: e.TaskSettled, at_ms: int) -> None:
     _learn_cost(state, state.tasks[lease.task_id], event.worked_unit_micros)
     task = _release(state, event.lease_id, None)
     assert task.task_id == event.task_id, "a lease settles its own task"
-    _remove(state, task)
+    if task.lease_id is None:
+        _remove(state, task)
+    else:
+        assert commitment is not None, "what settles was committed"
+        _keep_late(state, task, Answer(event.lease_id, commitment.output_root, commitment.execution_class))
     if task.kind is TaskKind.CHALLENGE:
         assert commitment is not None, "what settles was committed"
         challenge = state.challenges[task.task_id]
@@ -365,6 +415,47 @@ def _settle(state: State, event: e.TaskSettled, at_ms: int) -> None:
     )
     job.tasks_settled += 1
     job.footprint = job.footprint.plus(event.footprint)
+    account = state.accounts[job.account_id]
+    account.footprint = account.footprint.plus(event.footprint)
+    job.microcredits += event.microcredits
+
+
+def _keep_late(state: State, task: Task, answer: Answer) -> None:
+    """The task's rows are delivered and a lease of it is still out: it stays until that one is over."""
+    assert task.job_id is not None, "only rows of jobs are leased twice"
+    job = state.jobs[task.job_id]
+    task.phase, task.answer = TaskPhase.ANSWERED, answer
+    del job.tasks[task.task_id]
+    job.late[task.task_id] = None
+
+
+def _forget_late(state: State, task: Task) -> None:
+    assert task.job_id is not None, "only rows of jobs are leased twice"
+    job = state.jobs[task.job_id]
+    del job.late[task.task_id]
+    if not job.late and state.finished.pop(job.job_id, None) is not None:
+        # What is done after a job's end is to be in the views too before it leaves.
+        state.finished[job.job_id] = state.sequence
+
+
+def _settle_late(state: State, event: e.LateLeaseSettled, at_ms: int) -> None:
+    """A lease committed to rows that another one has delivered: its worker did the work, the job gets nothing new."""
+    lease = state.leases[event.lease_id]
+    worker = state.workers[lease.worker_id]
+    assert lease.commitment is not None, "what settles was committed"
+    learns_speed(state, worker, state.tasks[lease.task_id].bundle_digest, event.speed_milliunits_per_s)
+    task = _release(state, event.lease_id, None)
+    assert task.answer is not None and task.answer.lease_id == event.delivered_lease_id, "its rows are delivered"
+    assert task.task_id == event.task_id and task.job_id is not None, "a lease settles its own task"
+    _remove(state, task)
+    worker.tasks_settled += 1
+    worker.settled_at_ms = at_ms
+    recovers(state, worker)
+    worker.rows_settled += event.rows - event.rows_failed
+    worker.footprint = worker.footprint.plus(event.footprint)
+    job = state.jobs[task.job_id]
+    job.footprint = job.footprint.plus(event.footprint)
+    job.late_footprint = job.late_footprint.plus(event.footprint)
     account = state.accounts[job.account_id]
     account.footprint = account.footprint.plus(event.footprint)
     job.microcredits += event.microcredits

@@ -6,7 +6,7 @@ from collections import Counter
 
 from fallow.credits import PoolMode
 from fallow.ids import JobId
-from fallow.job import JOB_STATES_FINAL, Footprint, JobState, Objective
+from fallow.job import JOB_STATES_FINAL, JobState, Objective
 from fallow.limits import JOB_TASKS_MAX, LEASES_PER_WORKER_MAX, TASK_ATTEMPTS_MAX
 from fallow.ranges import RangeSet
 from fallow.roles import Tier
@@ -22,12 +22,17 @@ from fallow_coordinator.core.limits import (
     BUNDLES_PER_WORKER_MAX,
     COST_PERMILLE_MAX,
     COST_PERMILLE_MIN,
+    DEVIATIONS_KEPT,
+    DUPLICATES_LIVE_MAX,
+    DUPLICATES_PER_TASK_MAX,
     IDEMPOTENCY_KEYS_PER_ACCOUNT_MAX,
     JOBS_UNFINISHED_PER_ACCOUNT_MAX,
     LEARNED_SETTLEMENTS,
     LEASES_REMEMBERED_MAX,
+    PROFILE_ACCOUNTS_MAX,
     STRIKES_MAX,
     TASK_LOSSES_MAX,
+    TOLERANCES_KEPT_MAX,
 )
 from fallow_coordinator.core.needs import Ability
 from fallow_coordinator.core.postings import purse_of
@@ -42,6 +47,7 @@ def check(state: State) -> None:
     """Raises InvariantError with the first contradiction found. Costs as much as the state is large."""
     _check_identity(state)
     _check_door(state)
+    _check_tolerances(state)
     _check_sessions(state)
     _check_leases(state)
     for job in state.jobs.values():
@@ -82,6 +88,14 @@ def _check_door(state: State) -> None:
         _must(bundle.clearances <= CLEARANCES_MAX, "claims bring about so many inspections and no more")
 
 
+def _check_tolerances(state: State) -> None:
+    _must(len(state.tolerances) <= TOLERANCES_KEPT_MAX, "tolerances are learned of so many pairs of classes")
+    for accounts in state.tolerances.values():
+        _must(len(accounts) <= PROFILE_ACCOUNTS_MAX, "so many accounts teach a tolerance")
+        _must(all(len(one) <= DEVIATIONS_KEPT for one in accounts.values()), "each by so many rows")
+        _must(accounts.keys() <= state.accounts.keys(), "who teaches is known")
+
+
 def _check_sessions(state: State) -> None:
     open_sessions = {worker.session_id: worker_id for worker_id, worker in state.workers.items() if worker.session_id}
     _must(open_sessions == state.sessions, "each open session is its worker's one session")
@@ -107,13 +121,15 @@ def _check_leases(state: State) -> None:
     for lease_id, lease in state.leases.items():
         task = state.tasks[lease.task_id]
         _must(lease_id in state.workers[lease.worker_id].leases, "a lease is held by its own worker")
-        _must(task.lease_id == lease_id and task.fence == lease.fence, "a live lease carries its task's newest fence")
-        _must(task.phase is TaskPhase.LEASED, "a task with a lease is leased")
+        _must(lease_id in task.lease_ids and 0 < lease.fence <= task.fence, "a live lease carries a fence of its task")
+        _must(task.phase in (TaskPhase.LEASED, TaskPhase.ANSWERED), "a task with a lease is leased")
         _must(lease_id not in state.ended_leases, "a lease is live or over")
         session_id = state.workers[lease.worker_id].session_id
         _must(session_id is None or session_id == lease.session_id, "a lease is known to its worker's open session")
     _must(list(state.ended_leases) == list(state.ended_order), "ended leases are remembered in order")
-    settled = Counter(ended.task_id for ended in state.ended_leases.values() if ended.outcome is None)
+    settled = Counter(
+        ended.task_id for ended in state.ended_leases.values() if ended.outcome is None and not ended.late
+    )
     _must(all(count == 1 for count in settled.values()), "a task is settled at most once")
     fences = Counter((ended.task_id, ended.fence) for ended in state.ended_leases.values())
     fences.update((lease.task_id, lease.fence) for lease in state.leases.values())
@@ -139,6 +155,8 @@ def _check_job(state: State, job: Job) -> None:
         _must(sum(end - start for start, end in spans) + len(job.done) == job.next_row, "each row is in one place")
     _must(job.state is not JobState.SUCCEEDED or len(job.done) == job.rows, "success means every row")
     _must([result.cursor for result in job.results] == list(range(1, len(job.results) + 1)), "results are counted")
+    _must(not job.late or not final or job.state is JobState.SUCCEEDED, "nobody works for a job that came to nothing")
+    _must(not (deleted and job.late), "nobody works for a deleted job")
     leased = sum(state.tasks[task_id].rows for task_id in job.tasks if state.tasks[task_id].lease_id is not None)
     _must(leased == job.rows_leased, "rows leased are counted")
     _must(final or job.rows_failed <= job.options.failed_rows_max, "too many failed rows end a job")
@@ -148,20 +166,37 @@ def _check_job(state: State, job: Job) -> None:
 
 
 def _check_tasks(state: State) -> None:
-    of_jobs = [task_id for job in state.jobs.values() for task_id in job.tasks]
+    of_jobs = [task_id for job in state.jobs.values() for task_id in (*job.tasks, *job.late)]
     of_bundles = [b.inspection_task_id for b in state.bundles.values() if b.inspection_task_id is not None]
     of_challenges = [ch.check_task_id for ch in state.challenges.values() if ch.check_task_id is not None]
     of_challenges += [task_id for task_id, challenge in state.challenges.items() if challenge.output is None]
     owned = [*of_jobs, *of_bundles, *of_challenges]
     _must(sorted(owned) == sorted(state.tasks), "each live task belongs to one job, bundle or challenge")
     for task in state.tasks.values():
-        _must(
-            (task.lease_id is not None) == (task.phase is TaskPhase.LEASED), "leased tasks, and no other, have leases"
-        )
-        _must(task.lease_id is None or task.lease_id in state.leases, "a task's lease is live")
+        out = task.phase in (TaskPhase.LEASED, TaskPhase.ANSWERED)
+        _must((task.lease_id is not None) == out, "leased tasks, and no other, have leases")
+        _must(all(lease_id in state.leases for lease_id in task.lease_ids), "a task's leases are live")
         _must(task.attempts < TASK_ATTEMPTS_MAX and task.losses < TASK_LOSSES_MAX, "nothing is tried for ever")
-        if task.kind is TaskKind.MAP and task.phase in (TaskPhase.READY, TaskPhase.LEASED):
+        if task.kind is TaskKind.MAP and task.phase in (TaskPhase.READY, TaskPhase.LEASED, TaskPhase.ANSWERED):
             _must(task.input is not None, "what can be leased is packed")
+    _check_duplicates(state)
+
+
+def _check_duplicates(state: State) -> None:
+    for task in state.tasks.values():
+        holders = [state.leases[lease_id].worker_id for lease_id in task.lease_ids]
+        _must(len(set(holders)) == len(holders), "a duplicate is in another worker's hands")
+        _must(len(holders) < 2 or task.phase is TaskPhase.LEASED, "what is answered has one lease left")
+        _must((task.answer is not None) == (task.phase is TaskPhase.ANSWERED), "what is answered knows its answer")
+        late = task.job_id is not None and task.task_id in state.jobs[task.job_id].late
+        _must((task.answer is not None) == late, "a job knows its late tasks")
+        _must((task.task_id in state.duplicated) == (len(holders) == 2 or late), "tasks in two hands are known")
+        _must(task.duplicates <= DUPLICATES_PER_TASK_MAX, "a task is doubled so often and no more")
+        if task.answer is not None:
+            committed = [state.leases[lease_id].commitment for lease_id in task.lease_ids]
+            _must(committed == [None], "who commits late is settled at once")
+    _must(state.duplicated.keys() <= state.tasks.keys(), "tasks in two hands are live")
+    _must(len(state.duplicated) <= DUPLICATES_LIVE_MAX, "so many tasks are in two hands and no more")
 
 
 def _check_devices(state: State) -> None:
@@ -311,7 +346,7 @@ def _check_carbon(state: State) -> None:
         unfinished = job.state not in JOB_STATES_FINAL
         wanted = unfinished and job.options.objective is Objective.CARBON
         _must((job.job_id in state.carbon_jobs) == wanted, "jobs that want little carbon are known")
-        total = Footprint()
+        total = job.late_footprint
         for result in job.results:
             total = total.plus(result.footprint)
         _must(bool(job.deleted_at_ms) or total == job.footprint, "a job's energy is that of its results")
@@ -376,13 +411,16 @@ def check_ledger(state: State) -> None:
         _must(exactly, "a quota job holds what its leases may cost")
         if job.mode is PoolMode.MARKET and job.state not in JOB_STATES_FINAL:
             _must(promised + job.microcredits == job.budget_microcredits, "a budget is held or paid")
+        if job.mode is PoolMode.MARKET and job.state in JOB_STATES_FINAL:
+            _must(promised == job.reserved_microcredits, "a job that ended holds what late leases may cost")
         bounded = job.mode is PoolMode.MARKET or bool(job.budget_microcredits)
         _must(not bounded or job.microcredits <= job.budget_microcredits, "a budget is never overrun")
         _must(job.mode is not PoolMode.DONATION or not (promised or job.microcredits), "a donation costs nothing")
     for book in ledger.balances:
         if book.kind is BookKind.HELD:
             holder = state.jobs.get(JobId(book.owner))
-            _must(holder is not None and holder.state not in JOB_STATES_FINAL, "only unfinished jobs hold anything")
+            works = holder is not None and (holder.state not in JOB_STATES_FINAL or bool(holder.late))
+            _must(works, "only jobs for which somebody works hold anything")
     renewals = sorted((one.renews_at_ms, *key) for key, one in ledger.allotments.items())
     _must(renewals == ledger.renewals, "every allotment stands in the index")
     _must(list(ledger.transfers) == list(ledger.transfers_order), "transfers are remembered in order")

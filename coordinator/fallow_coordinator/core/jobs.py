@@ -16,6 +16,7 @@ from fallow.limits import (
     JOB_ROWS_MAX,
     TITLE_BYTES_MAX,
 )
+from fallow.region import REGION_RULE, is_region
 from fallow.session import DeviceKind
 from fallow_coordinator.core import commands as c
 from fallow_coordinator.core import events as e
@@ -39,7 +40,6 @@ from fallow_coordinator.core.limits import (
     MEMORY_BYTES_MIN_MAX,
     PACK_ATTEMPTS_MAX,
     PRIORITY_MAX,
-    REGION_BYTES_MAX,
     RETENTION_MS_DEFAULT,
     RETENTION_MS_MAX,
     RETENTION_MS_MIN,
@@ -158,18 +158,23 @@ def delete_job(state: State, command: c.DeleteJob) -> Decision:
             field="job_id",
             hint=f"`fallow job cancel {command.job_id}` ends it",
         )
-    return Decision((e.JobDeleted(command.job_id, command.account_id, DELETED_BY_OWNER),))
+    draft = Draft(state)
+    if job is not None:
+        draft.end_late_leases(job, DELETED_BY_OWNER)
+    return Decision((*draft.events, e.JobDeleted(command.job_id, command.account_id, DELETED_BY_OWNER)))
 
 
 def expire_jobs(state: State, command: c.ExpireJobs) -> Decision:
     """Lets go of what these jobs keep, except of those that are deleted already."""
     assert len(command.jobs) <= EXPIRED_PER_COMMAND_MAX, "the collector asks page by page"
-    events: list[e.Event] = []
+    draft = Draft(state)
     for account_id, job_id in command.jobs:
         job = state.jobs.get(job_id)
         if job is None or (job.state in JOB_STATES_FINAL and not job.deleted_at_ms):
-            events.append(e.JobDeleted(job_id, account_id, DELETED_BY_TIME))
-    return Decision(tuple(events))
+            if job is not None:
+                draft.end_late_leases(job, DELETED_BY_TIME)
+            draft.events.append(e.JobDeleted(job_id, account_id, DELETED_BY_TIME))
+    return Decision(tuple(draft.events))
 
 
 def task_packed(state: State, command: c.TaskPacked) -> Decision:
@@ -206,6 +211,8 @@ def archive_jobs(state: State, command: c.ArchiveJobs) -> Decision:
     """Finished jobs that the views show leave the state, oldest first, so many at a time."""
     events: list[e.Event] = []
     for job_id, end_sequence in state.finished.items():
+        if state.jobs[job_id].late:
+            continue
         if end_sequence > command.view_sequence or len(events) >= ARCHIVED_PER_COMMAND_MAX:
             break
         events.append(e.JobArchived(job_id=job_id))
@@ -339,11 +346,11 @@ def check_needs(options: JobOptions, now_ms: int) -> None:
             f"there is no device kind {shortened(options.device_kind)!r}",
             ", ".join(kind.value for kind in DeviceKind),
         )
-    if options.region and not _is_region(options.region):
+    if options.region and not is_region(options.region):
         raise _not_allowed(
             "region",
             "this is no name of a region",
-            f"1 to {REGION_BYTES_MAX} letters, digits, '-' and '_', such as de or us-east",
+            REGION_RULE,
         )
     if options.deadline_ms and not now_ms < options.deadline_ms <= now_ms + DEADLINE_MS_MAX:
         past = options.deadline_ms <= now_ms
@@ -353,10 +360,6 @@ def check_needs(options: JobOptions, now_ms: int) -> None:
             f"the deadline {'was' if past else 'is in'} {away_s} seconds{' ago' if past else ''}",
             f"from now on, at most {DEADLINE_MS_MAX // DAY_MS} days ahead",
         )
-
-
-def _is_region(text: str) -> bool:
-    return len(text) <= REGION_BYTES_MAX and text.isascii() and text.replace("-", "").replace("_", "").isalnum()
 
 
 def _not_allowed(option: str, message: str, limit: str) -> FallowError:

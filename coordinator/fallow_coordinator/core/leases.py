@@ -25,6 +25,7 @@ COMMITTED_KINDS = frozenset({TaskKind.MAP, TaskKind.CHALLENGE})
 def commit(state: State, command: c.Commit, now_ms: int) -> Decision:
     """Records a commitment; an inline one settles at once, else the output is asked for.
 
+    When another lease has delivered the rows it is compared and paid at once, and its output is not asked for.
     The same commitment again is harmless. Wrong content ends the lease as the worker's failure.
     Raises SESSION_REPLACED, LEASE_UNKNOWN, LEASE_ENDED, FENCE_STALE, FIELD_MISSING.
     """
@@ -76,7 +77,11 @@ def commit(state: State, command: c.Commit, now_ms: int) -> Decision:
     )
     if task.kind is TaskKind.CHALLENGE:
         draft.events.append(measuring.answered(state, task, command))
-    if command.inline:
+    if task.answer is not None:
+        told = timing(state, task, lease, wall_us=command.usage.wall_microseconds, now_ms=now_ms)
+        footprint = footprint_of(state, lease, millijoules, measured=measured, now_ms=now_ms)
+        draft.settle_late(task, lease, task.answer, footprint=footprint, timing=told)
+    elif command.inline:
         told = timing(state, task, lease, wall_us=command.usage.wall_microseconds, now_ms=now_ms)
         footprint = footprint_of(state, lease, millijoules, measured=measured, now_ms=now_ms)
         draft.settle(task, lease, rows_failed=rows_failed, footprint=footprint, timing=told)

@@ -82,6 +82,28 @@ UPLOAD_MS_MIN = 30 * SECOND_MS
 """A committed worker has at least so long to upload its output, whatever its lease's deadline was."""
 TASK_BLOCKS_MAX = 256
 """Dataset blocks that one task's rows may come from."""
+DUPLICATES_LIVE_MAX = 256
+"""Tasks of all jobs that are in two hands at a time."""
+DUPLICATES_PER_JOB_PERCENT = 10
+"""How many of a job's tasks may ever be given out a second time while the first lease lives."""
+DUPLICATES_PER_JOB_MIN = 4
+"""The same for small jobs."""
+DUPLICATES_PER_TASK_MAX = 2
+STRAGGLERS_LOOKED_AT_MAX = 512
+"""Live leases, the oldest first, that one tick looks at for late ones."""
+TAKERS_LOOKED_AT_MAX = 8
+"""Free workers of each group that are looked at for one to take a late task."""
+STRAGGLER_GAIN_FACTOR = 2
+"""A lease is late enough when it is expected to last so many times longer than a free worker would take."""
+STRAGGLER_FAR_FACTOR = 4
+"""While its job has other work to give out, a lease must also have run so many times longer than expected."""
+STRAGGLER_FAR_MS_MIN = 30 * SECOND_MS
+LEASE_OVERHEAD_MS = 2 * SECOND_MS
+"""What any lease is expected to take beside its work: a message each way, a start, an upload."""
+FETCH_BYTES_PER_MS = 1_250
+"""Link that is expected when nothing is known: 10 Mbit/s."""
+LATE_MS_MAX = 2 * MINUTE_MS
+"""How long after the end of its job a lease may still commit when its rows came from another one first."""
 DUE_PER_TICK_MAX = 4_096
 """Deadlines, and workers gone, that one tick deals with; the rest waits for the next."""
 
@@ -106,6 +128,8 @@ ALLOTMENT_PERIOD_MS_MIN = MINUTE_MS
 ALLOTMENT_PERIOD_MS_MAX = 366 * DAY_MS
 CHALLENGES_LIVE_MAX = 64
 """Devices that are being measured at a time."""
+WORKERS_LOOKED_AT_MAX = 1_000
+"""Workers whose devices are looked at in a tick: the rest has its turn in one of the next."""
 CHALLENGE_STEPS_TARGET = 128
 """Products of a challenge: faster devices get larger ones before they get more."""
 CHALLENGE_RUNTIME_MS = 2 * MINUTE_MS
@@ -167,7 +191,10 @@ SHARE_FLOOR_UNITS = 60
 READY_LOOK_AHEAD = 16
 """Ready tasks of a lane that are looked at for one that a free worker may take."""
 OWN_WORKERS_LOOKED_AT_MAX = 16
-REGION_BYTES_MAX = 32
+REGIONS_UNKNOWN_MAX = 64
+"""Regions of connected workers that are told apart although no forecast knows them; others count as `other`."""
+GROUPS_MAX = 1_024
+"""Kinds of connected workers that are told apart: matching looks at some of them for each task."""
 MEMORY_BYTES_MIN_MAX = 1 << 50
 """Most memory that a job may ask for on one device: 1 PiB."""
 LEARNED_SETTLEMENTS = 16
@@ -210,3 +237,11 @@ LONG_TASK_UNITS = 300
 """Tasks of more units are placed by who is likely to stay."""
 STAYERS_LOOKED_AT_MAX = 8
 """Free workers of each group that are looked at for a long task."""
+
+DEVIATIONS_KEPT = 64
+"""Deviations remembered of each account, for one bundle and pair of classes."""
+PROFILE_ACCOUNTS_MIN = 4
+"""Accounts that must teach a tolerance, so that none of them has more than a quarter of it."""
+PROFILE_ACCOUNTS_MAX = 16
+TOLERANCES_KEPT_MAX = 1_024
+"""Pairs of classes, bundle by bundle, of which deviations are remembered."""

@@ -21,7 +21,7 @@ from fallow_coordinator.core.availability import stays_permille
 from fallow_coordinator.core.carbon import grams_at
 from fallow_coordinator.core.cutting import Layout, cost_of, cut_size, unit_micros
 from fallow_coordinator.core.evolve_tasks import submitter_of
-from fallow_coordinator.core.funding import Shortage, lease_terms, paused
+from fallow_coordinator.core.funding import Shortage, Terms, lease_terms, paused
 from fallow_coordinator.core.groups import numbers_in
 from fallow_coordinator.core.limits import (
     INSPECTION_RUNTIME_MS,
@@ -312,13 +312,22 @@ def _grant(
     state: State, task: Task, worker: Worker, now_ms: int, names: Names, *, runner_up_ask: int | None
 ) -> tuple[e.Event, ...]:
     """The one place where a lease of a job, or an inspection, is made; a job that cannot pay for it pauses instead."""
-    assert worker.session_id is not None, "free workers are connected"
     terms = lease_terms(state, task, worker, runner_up_ask)
     if isinstance(terms, Shortage):
         assert task.job_id is not None, "only jobs pay"
         return (paused(task.job_id, terms),)
+    granted = lease_granted(task, worker, terms, now_ms, names)
+    if task.job_id is not None and state.jobs[task.job_id].state is JobState.QUEUED:
+        running = e.JobStateChanged(job_id=task.job_id, state=JobState.RUNNING, reason="", reason_code="")
+        return (granted, running)
+    return (granted,)
+
+
+def lease_granted(task: Task, worker: Worker, terms: Terms, now_ms: int, names: Names) -> e.LeaseGranted:
+    """The lease of a task to a worker that is connected and free, on these terms."""
+    assert worker.session_id is not None, "free workers are connected"
     runtime_max_ms = runtime_limit_ms(task)
-    granted = e.LeaseGranted(
+    return e.LeaseGranted(
         lease_id=LeaseId(names.new("lease")),
         task_id=task.task_id,
         worker_id=worker.worker_id,
@@ -329,10 +338,6 @@ def _grant(
         price_microcredits_per_unit=terms.price_microcredits_per_unit,
         reserved_microcredits=terms.reserved_microcredits,
     )
-    if task.job_id is not None and state.jobs[task.job_id].state is JobState.QUEUED:
-        running = e.JobStateChanged(job_id=task.job_id, state=JobState.RUNNING, reason="", reason_code="")
-        return (granted, running)
-    return (granted,)
 
 
 def runtime_limit_ms(task: Task) -> int:

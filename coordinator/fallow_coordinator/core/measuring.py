@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from itertools import islice
+from typing import TypeVar
 
 from fallow.challenge import (
     BUNDLE_DIGEST,
@@ -40,9 +42,12 @@ from fallow_coordinator.core.limits import (
     FILL_START_MS,
     ROUND_TRIP_MS_MAX,
     UNIT_MICROS,
+    WORKERS_LOOKED_AT_MAX,
 )
 from fallow_coordinator.core.names import Names
-from fallow_coordinator.core.state import NO_GROUP, Lease, Pool, State, Task, Worker
+from fallow_coordinator.core.state import Lease, Pool, State, Task, Worker
+
+WatchedT = TypeVar("WatchedT")
 
 _ROWS = 512
 _COLUMNS = 512
@@ -56,13 +61,14 @@ _INNER_MAX = 32_768
 def tick(state: State, rules: c.MeasuringRules, now_ms: int, names: Names) -> tuple[e.Event, ...]:
     """What is due: certificates end, answers are checked, devices are challenged. One check and one challenge a worker
     at a time, and no more than `CHALLENGES_LIVE_MAX` challenges in all."""
-    events = [*_expired(state, now_ms), *_checks(state, now_ms, names)]
+    events = [*_expired(_looked_at(state.workers.values(), names), now_ms), *_checks(state, now_ms, names)]
     busy = {event.worker_id for event in events if isinstance(event, e.LeaseGranted)}
     if not any(worker.window for worker in _checkers(state)):
         return tuple(events)
     challenged = {challenge.worker_id for challenge in state.challenges.values()}
     room = CHALLENGES_LIVE_MAX - len(state.challenges)
-    for worker in state.workers.values():
+    for worker_id in _looked_at(state.sessions.values(), names):
+        worker = state.workers[worker_id]
         if room <= 0:
             break
         if (
@@ -78,12 +84,25 @@ def tick(state: State, rules: c.MeasuringRules, now_ms: int, names: Names) -> tu
     return tuple(events)
 
 
+def _looked_at(all_of_them: Collection[WatchedT], names: Names) -> Iterable[WatchedT]:
+    """Those whose turn it is in this tick: all, or a part drawn by lot, so that a tick costs the same in a large fleet.
+
+    What is due is due for days or for minutes: it does not matter when in the next minute it is found.
+    """
+    parts = -(-len(all_of_them) // WORKERS_LOOKED_AT_MAX)
+    if parts <= 1:
+        return all_of_them
+    part = int.from_bytes(names.draw()[:8], "big") % parts
+    return islice(all_of_them, part * WORKERS_LOOKED_AT_MAX, (part + 1) * WORKERS_LOOKED_AT_MAX)
+
+
 def _checkers(state: State) -> list[Worker]:
     """Connected operators' workers that check answers, the least loaded first."""
     able = [
-        worker
-        for worker in state.workers.values()
-        if worker.tier is Tier.OPERATOR and worker.group != NO_GROUP and TaskKind.CHECK in worker.capability.task_kinds
+        state.workers[worker_id]
+        for group in state.groups.values()
+        if group.ability.tier is Tier.OPERATOR and TaskKind.CHECK in group.ability.kinds
+        for worker_id in group.members
     ]
     return sorted(able, key=lambda worker: worker.load)
 
@@ -277,8 +296,8 @@ def checked(
 # ------------------------------------------------------------------------------------------------- certificates
 
 
-def _expired(state: State, now_ms: int) -> Iterable[e.Event]:
-    for worker in state.workers.values():
+def _expired(workers: Iterable[Worker], now_ms: int) -> Iterable[e.Event]:
+    for worker in workers:
         for held in worker.certificates.values():
             if held.expires_at_ms <= now_ms:
                 yield e.DeviceCertificateEnded(worker.worker_id, held.device_id, "it has expired")

@@ -61,13 +61,20 @@ def _ended_lease(state: State, event: e.LeaseEnded) -> tuple[Posting, ...]:
     job_id = state.tasks[lease.task_id].job_id
     assert job_id is not None, "only jobs pay"
     job = state.jobs[job_id]
-    if job.mode is not PoolMode.QUOTA:
+    if job.mode is PoolMode.QUOTA:
+        target = allotment(job.pool_id, job.account_id)
+        return transfer(held(job_id, Purse.ALLOTMENT), target, lease.reserved_microcredits)
+    return _left_over(job, lease.reserved_microcredits)
+
+
+def _left_over(job: Job, microcredits: int) -> tuple[Posting, ...]:
+    """What a late lease of a job that has ended leaves of its reservation: nobody else can use it any more."""
+    if job.mode is not PoolMode.MARKET or job.state not in JOB_STATES_FINAL:
         return _NOTHING
-    target = allotment(job.pool_id, job.account_id)
-    return transfer(held(job_id, Purse.ALLOTMENT), target, lease.reserved_microcredits)
+    return transfer(held(job.job_id, Purse.CREDITS), available(job.account_id), microcredits)
 
 
-def _settled(state: State, event: e.TaskSettled) -> tuple[Posting, ...]:
+def _settled(state: State, event: e.TaskSettled | e.LateLeaseSettled) -> tuple[Posting, ...]:
     lease = state.leases[event.lease_id]
     worker_account = state.workers[lease.worker_id].account_id
     made = transfer(treasury(Purse.CONTRIBUTION), contribution(worker_account), event.contribution_microcredits)
@@ -84,16 +91,21 @@ def _settled(state: State, event: e.TaskSettled) -> tuple[Posting, ...]:
             *transfer(source, allotment(job.pool_id, job.account_id), rest),
         )
     target = available(worker_account) if event.released else pending(worker_account)
-    return (*made, *transfer(held(job_id, Purse.CREDITS), target, event.microcredits))
+    return (
+        *made,
+        *transfer(held(job_id, Purse.CREDITS), target, event.microcredits),
+        *_left_over(job, lease.reserved_microcredits - event.microcredits),
+    )
 
 
 def _moved_job(state: State, event: e.JobStateChanged) -> tuple[Posting, ...]:
-    """The end of a job gives back what it holds."""
+    """The end of a job gives back what it holds, but for what leases that are still out may cost."""
     if event.state not in JOB_STATES_FINAL:
         return _NOTHING
     job = state.jobs[event.job_id]
     book = held(event.job_id, Purse.CREDITS)
-    return transfer(book, available(job.account_id), state.ledger.balance(book))
+    promised = job.reserved_microcredits if job.mode is PoolMode.MARKET else 0
+    return transfer(book, available(job.account_id), state.ledger.balance(book) - promised)
 
 
 def _funded(state: State, event: e.JobFunded) -> tuple[Posting, ...]:
@@ -125,6 +137,7 @@ _POSTINGS: dict[type, Callable[[State, Any], tuple[Posting, ...]]] = {
     e.LeaseGranted: _granted_lease,
     e.LeaseEnded: _ended_lease,
     e.TaskSettled: _settled,
+    e.LateLeaseSettled: _settled,
     e.JobStateChanged: _moved_job,
     e.JobFunded: _funded,
     e.AllotmentSet: _allotted,

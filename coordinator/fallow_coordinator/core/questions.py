@@ -199,8 +199,8 @@ def _inspectors_take_work(state: State) -> bool:
 
 
 def _workers_of(state: State, job: Job) -> int:
-    lease_ids = (state.tasks[task_id].lease_id for task_id in job.tasks)
-    return len({state.leases[lease_id].worker_id for lease_id in lease_ids if lease_id is not None})
+    tasks = (state.tasks[task_id] for task_id in (*job.tasks, *job.late))
+    return len({state.leases[lease_id].worker_id for task in tasks for lease_id in task.lease_ids})
 
 
 @dataclass(frozen=True, slots=True)

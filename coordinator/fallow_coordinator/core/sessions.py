@@ -13,6 +13,7 @@ from fallow_coordinator.core import events as e
 from fallow_coordinator.core.answers import Decision, SessionGranted
 from fallow_coordinator.core.draft import Draft, shortened
 from fallow_coordinator.core.identity import quarantined, revoked
+from fallow_coordinator.core.kinds_of_workers import told_apart
 from fallow_coordinator.core.limits import MACHINE_PRIORITY_MS, MINUTE_MS, SESSIONS_MAX
 from fallow_coordinator.core.measuring import outlived
 from fallow_coordinator.core.names import Names
@@ -24,11 +25,13 @@ REPLACED = "replaced by a newer session of the same worker"
 def open_session(state: State, command: c.OpenSession, now_ms: int, names: Names) -> Decision:
     """A worker's stream: keeps the leases it lists with their live fence; what else it held is lost and tried again.
 
-    Raises WORKER_UNKNOWN, PARTY_REVOKED, PARTY_QUARANTINED, CERTIFICATE_EXPIRED, KEY_IN_USE, LIMIT_EXCEEDED.
+    Raises WORKER_UNKNOWN, PARTY_REVOKED, PARTY_QUARANTINED, CERTIFICATE_EXPIRED, KEY_IN_USE, LIMIT_EXCEEDED,
+    FIELD_INVALID, OVERLOADED.
     """
     worker = _admitted(state, command.worker_id, now_ms)
     _check_window(command.window)
     _check_ask(command.capability)
+    capability = told_apart(state, worker, command.capability)
     if len(command.held_leases) > LEASES_PER_WORKER_MAX:
         raise FallowError(
             Reason.LIMIT_EXCEEDED,
@@ -57,7 +60,7 @@ def open_session(state: State, command: c.OpenSession, now_ms: int, names: Names
             session_id=session_id,
             worker_id=worker.worker_id,
             resume_token_digest=command.next_resume_token_digest,
-            capability=command.capability,
+            capability=capability,
             window=command.window,
             kept=kept,
             presented_token_digest=command.resume_token_digest,
@@ -79,15 +82,20 @@ def close_session(state: State, command: c.CloseSession) -> Decision:
 
 
 def change_capability(state: State, command: c.ChangeCapability) -> Decision:
-    """The worker can do or hold something else now. Raises SESSION_REPLACED, LIMIT_EXCEEDED."""
+    """The worker can do or hold something else now.
+
+    Raises SESSION_REPLACED, LIMIT_EXCEEDED, FIELD_INVALID, OVERLOADED.
+    """
     worker = worker_of_session(state, command.session_id)
     _check_window(command.window)
-    if command.capability is not None:
-        _check_ask(command.capability)
-    if command.window == worker.window and command.capability in (None, worker.capability):
+    capability = command.capability
+    if capability is not None:
+        _check_ask(capability)
+        capability = told_apart(state, worker, capability)
+    if command.window == worker.window and capability in (None, worker.capability):
         return Decision()
-    event = e.CapabilityReported(session_id=command.session_id, capability=command.capability, window=command.window)
-    ended = () if command.capability is None else outlived(worker, command.capability.devices)
+    event = e.CapabilityReported(session_id=command.session_id, capability=capability, window=command.window)
+    ended = () if capability is None else outlived(worker, capability.devices)
     return Decision((*ended, event))
 
 

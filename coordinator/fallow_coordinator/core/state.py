@@ -385,6 +385,12 @@ class Job:
     next_row: int = 0
     tasks: dict[TaskId, None] = field(default_factory=dict[TaskId, None])
     """Live tasks, and no other."""
+    late: dict[TaskId, None] = field(default_factory=dict[TaskId, None])
+    """Tasks whose rows are delivered and of which one more lease is still out."""
+    duplicates: int = 0
+    """Second leases that were granted because a first one was late."""
+    late_footprint: Footprint = Footprint()  # noqa: RUF009 - frozen
+    """The part of `footprint` of leases that delivered nothing, because another one had."""
     tasks_created: int = 0
     done: RangeSet = field(default_factory=RangeSet)
     rows_failed: int = 0
@@ -398,7 +404,7 @@ class Job:
     """0: its results, dataset and kept columns are there."""
     deleted_reason: str = ""
     footprint: Footprint = Footprint()  # noqa: RUF009 - frozen
-    """Of its settled tasks."""
+    """Of its settled tasks, those done twice counted twice."""
     deferred_until_ms: int = 0
     """It waits for clean electricity until then, or until the plan changes; 0: it does not."""
     parked: bool = False
@@ -419,11 +425,25 @@ class TaskPhase(StrEnum):
     PACKING = "packing"
     READY = "ready"
     LEASED = "leased"
+    ANSWERED = "answered"
+    """Its rows are delivered; another lease of it is still out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The commitment that delivered a task's rows, for comparison with a late one."""
+
+    lease_id: LeaseId
+    output_root: Digest
+    execution_class: str
 
 
 @dataclass(slots=True)
 class Task:
-    """Live work. The fence counts its leases; the pack number counts its packings; both only grow."""
+    """Live work. The fence counts its leases; the pack number counts its packings; both only grow.
+
+    It has one live lease, or two of different workers when the first is late.
+    """
 
     task_id: TaskId
     number: int
@@ -445,6 +465,13 @@ class Task:
     input_inline: bool = False
     fence: int = 0
     lease_id: LeaseId | None = None
+    """Its live lease, the older one of two."""
+    duplicate_id: LeaseId | None = None
+    """Its second live lease; None unless there are two."""
+    duplicates: int = 0
+    """Second leases that it ever had."""
+    answer: Answer | None = None
+    """What delivered its rows, while it is `ANSWERED`."""
     attempts: int = 0
     """Failures that were somebody's fault."""
     losses: int = 0
@@ -458,6 +485,15 @@ class Task:
     """Its account's share key when it was cut: its place among what stands ready."""
     stock_group: int = NO_GROUP
     """The group for which it is kept in stock while it is packed or ready."""
+
+    @property
+    def lease_ids(self) -> tuple[LeaseId, ...]:
+        """Its live leases, the older one first."""
+        return tuple(lease_id for lease_id in (self.lease_id, self.duplicate_id) if lease_id is not None)
+
+    def other_lease_id(self, lease_id: LeaseId) -> LeaseId | None:
+        """Its live lease that is not this one."""
+        return self.duplicate_id if self.lease_id == lease_id else self.lease_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -475,11 +511,12 @@ class CommitmentFacts:
     """What the worker says it took."""
     millijoules: int = 0
     energy_measured: bool = False
+    execution_class: str = ""
 
 
 @dataclass(slots=True)
 class Lease:
-    """A live lease: `fence` equals its task's."""
+    """A live lease. Its fence is its own; the newest lease of a task has the task's."""
 
     lease_id: LeaseId
     task_id: TaskId
@@ -504,10 +541,13 @@ class EndedLease:
     worker_id: PartyId
     fence: int
     outcome: LeaseOutcome | None
-    """None: it settled."""
+    """None: it settled, or was late."""
     commitment: CommitmentFacts | None
     input: Digest | None = None
-    """Its input in the blob service, which nobody needs any more; None when it was inline or had none."""
+    """Its input in the blob service, which nobody needs any more; None when it was inline, had none, or another lease
+    still needs it."""
+    late: bool = False
+    """True: another lease had delivered the rows when this one committed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -575,7 +615,10 @@ class State:
     archived_through: int = 0
     """The latest end of a job that has left the state, as a sequence: views behind it do not know all references."""
     tasks: dict[TaskId, Task] = field(default_factory=dict[TaskId, Task])
+    duplicated: dict[TaskId, None] = field(default_factory=dict[TaskId, None])
+    """Tasks that have two live leases, or are answered and have one left."""
     leases: dict[LeaseId, Lease] = field(default_factory=dict[LeaseId, Lease])
+    """Live leases, the first granted first."""
     ended_leases: dict[LeaseId, EndedLease] = field(default_factory=dict[LeaseId, EndedLease])
     ended_order: deque[LeaseId] = field(default_factory=deque[LeaseId])
     """The same leases, oldest first."""
@@ -609,6 +652,11 @@ class State:
     """Accounts with ready tasks and free workers of their own."""
     own_wanting: dict[AccountId, None] = field(default_factory=dict[AccountId, None])
     """Accounts with rows to cut and less in stock than their own workers could take."""
+    tolerances: dict[tuple[Digest, str, str], dict[AccountId, tuple[int, ...]]] = field(
+        default_factory=dict[tuple[Digest, str, str], dict[AccountId, tuple[int, ...]]]
+    )
+    """By bundle, class of the referee and class of the candidate, the latest learned last: the latest deviations that
+    rows of each account showed, in millionths of the bundle's spread."""
     forecasts: dict[str, Forecast] = field(default_factory=dict[str, Forecast])
     """Grams of CO₂ per kWh to come, by region; `carbon.ELSEWHERE` for all others."""
     forecast_source: str = ""

@@ -9,6 +9,7 @@ from fallow_coordinator.core import health, measuring
 from fallow_coordinator.core.answers import Decision
 from fallow_coordinator.core.deferral import planned
 from fallow_coordinator.core.draft import Draft
+from fallow_coordinator.core.duplicates import duplicates_due
 from fallow_coordinator.core.limits import DUE_PER_TICK_MAX, PACK_PATIENCE_MS
 from fallow_coordinator.core.names import Names
 from fallow_coordinator.core.state import State
@@ -34,7 +35,12 @@ def tick(state: State, command: c.Tick, now_ms: int, names: Names) -> Decision:
     for deadline_ms, lease_id in state.deadlines[:DUE_PER_TICK_MAX]:
         if deadline_ms > now_ms:
             break
-        draft.end_lease(state.leases[lease_id], e.LeaseOutcome.EXPIRED, Cause.WORKER, "it was not done in time")
+        lease = state.leases[lease_id]
+        if state.tasks[lease.task_id].answer is not None and now_ms < lease.granted_at_ms + lease.runtime_max_ms:
+            # Nobody waits for it any more; its worker had less time than it was promised.
+            draft.end_lease(lease, e.LeaseOutcome.REVOKED, Cause.PLATFORM, "its rows came from another worker first")
+        else:
+            draft.end_lease(lease, e.LeaseOutcome.EXPIRED, Cause.WORKER, "it was not done in time")
     draft.events.extend(health.warmed(state, now_ms))
     gone = {event.task_id for event in draft.events if isinstance(event, e.TaskDropped)}
     for lane in state.lanes.values():
@@ -47,6 +53,8 @@ def tick(state: State, command: c.Tick, now_ms: int, names: Names) -> Decision:
     draft.events.extend(renewals_due(state, now_ms))
     ended = {event.job_id for event in draft.events if isinstance(event, e.JobStateChanged)}
     draft.events += [event for event in planned(state, now_ms) if event.job_id not in ended]
+    if not draft.events:
+        draft.events.extend(duplicates_due(state, now_ms, names))
     if draft.events or command.measuring is None:
         # What ends now may free whom it would challenge: devices have time until the next tick.
         return Decision(tuple(draft.events))

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import secrets
+import time
 from collections.abc import Callable, Coroutine
 from typing import Final, assert_never
 
@@ -73,6 +74,7 @@ from fallow_coordinator.service.grants import stored_blob
 from fallow_coordinator.service.inline_blocks import inspected_block
 from fallow_coordinator.service.lease_messages import LeaseMessages
 from fallow_coordinator.service.live_streams import LiveStreams
+from fallow_coordinator.service.opening_pace import OpeningPace
 from fallow_coordinator.service.outbox import Outbox
 from fallow_coordinator.service.protocol import check_versions
 from fallow_coordinator.service.rate_limit import RateLimit
@@ -130,6 +132,7 @@ class WorkerService:
         self._blob_endpoint = blob_endpoint
         self._heartbeat_interval_ms = heartbeat_interval_ms
         self._now_ms = now_ms
+        self._pace = OpeningPace(time.monotonic)
         self._closing: set[asyncio.Task[None]] = set()
 
     def handlers(self, limit: RateLimit) -> grpc.GenericRpcHandler:
@@ -164,7 +167,8 @@ class WorkerService:
             hello, sequence = await self._hello(context, caller)
             resume_token = secrets.token_bytes(RESUME_TOKEN_BYTES)
             with self._outbox.opening():
-                granted = await self._open(caller, hello, resume_token)
+                async with self._pace.turn():
+                    granted = await self._open(caller, hello, resume_token)
                 session = WorkerSession(
                     context=context,
                     caller=caller,
@@ -251,6 +255,7 @@ class WorkerService:
             # The worker hung up while the disk was busy: a session that nobody knows of must not keep it out.
             self._in_background(self._close_unknown(deciding))
             raise
+        self._pace.led_to(len(decision.events))
         answer = decision.answer
         assert isinstance(answer, SessionGranted), "opening grants a session"
         return answer

@@ -14,8 +14,10 @@ from fallow_coordinator.store import (
     credit_events,
     device_events,
     door_events,
+    duplicate_events,
     health_events,
     identity_events,
+    tolerance_events,
     verification_events,
     work_events,
 )
@@ -31,7 +33,9 @@ KINDS: tuple[AnyKind, ...] = (
     *device_events.KINDS,
     *carbon_events.KINDS,
     *door_events.KINDS,
+    *duplicate_events.KINDS,
     *verification_events.KINDS,
+    *tolerance_events.KINDS,
 )
 """Every kind of event; complete, or importing this module fails."""
 

@@ -39,7 +39,9 @@ def _created(_: State, event: ev.TaskCreated) -> JobRecord | None:
     return None if event.job_id is None else JobRecord(event.job_id)
 
 
-def _of_task(state: State, event: ev.LeaseGranted | ev.TaskSettled | ev.TaskAbandoned) -> JobRecord | None:
+def _of_task(
+    state: State, event: ev.LeaseGranted | ev.TaskSettled | ev.LateLeaseSettled | ev.TaskAbandoned
+) -> JobRecord | None:
     job_id = state.tasks[event.task_id].job_id
     return None if job_id is None else JobRecord(job_id)
 
@@ -69,6 +71,7 @@ _FINDERS: Final[dict[type, Callable[[State, Any], JobRecord | None]]] = {
     ev.TaskCreated: _created,
     ev.LeaseGranted: _of_task,
     ev.TaskSettled: _of_task,
+    ev.LateLeaseSettled: _of_task,
     ev.TaskAbandoned: _of_task,
     ev.CommitmentRecorded: _committed,
 }

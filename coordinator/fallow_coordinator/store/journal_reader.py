@@ -66,7 +66,7 @@ class JournalReader:
                 return sealed
         else:
             self._segments.forget()
-        return [StoredRecord(*row) for row in rows]
+        return list(map(StoredRecord._make, rows))
 
     def stretch(self, *, after_sequence: int, limit: int) -> list[StoredRecord]:
         """As `stored`, and never fewer than `limit` while there are more, wherever they lie."""

@@ -6,7 +6,6 @@ from fallow.credits import PoolMode, Purse
 from fallow.ids import JobId
 from fallow_coordinator.core import events as ev
 from fallow_coordinator.core.ledger import BookKind, Posting
-from fallow_coordinator.core.postings import postings_of
 from fallow_coordinator.core.prices import device_class
 from fallow_coordinator.core.state import State
 
@@ -21,15 +20,17 @@ _WHAT: dict[type, str] = {
     ev.LeaseGranted: "work",
     ev.LeaseEnded: "work",
     ev.TaskSettled: "work",
+    ev.LateLeaseSettled: "work",
     ev.AllotmentSet: "allotment",
     ev.AllotmentRenewed: "allotment",
 }
 
 
-def posting_rows(state: State, event: ev.Event, sequence: int, at_ms: int) -> list[LedgerRow]:
+def posting_rows(
+    state: State, event: ev.Event, postings: tuple[Posting, ...], sequence: int, at_ms: int
+) -> list[LedgerRow]:
     """What the event posts, contribution left out: `settlements` tells it. Asked before the event is folded."""
-    postings = postings_of(state, event)
-    if not postings:
+    if all(posting.book.purse is Purse.CONTRIBUTION for posting in postings):
         return []
     job_id, worker_id = _job_and_worker(state, event)
     note = event.note if isinstance(event, ev.CreditsGranted | ev.CreditsReleased) else ""
@@ -53,7 +54,9 @@ def posting_rows(state: State, event: ev.Event, sequence: int, at_ms: int) -> li
     ]
 
 
-def settlement_row(state: State, event: ev.TaskSettled, sequence: int, at_ms: int) -> LedgerRow | None:
+def settlement_row(
+    state: State, event: ev.TaskSettled | ev.LateLeaseSettled, sequence: int, at_ms: int
+) -> LedgerRow | None:
     """Who did a task of a job and what they got. Asked before the event is folded."""
     task, lease = state.tasks[event.task_id], state.leases[event.lease_id]
     if task.job_id is None:
@@ -100,7 +103,7 @@ def _job_and_worker(state: State, event: ev.Event) -> tuple[str, str]:
             return state.tasks[event.task_id].job_id or "", ""
         case ev.LeaseEnded():
             return state.tasks[state.leases[event.lease_id].task_id].job_id or "", ""
-        case ev.TaskSettled():
+        case ev.TaskSettled() | ev.LateLeaseSettled():
             job_id = state.tasks[event.task_id].job_id or ""
             lease = state.leases[event.lease_id]
             # A quota job's allotment is one line for each job: reservations know no worker by then.

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from fallow.ids import AccountId, Digest, JobId, LeaseId, PartyId, PoolId, SessionId, TaskId, TokenId
+from fallow.ids import AccountId, Digest, JobId, PartyId, PoolId, SessionId, TaskId, TokenId
 from fallow.job import JOB_STATES_FINAL, JobStatus, TaskResult
 from fallow.wire.job import result_to_message, status_to_message
 from fallow_coordinator.core import events as ev
-from fallow_coordinator.core.evolve import evolve
+from fallow_coordinator.core.evolve import evolve, evolve_posted
 from fallow_coordinator.core.limits import RETENTION_MS_DEFAULT
+from fallow_coordinator.core.postings import postings_of
 from fallow_coordinator.core.questions import status_told
 from fallow_coordinator.core.state import Bundle, Job, State
 from fallow_coordinator.ports import Record
@@ -18,6 +19,9 @@ from fallow_coordinator.store.job_index import job_of
 from fallow_coordinator.store.journal_nodes import JournalNodes
 from fallow_coordinator.store.ledger_rows import posting_rows, settlement_row
 from fallow_coordinator.store.work_events import encode_submission
+
+_UNSEEN = frozenset({ev.TaskCreated, ev.PackRequested, ev.TaskInputPacked, ev.CommitmentRecorded})
+"""Frequent events that post nothing and change nothing that a view shows."""
 
 Row = tuple[object, ...]
 """Values in the order of the table's columns."""
@@ -84,19 +88,52 @@ class Projection:
         self._touched.tree_nodes += self._nodes.add(record.leaf)
         if (found := job_of(self.state, event)) is not None:
             self._touched.job_records.append((found.job_id, record.sequence, found.session_id))
-        self._before(event)
-        self._touched.postings += posting_rows(self.state, event, record.sequence, record.at_ms)
-        if isinstance(event, ev.TaskSettled):
-            settled = settlement_row(self.state, event, record.sequence, record.at_ms)
-            self._touched.settlements += [settled] if settled is not None else []
-        job_id = self._delivered_to(event)
-        evolve(self.state, event, record.at_ms)
-        self._after(event, record.at_ms)
+        if type(event) in _UNSEEN:
+            evolve(self.state, event, record.at_ms)
+        elif isinstance(event, ev.LeaseGranted):
+            self._fold_posted(record)
+            self._touch_task(event.task_id)
+        elif isinstance(event, ev.TaskSettled):
+            self._fold_settled(record, event)
+        else:
+            # Work that was given up is delivered, too.
+            job_id = self.state.tasks[event.task_id].job_id if isinstance(event, ev.TaskAbandoned) else None
+            self._before(event)
+            if isinstance(event, ev.LateLeaseSettled):
+                self._note_settlement(record, event)
+            self._fold_posted(record)
+            self._after(event, record.at_ms)
+            if job_id is not None and isinstance(event, ev.TaskAbandoned):
+                self._note_result(job_id, event.rows)
+
+    def _fold_posted(self, record: Record) -> None:
+        """Folds a record and notes what it posts."""
+        state, event = self.state, record.event
+        postings = postings_of(state, event)
+        if postings:
+            self._touched.postings += posting_rows(state, event, postings, record.sequence, record.at_ms)
+        evolve_posted(state, event, record.at_ms, postings)
+
+    def _fold_settled(self, record: Record, event: ev.TaskSettled) -> None:
+        """Most of what users see comes from these."""
+        touched, job_id = self._touched, self.state.tasks[event.task_id].job_id
+        touched.workers[self.state.leases[event.lease_id].worker_id] = None
+        self._touch_task(event.task_id)
+        self._note_settlement(record, event)
+        self._fold_posted(record)
         if job_id is not None:
-            job = self.state.jobs[job_id]
-            assert isinstance(event, ev.TaskSettled | ev.TaskAbandoned)
-            rows_failed = event.rows_failed if isinstance(event, ev.TaskSettled) else event.rows
-            self._touched.results.append(_result_row(job, job.results[-1], rows_failed))
+            self._note_result(job_id, event.rows_failed)
+
+    def _note_settlement(self, record: Record, event: ev.TaskSettled | ev.LateLeaseSettled) -> None:
+        """Who did it and what they get; asked before the event is folded."""
+        settled = settlement_row(self.state, event, record.sequence, record.at_ms)
+        if settled is not None:
+            self._touched.settlements.append(settled)
+
+    def _note_result(self, job_id: JobId, rows_failed: int) -> None:
+        """The newest result of a job is fresh."""
+        job = self.state.jobs[job_id]
+        self._touched.results.append(_result_row(job, job.results[-1], rows_failed))
 
     def take_changes(self) -> Changes:
         """Rows for everything touched since the last call, as it stands now."""
@@ -134,11 +171,12 @@ class Projection:
             case ev.Restarted():
                 for session_id in self.state.sessions:
                     self._touch_session(session_id)
-            case ev.TaskSettled():
-                self._touch_lease(event.lease_id)
-                self._touched.workers[self.state.leases[event.lease_id].worker_id] = None
+            case ev.LateLeaseSettled():
+                lease = self.state.leases[event.lease_id]
+                self._touched.workers[lease.worker_id] = None
+                self._touch_task(lease.task_id)
             case ev.LeaseEnded():
-                self._touch_lease(event.lease_id)
+                self._touch_task(self.state.leases[event.lease_id].task_id)
             case ev.TaskAbandoned():
                 self._touch_task(event.task_id)
             case ev.JobArchived():
@@ -150,8 +188,6 @@ class Projection:
     def _after(self, event: ev.Event, at_ms: int) -> None:
         touched = self._touched
         match event:
-            case ev.LeaseGranted():
-                self._touch_task(event.task_id)
             case ev.JobSubmitted() | ev.JobStateChanged() | ev.JobDeleted():
                 self._after_job(event, at_ms)
             case ev.JobFunded():
@@ -210,21 +246,12 @@ class Projection:
         if worker_id is not None:
             self._touched.workers[worker_id] = None
 
-    def _touch_lease(self, lease_id: LeaseId) -> None:
-        self._touch_task(self.state.leases[lease_id].task_id)
-
     def _touch_task(self, task_id: TaskId) -> None:
         task = self.state.tasks[task_id]
         if task.job_id is not None:
             self._touched.jobs[task.job_id] = None
         elif task.bundle_digest in self.state.bundles:
             self._touched.bundles[task.bundle_digest] = None
-
-    def _delivered_to(self, event: ev.Event) -> JobId | None:
-        """The job that gets a result by this event, which has not happened yet."""
-        if isinstance(event, ev.TaskSettled | ev.TaskAbandoned):
-            return self.state.tasks[event.task_id].job_id
-        return None
 
 
 def _pool_row(state: State, pool_id: PoolId) -> Row:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 import zlib
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,6 +31,8 @@ SEGMENTS_FOLDER: Final = "segments"
 SEGMENT_RECORDS: Final = 1 << 16
 FORMAT_VERSION: Final = 1
 HEADER_BYTES_MAX: Final = 16_384
+FULL_SEGMENTS_MAX: Final = 2
+"""Segments made ahead of the newest snapshot, in memory: each has about 8 MB."""
 COMPRESSION_LEVEL: Final = 3
 
 _MAGIC: Final = b"fallow segment\n"
@@ -158,6 +161,17 @@ def read_header(segment: Segment) -> tuple[SegmentHeader, int]:
 
 def read_records(segment: Segment) -> list[StoredRecord]:
     """All records of a segment, as they lay in the database. Raises StorageFailed for a file that is damaged."""
+    try:
+        records = decode_segment(_plain_body(segment))
+    except EventUnreadable as error:
+        raise StorageFailed(f"{segment.path}: {error}; {_DAMAGED}") from error
+    if [record.sequence for record in records] != list(range(segment.first, segment.last + 1)):
+        raise StorageFailed(f"{segment.path} lacks records; {_DAMAGED}")
+    return records
+
+
+def _plain_body(segment: Segment) -> bytes:
+    """A segment's records as they were encoded. Raises StorageFailed for a file that is damaged."""
     header, body_at = read_header(segment)
     with storage_failures(segment.path), segment.path.open("rb") as file:
         file.seek(body_at)
@@ -165,12 +179,9 @@ def read_records(segment: Segment) -> list[StoredRecord]:
     if hashlib.sha256(body).hexdigest() != header.body_digest:
         raise StorageFailed(f"{segment.path} does not match its digest; {_DAMAGED}")
     try:
-        records = decode_segment(zlib.decompress(body))
-    except (zlib.error, EventUnreadable) as error:
+        return zlib.decompress(body)
+    except zlib.error as error:
         raise StorageFailed(f"{segment.path}: {error}; {_DAMAGED}") from error
-    if [record.sequence for record in records] != list(range(header.first, header.last + 1)):
-        raise StorageFailed(f"{segment.path} lacks records; {_DAMAGED}")
-    return records
 
 
 def check_segment(
@@ -216,8 +227,24 @@ def root_of_records(records: Sequence[StoredRecord]) -> Digest:
     return tree.root()
 
 
+@dataclass(frozen=True, slots=True)
+class _Full:
+    """A segment that is complete and not written yet."""
+
+    first: int
+    last: int
+    root: Digest
+    last_leaf: bytes
+    plain_digest: bytes
+    """Over the records as they were encoded, before they were compressed."""
+    body: bytes
+
+
 class Sealing:
-    """The segment that is being made: records are added as they come, and it is written once it is full."""
+    """The segments that are being made: records are added as they come, and a full segment is written when it may be.
+
+    So the same records need not be read again, and compressing them is spread over the time in which they come.
+    """
 
     def __init__(self, shelf: SegmentShelf, journal_id: bytes, sign: Sign, records: int = SEGMENT_RECORDS) -> None:
         """Goes on after the newest segment on the shelf, whose checkpoint must agree. Raises StorageFailed."""
@@ -228,6 +255,7 @@ class Sealing:
         self._count = records
         self._tree = JournalTree()
         self._last_leaf = b""
+        self._full: deque[_Full] = deque()
         for segment in shelf.segments():
             header, _ = read_header(segment)
             self._tree.add_subtree(bytes.fromhex(header.root), height_of(segment))
@@ -236,13 +264,14 @@ class Sealing:
             if header.journal_id != journal_id.hex():
                 raise StorageFailed(f"{segment.path} is of another journal; move it away")
             self._last_leaf = bytes.fromhex(header.last_leaf)
-        self._begin()
+        self._begin(self._tree.size + 1)
 
-    def _begin(self) -> None:
-        self._next = self._first = self._tree.size + 1
+    def _begin(self, first: int) -> None:
+        self._next = self._first = first
         self._part = JournalTree()
         self._packer = zlib.compressobj(COMPRESSION_LEVEL)
         self._packed: list[bytes] = []
+        self._plain = hashlib.sha256()
 
     @property
     def sealed_through(self) -> int:
@@ -260,48 +289,76 @@ class Sealing:
         return self._next
 
     @property
-    def last_sequence(self) -> int:
-        """The last record of the segment that is being made."""
-        return self._first + self._count - 1
+    def room(self) -> int:
+        """How many records may be added before a full segment must be written."""
+        return (FULL_SEGMENTS_MAX - len(self._full)) * self._count - (self._next - self._first)
 
-    def add(self, records: Sequence[StoredRecord]) -> None:
-        """Takes the next records, none behind `last_sequence`. Raises StorageFailed for one that is damaged."""
+    @property
+    def full_through(self) -> int:
+        """The last record of the oldest full segment, which may be written once nobody needs it; 0: none is full."""
+        return self._full[0].last if self._full else 0
+
+    def add(self, records: Sequence[StoredRecord], *, checked: bool = False) -> None:
+        """Takes the next records, no more than `room`; `checked`: their leaves were compared.
+
+        Raises StorageFailed for one that is damaged.
+        """
+        assert len(records) <= self.room, "who adds looks for room"
+        while records:
+            share = records[: self._count - (self._next - self._first)]
+            self._add(share, checked=checked)
+            records = records[len(share) :]
+
+    def _add(self, records: Sequence[StoredRecord], *, checked: bool) -> None:
+        """Takes records that belong to the segment that is being made."""
         for record in records:
-            if record.sequence != self._next or not record.leaf_holds():
+            if record.sequence != self._next or not (checked or record.leaf_holds()):
                 raise StorageFailed(f"record {self._next} is damaged or missing; it can't be sealed")
             self._part.add(record.leaf)
             self._next += 1
-        assert self._next <= self.last_sequence + 1, "a segment has its number of records"
-        self._packed.append(self._packer.compress(encode_segment(records)))
-        if records:
-            self._last_leaf = records[-1].leaf
+        data = encode_segment(records)
+        self._plain.update(data)
+        self._packed.append(self._packer.compress(data))
+        self._last_leaf = records[-1].leaf
+        if self._part.size == self._count:
+            self._packed.append(self._packer.flush())
+            self._full.append(
+                _Full(
+                    first=self._first,
+                    last=self._next - 1,
+                    root=self._part.root(),
+                    last_leaf=self._last_leaf,
+                    plain_digest=self._plain.digest(),
+                    body=b"".join(self._packed),
+                )
+            )
+            self._begin(self._next)
 
     def finish(self, at_ms: int) -> Segment | None:
-        """Writes the segment when it is full, reads it back, and begins the next; None: it is not full yet.
+        """Writes the oldest full segment and reads it back; None: none is full.
 
         `at_ms` is the moment that the checkpoint tells. Raises StorageFailed.
         """
-        if self._part.size < self._count:
+        if not self._full:
             return None
-        self._packed.append(self._packer.flush())
-        body = b"".join(self._packed)
-        root, tree = self._part.root(), self._tree.copy()
-        tree.add_subtree(root, self._count.bit_length() - 1)
+        full = self._full[0]
+        tree = self._tree.copy()
+        tree.add_subtree(full.root, self._count.bit_length() - 1)
         checkpoint = Checkpoint(self._journal_id, tree.size, tree.root(), at_ms)
         header = SegmentHeader(
             format_version=FORMAT_VERSION,
             journal_id=self._journal_id.hex(),
-            first=self._first,
-            last=self.last_sequence,
-            root=root.hex(),
-            last_leaf=self._last_leaf.hex(),
-            body_bytes=len(body),
-            body_digest=hashlib.sha256(body).hexdigest(),
+            first=full.first,
+            last=full.last,
+            root=full.root.hex(),
+            last_leaf=full.last_leaf.hex(),
+            body_bytes=len(full.body),
+            body_digest=hashlib.sha256(full.body).hexdigest(),
             checkpoint=self._sign(checkpoint),
         )
-        written = self._shelf.write(header, body)
-        if root_of_records(read_records(written)) != root:
+        written = self._shelf.write(header, full.body)
+        if hashlib.sha256(_plain_body(written)).digest() != full.plain_digest:
             raise StorageFailed(f"{written.path} was not written as it should be; look into the kernel's log")
         self._tree = tree
-        self._begin()
+        self._full.popleft()
         return written

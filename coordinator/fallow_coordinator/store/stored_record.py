@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from fallow_coordinator.store.encoding import leaf_of
 
 
-@dataclass(frozen=True, slots=True)
-class StoredRecord:
-    """A record as it lies on disk."""
+class StoredRecord(NamedTuple):
+    """A record as it lies on disk; a tuple, because there are so many that making one must cost nothing."""
 
     sequence: int
     at_ms: int

@@ -165,6 +165,8 @@ def _lease_granted_to(event: ev.LeaseGranted) -> pb.LeaseGranted:
         runtime_max_ms=event.runtime_max_ms,
         price_microcredits_per_unit=event.price_microcredits_per_unit,
         reserved_microcredits=event.reserved_microcredits,
+        duplicate=event.duplicate,
+        share_key=event.share_key,
     )
 
 
@@ -179,6 +181,8 @@ def _lease_granted_from(message: pb.LeaseGranted) -> ev.LeaseGranted:
         runtime_max_ms=message.runtime_max_ms,
         price_microcredits_per_unit=message.price_microcredits_per_unit,
         reserved_microcredits=message.reserved_microcredits,
+        duplicate=message.duplicate,
+        share_key=message.share_key,
     )
 
 

@@ -14,6 +14,7 @@ from fallow.credits import MICROCREDITS_MAX, parse_credits
 from fallow.errors import FallowError, Reason
 from fallow.job import JobOptions, Objective
 from fallow.quote import Quote
+from fallow.region import REGION_BYTES_MAX, REGION_RULE, is_region
 from fallow.session import DeviceKind
 
 Credits = int | float | str | Decimal
@@ -21,7 +22,6 @@ Credits = int | float | str | Decimal
 
 PRIORITY_MAX: Final = 9
 MEMORY_BYTES_MAX: Final = 1 << 50
-REGION_BYTES_MAX: Final = 64
 _THOUSAND_ROWS: Final = 1_000
 _UNIT_MICROS: Final = 1_000_000
 
@@ -145,13 +145,12 @@ def _within(given: int, field: str, most: int) -> int:
 
 
 def _region(given: str) -> str:
-    plain = given.replace("-", "").replace("_", "")
-    if not plain.isascii() or not plain.isalnum() or len(given) > REGION_BYTES_MAX:
+    if not is_region(given):
         raise FallowError(
             Reason.FIELD_INVALID,
             f"{given[:REGION_BYTES_MAX]!r} is no name of a region",
             field="region",
-            limit=f"1 to {REGION_BYTES_MAX} letters, digits, '-' and '_', such as de or us-east",
+            limit=REGION_RULE,
         )
     return given
 

@@ -1292,12 +1292,17 @@ class GrantsRenewed(_message.Message):
     FENCE_FIELD_NUMBER: _builtins.int
     INPUT_GRANT_FIELD_NUMBER: _builtins.int
     OFFER_FIELD_NUMBER: _builtins.int
+    CANDIDATE_GRANTS_FIELD_NUMBER: _builtins.int
     lease_id: _builtins.str
     fence: _builtins.int
     @_builtins.property
     def input_grant(self) -> _blob_pb2.SignedBlobGrant: ...
     @_builtins.property
     def offer(self) -> Global___BundleOffer: ...
+    @_builtins.property
+    def candidate_grants(self) -> _containers.RepeatedCompositeFieldContainer[_blob_pb2.SignedBlobGrant]:
+        """Of a REFEREE lease: one for each candidate, in its order."""
+
     def __init__(
         self,
         *,
@@ -1305,10 +1310,11 @@ class GrantsRenewed(_message.Message):
         fence: _builtins.int = ...,
         input_grant: _blob_pb2.SignedBlobGrant | None = ...,
         offer: Global___BundleOffer | None = ...,
+        candidate_grants: _abc.Iterable[_blob_pb2.SignedBlobGrant] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["input_grant", b"input_grant", "offer", b"offer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["fence", b"fence", "input_grant", b"input_grant", "lease_id", b"lease_id", "offer", b"offer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["candidate_grants", b"candidate_grants", "fence", b"fence", "input_grant", b"input_grant", "lease_id", b"lease_id", "offer", b"offer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

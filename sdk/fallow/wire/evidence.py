@@ -84,6 +84,18 @@ def fact_of(event: bytes) -> Fact | None:
             return _committed(message.commitment_recorded)
         case "task_settled":
             return _settled(message.task_settled)
+        case "late_lease_settled":
+            late = message.late_lease_settled
+            return Settled(
+                late.task_id,
+                late.lease_id,
+                cursor=0,
+                rows=late.rows,
+                rows_failed=late.rows_failed,
+                microcredits=late.microcredits,
+                released=late.released,
+                contribution_microcredits=late.contribution_microcredits,
+            )
         case "task_abandoned":
             ended = message.task_abandoned
             cause = CAUSES.member(ended.cause, "cause").value

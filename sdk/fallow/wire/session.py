@@ -429,12 +429,13 @@ def _coordinator_message(message: CoordinatorMessage) -> session_pb2.Coordinator
             detail = identity_pb2.ErrorDetail(reason=reason, message=text)
             refused = session_pb2.Refused(sequence=sequence, lease_id=lease_id or "", error=detail)
             return session_pb2.CoordinatorMessage(refused=refused)
-        case GrantsRenewed(lease_id, fence, input_grant, offer):
+        case GrantsRenewed(lease_id, fence, input_grant, offer, candidate_grants):
             renewed = session_pb2.GrantsRenewed(
                 lease_id=lease_id,
                 fence=fence,
                 input_grant=grant_to_message(input_grant) if input_grant else None,
                 offer=_offer_to_message(offer),
+                candidate_grants=[grant_to_message(grant) for grant in candidate_grants],
             )
             return session_pb2.CoordinatorMessage(grants_renewed=renewed)
         case Goodbye(reason, text, reconnect_after_ms):
@@ -472,6 +473,7 @@ def _coordinator_value(message: session_pb2.CoordinatorMessage) -> CoordinatorMe
                 renewed.fence,
                 grant_from_message(renewed.input_grant) if renewed.HasField("input_grant") else None,
                 _offer_from_message(renewed.offer) if renewed.HasField("offer") else None,
+                tuple(grant_from_message(grant) for grant in renewed.candidate_grants),
             )
         case "goodbye":
             goodbye = message.goodbye

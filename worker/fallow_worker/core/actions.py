@@ -16,6 +16,7 @@ from fallow.session import (
     Inspection,
     Lease,
     LeaseReturned,
+    Refereed,
     SignedBytes,
     TaskFailed,
 )
@@ -35,6 +36,7 @@ class Say:
         | Delivery
         | Inspection
         | Checked
+        | Refereed
         | TaskFailed
         | LeaseReturned
         | GrantsWanted

@@ -15,6 +15,7 @@ from fallow.session import (
     Inspection,
     Lease,
     LeaseRevoked,
+    Refereed,
     Refused,
     Settled,
     SignedBytes,
@@ -83,7 +84,7 @@ class Ran:
     """A run ended with rows or a report; the output's bytes lie with the daemon."""
 
     lease_id: LeaseId
-    message: Commitment | Inspection | Checked
+    message: Commitment | Inspection | Checked | Refereed
 
 
 @dataclass(frozen=True, slots=True)

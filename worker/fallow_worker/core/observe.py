@@ -253,6 +253,9 @@ def _grants_renewed(world: World, held: Held, renewed: GrantsRenewed) -> World:
     lease = held.lease
     if renewed.input_grant is not None:
         lease = replace(lease, input_grant=renewed.input_grant)
+    if len(renewed.candidate_grants) == len(lease.candidates):
+        renewed_candidates = zip(lease.candidates, renewed.candidate_grants, strict=True)
+        lease = replace(lease, candidates=tuple(replace(one, grant=grant) for one, grant in renewed_candidates))
     return _with(world, replace(held, lease=lease, phase=_with_grants(world, held)))
 
 

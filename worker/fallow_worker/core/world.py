@@ -18,6 +18,7 @@ from fallow.session import (
     Inspection,
     Lease,
     LeaseReturned,
+    Refereed,
     SignedBytes,
     TaskFailed,
     TaskKind,
@@ -117,7 +118,7 @@ class Cancelling:
     """What to say afterwards; None when nobody wants to hear of it."""
 
 
-Message = Commitment | Delivery | Inspection | Checked
+Message = Commitment | Delivery | Inspection | Checked | Refereed
 """What must be said again, word for word, until it is answered."""
 
 
@@ -193,8 +194,9 @@ class Held:
 
     @property
     def input_bytes(self) -> int:
-        """What its input block takes here."""
-        return self.lease.input.length_bytes if self.lease.input else 0
+        """What its input block, and what it is compared with, takes here."""
+        own = self.lease.input.length_bytes if self.lease.input else 0
+        return own + sum(candidate.block.length_bytes for candidate in self.lease.candidates)
 
     @property
     def committed(self) -> bool:

@@ -46,6 +46,8 @@ LANE_SECONDS_MIN: Final = 0.002
 EMPTY_SLOT: Final = -1
 
 _Answer = dict[str, Array] | Exception
+Watch = Callable[[NDArray[np.int64], Mapping[str, Array]], None]
+"""Sees every tensor of some batches: the row of the block in each place, or EMPTY_SLOT, and the values by name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +104,7 @@ class Chain:
         threads: int = 1,
         lanes: int = 1,
         allow_spinning: bool = False,
+        optimised: bool = True,
     ) -> None:
         """Loads every program. Raises BUNDLE_INVALID or PROGRAM_REFUSED naming what is wrong.
 
@@ -123,7 +126,7 @@ class Chain:
                     )
                 model = file_of(files, stage.file, f"stages[{index}].file")
                 self._programs[index] = OnnxProgram(
-                    model, stage, threads=threads, lanes=lanes, allow_spinning=allow_spinning
+                    model, stage, threads=threads, lanes=lanes, allow_spinning=allow_spinning, optimised=optimised
                 )
             elif isinstance(stage, TopKHead):
                 content = file_of(files, stage.labels_file, f"stages[{index}].labels_file")
@@ -180,8 +183,9 @@ class Chain:
         slots: Sequence[int] | None = None,
         output_bytes_max: int = BLOCK_BYTES_MAX,
         progress: Callable[[int], None] = lambda _: None,
+        watch: Watch | None = None,
     ) -> ChainResult:
-        """The output block of `block`; `progress` hears the rows done after every batch.
+        """The output block of `block`; `progress` hears the rows done after every batch, `watch` sees their tensors.
 
         Raises SCHEMA_MISMATCH (a block of another schema), BLOCK_TOO_LARGE (the output would be), FIELD_INVALID
         (slots), BUNDLE_INVALID or PROGRAM_REFUSED (every row fails, and zeros too).
@@ -192,8 +196,14 @@ class Chain:
         decoded = self._input.decode(block)
         task = self._begun(decoded)
         for chunk_rows in self._chunks(self._places(task, count, slots)):
-            self._run_chunk(task, chunk_rows, progress)
+            self._run_chunk(task, chunk_rows, progress, watch)
         return self._finished(task, nonce, output_bytes_max)
+
+    @property
+    def heads(self) -> tuple[tuple[TopKHead, tuple[str, ...]], ...]:
+        """The heads that choose labels, with their labels."""
+        found = ((self.manifest.stages[index], labels) for index, labels in self._labels.items())
+        return tuple((stage, tuple(labels)) for stage, labels in found if isinstance(stage, TopKHead))
 
     @property
     def takes_zeros(self) -> bool:
@@ -302,7 +312,9 @@ class Chain:
         size = batches * self.batch_rows
         return [places[start : start + size] for start in range(0, len(places), size)]
 
-    def _run_chunk(self, task: _Task, rows: NDArray[np.int64], progress: Callable[[int], None]) -> None:
+    def _run_chunk(
+        self, task: _Task, rows: NDArray[np.int64], progress: Callable[[int], None], watch: Watch | None
+    ) -> None:
         chunk = self._gathered(task, rows)
         for index, stage in enumerate(self.manifest.stages):
             if isinstance(stage, ProgramStage):
@@ -310,6 +322,8 @@ class Chain:
                 self._run_program(task, chunk, self._programs[index], progress if is_last else lambda _: None)
             else:
                 self._apply(index, stage, chunk)
+        if watch is not None:
+            watch(rows, chunk.tensors)
         used = rows != EMPTY_SLOT
         where = rows[used]
         for name, column in task.columns.items():

@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, Final, cast
@@ -55,6 +55,10 @@ COST_SHARES_FEW: Final = (0.0, 0.5, 1.0)
 """The same where a row takes long."""
 TESTED_BATCH_ROWS: Final = 4
 """Neighbours are tested in batches of this many rows when b is 1."""
+SWEPT_ROWS: Final = 128
+"""Rows of each source that are tested for dependences: one that shows in a twentieth of the rows stays hidden once in
+700 times. Slow programs are tested on as many as `SWEEP_SECONDS` allow, each source and dependence by itself."""
+SWEEP_SECONDS: Final = 1.5
 SCALES: Final = (1.0, 50.0, 0.02)
 """Neighbours are also stretched and shrunk: dynamic quantisation looks at the largest value in a batch."""
 SEED: Final = 20_260
@@ -303,7 +307,30 @@ class _Inspection:
                     self._outputs(chain, _placed(them, rows, slot, slot))[slot] != together[slot] for them in around
                 ):
                     return True
+        return any(self._half_depends_on_the_other(chain, source) for source in self._sources)
+
+    def _half_depends_on_the_other(self, chain: Chain, source: Callable[[int, int, float], Columns]) -> bool:
+        """Whether rows in every other slot change when those between them do: many rows with few runs."""
+        batch = chain.batch_rows
+        for trial in self._sweep(batch):
+            rows = source(batch, SEED + 400 + trial, 1.0)
+            together = self._outputs(chain, rows)
+            others = self._rows(batch, SEED + 600 + trial, SCALES[trial % 2])
+            for kept in (0, 1):
+                mixed = rows
+                for slot in range(1 - kept, batch, 2):
+                    mixed = _placed(mixed, others, slot, slot)
+                if self._outputs(chain, mixed)[kept::2] != together[kept::2]:
+                    return True
         return False
+
+    def _sweep(self, batch: int) -> Iterator[int]:
+        """Trials until `SWEPT_ROWS` rows are tested or the time is over."""
+        until = time.monotonic() + SWEEP_SECONDS
+        for trial in range(max(1, SWEPT_ROWS // batch)):
+            if trial and time.monotonic() > until:
+                return
+            yield trial
 
     def _depends_on_slot(self, chain: Chain, batch: int) -> bool:
         """Whether a row's bits change with its place in the batch."""
@@ -317,6 +344,14 @@ class _Inspection:
                 return True
             for slot in {0, 1, batch // 2, batch - 1}:
                 if self._outputs(chain, _placed(zeros, rows, 0, slot))[slot] != straight[0]:
+                    return True
+        for source in self._sources:
+            for trial in self._sweep(batch):
+                rows = source(batch, SEED + 500 + trial, 1.0)
+                turn = 1 + trial % (batch - 1)
+                moved = {name: _turned(values, turn) for name, values in rows.items()}
+                straight = self._outputs(chain, rows)
+                if self._outputs(chain, moved) != straight[-turn:] + straight[:-turn]:
                     return True
         return False
 
@@ -474,6 +509,14 @@ def _placed(around: Columns, rows: Columns, source: int, slot: int) -> Columns:
 
 def _reversed(values: ColumnValues) -> ColumnValues:
     return np.ascontiguousarray(values[::-1]) if isinstance(values, np.ndarray) else values[::-1]
+
+
+def _turned(values: ColumnValues, turn: int) -> ColumnValues:
+    """The last `turn` rows first."""
+    if isinstance(values, np.ndarray):
+        return np.ascontiguousarray(np.roll(values, turn, axis=0))
+    contents = list(cast("Sequence[bytes]", values))
+    return contents[-turn:] + contents[:-turn]
 
 
 def _cycled(values: ColumnValues, count: int, seed: int) -> ColumnValues:

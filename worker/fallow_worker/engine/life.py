@@ -79,8 +79,12 @@ def _prepare(arguments: ChildArguments, probes: sandbox.Probes, abi: int, starte
     options = arguments.options
     if options.kind is ChildKind.INSPECT:
         importlib.import_module("fallow_worker.engine.inspection").prepare()
+        importlib.import_module("fallow_worker.engine.referee")
     onnx_program.prepare_runtime()
-    machine_class = onnx_program.machine_class(data_limit_bytes=data_limit_class(options.data_bytes_max))
+    machine_class = onnx_program.machine_class(
+        data_limit_bytes=data_limit_class(options.data_bytes_max),
+        threads_per_batch=max(1, options.threads // lanes_of(options)),
+    )
     before = canary.sing(threads=options.threads, lanes=lanes_of(options), allow_spinning=options.allow_spinning)
     gc.collect()
     gc.freeze()

@@ -93,13 +93,17 @@ class _Slot:
     """The fixed size of its row axis; None when it is free."""
 
 
-def session_options(*, threads: int, allow_spinning: bool) -> Any:
-    """How every session runs: one operator at a time, deterministic kernels, all graph optimisations."""
+def session_options(*, threads: int, allow_spinning: bool, optimised: bool = True) -> Any:
+    """How every session runs: one operator at a time, deterministic kernels, all graph optimisations.
+
+    Not `optimised`: the graph as it was written, for the same arithmetic in another form.
+    """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    levels = ort.GraphOptimizationLevel
+    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimised else levels.ORT_DISABLE_ALL
     options.use_deterministic_compute = True
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if allow_spinning else "0")
@@ -110,13 +114,24 @@ def session_options(*, threads: int, allow_spinning: bool) -> Any:
 class OnnxProgram:
     """A foreign model in one session or two: narrow for many batches at once, wide for one at a time."""
 
-    def __init__(self, model: bytes, stage: ProgramStage, *, threads: int, lanes: int, allow_spinning: bool) -> None:
+    def __init__(
+        self,
+        model: bytes,
+        stage: ProgramStage,
+        *,
+        threads: int,
+        lanes: int,
+        allow_spinning: bool,
+        optimised: bool = True,
+    ) -> None:
         """Loads `model`. Raises PROGRAM_REFUSED when the runtime will not have it, BUNDLE_INVALID for wrong
         bindings."""
-        self._narrow = _session(model, stage.file, threads=max(1, threads // lanes), allow_spinning=allow_spinning)
+        options = session_options(threads=max(1, threads // lanes), allow_spinning=allow_spinning, optimised=optimised)
+        self._narrow = _session(model, stage.file, options)
         self._wide = self._narrow
         if lanes > 1 and len(model) <= WIDE_PROGRAM_BYTES_MAX:
-            self._wide = _session(model, stage.file, threads=threads, allow_spinning=allow_spinning)
+            options = session_options(threads=threads, allow_spinning=allow_spinning, optimised=optimised)
+            self._wide = _session(model, stage.file, options)
         self.stage = stage
         self._inputs = {value.name: _slot(value, stage.file) for value in self._narrow.get_inputs()}
         # Outputs that nobody wants may be of any kind: converters of classifiers emit maps and strings beside scores.
@@ -209,11 +224,11 @@ class OnnxProgram:
                 raise _unknown("output", binding.tensor, self.stage.file, outputs)
 
 
-def _session(model: bytes, file: str, *, threads: int, allow_spinning: bool) -> Any:
+def _session(model: bytes, file: str, options: Any) -> Any:
     try:
         return ort.InferenceSession(
             model,
-            sess_options=session_options(threads=threads, allow_spinning=allow_spinning),
+            sess_options=options,
             providers=["CPUExecutionProvider"],
         )
     except Exception as error:  # whatever the runtime raises, it raises it about the model
@@ -234,8 +249,11 @@ def prepare_runtime() -> None:
 
 
 @cache
-def machine_class(*, data_limit_bytes: int) -> str:
-    """Everything on this machine that decides output bits, but precision and batch: readable parts and one digest."""
+def machine_class(*, data_limit_bytes: int, threads_per_batch: int = 1) -> str:
+    """Everything on this machine that decides output bits, but precision and batch: readable parts and one digest.
+
+    A batch runs on `threads_per_batch` threads, or on more where that was seen to change no bit.
+    """
     machine = platform.machine()
     facts = [
         f"onnxruntime {ort.__version__} {ort.get_build_info()}",
@@ -243,6 +261,7 @@ def machine_class(*, data_limit_bytes: int) -> str:
         f"codec {CODEC_VERSION}",
         f"data {data_limit_bytes}",
         "provider cpu, all optimisations, deterministic",
+        f"threads {threads_per_batch} a batch, one operator at a time",
         f"{machine} {' '.join(sorted(_cpu_flags()))}",
     ]
     digest = sha256("\n".join(facts).encode()).hexdigest()[:12]

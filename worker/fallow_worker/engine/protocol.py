@@ -49,6 +49,7 @@ supervisor            child
 `Inspect`             `Progress` now and then, then `Inspected` | `Failed`; refusals stand in the report
 `Challenge`           `Progress` now and then, then `Answered` | `Failed`
 `Check`               `Checked` | `Failed`
+`Referee`             `Progress` now and then, then `Refereed` | `Failed`
 ====================  =================================================================================
 
 There is no cancel message: kill the child (`killpg` of its own session) and spawn another; a start takes 0.3 to 0.5 s.
@@ -73,6 +74,7 @@ from typing import Final
 
 from fallow.bundle import BundleManifest, InspectionReport
 from fallow.challenge import ChallengePlan, ChallengeVerdict
+from fallow.comparison import RowFinding, Spread, ToleranceProfile
 from fallow.errors import Reason
 from fallow.ids import Digest
 from fallow.limits import BLOCK_BYTES_MAX, GIB, KIB, MIB, ROW_FAILURE_REASON_BYTES_MAX, ROW_FAILURES_LISTED_PER_TASK_MAX
@@ -240,6 +242,41 @@ class Check:
 
 
 @dataclass(frozen=True, slots=True)
+class CandidatePlacement:
+    """A block of others' output rows in the input memory."""
+
+    block: Placement
+    rows: tuple[int, ...]
+    """Rows of `Referee.own` that the block's rows answer."""
+    class_numbers: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Referee:
+    """Put others' rows beside our own. Sent once, in an `INSPECT` child: the program may have to be taken apart."""
+
+    manifest: BundleManifest
+    input_schema_digest: Digest
+    output_schema_digest: Digest
+    files: tuple[FilePlacement, ...]
+    """None at all: compare without running the program in other forms."""
+    canonical_batch_rows: int
+    slot_dependent: bool
+    input: Placement
+    slots: Placement | None
+    own: Placement
+    """Our output rows for `input`."""
+    own_class: str
+    candidates: tuple[CandidatePlacement, ...]
+    execution_classes: tuple[str, ...]
+    profiles: tuple[ToleranceProfile, ...]
+    spread: Spread | None
+    """The bundle's, when it was measured before."""
+    seconds_max: float
+    """For running the program in other forms."""
+
+
+@dataclass(frozen=True, slots=True)
 class Ready:
     """The child is locked down and works."""
 
@@ -331,8 +368,18 @@ class Checked:
     usage: Usage
 
 
-ToChild = Load | Run | Inspect | Challenge | Check
-FromChild = Ready | Loaded | Progress | Done | Failed | Inspected | Answered | Checked
+@dataclass(frozen=True, slots=True)
+class Refereed:
+    """What was found of each row."""
+
+    rows: tuple[RowFinding, ...]
+    spread: Spread | None
+    """The bundle's, when it is known by now."""
+    usage: Usage
+
+
+ToChild = Load | Run | Inspect | Challenge | Check | Referee
+FromChild = Ready | Loaded | Progress | Done | Failed | Inspected | Answered | Checked | Refereed
 
 _PROGRAM_SIGNALS: Final = frozenset(
     {signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT, signal.SIGTRAP}
@@ -385,6 +432,7 @@ def clipped_reason(text: str) -> str:
 __all__ = [
     "ROW_FAILURES_LISTED_PER_TASK_MAX",
     "Answered",
+    "CandidatePlacement",
     "Cause",
     "Challenge",
     "Check",
@@ -402,6 +450,8 @@ __all__ = [
     "Placement",
     "Progress",
     "Ready",
+    "Referee",
+    "Refereed",
     "RowFailure",
     "Run",
     "SandboxLevel",

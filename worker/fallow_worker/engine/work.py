@@ -38,6 +38,8 @@ from fallow_worker.engine.protocol import (
     Loaded,
     Placement,
     Progress,
+    Referee,
+    Refereed,
     Run,
     ToChild,
     lanes_of,
@@ -75,6 +77,8 @@ class Worker:
                     self._answer(message)
                 case Check():
                     self._check(message)
+                case Referee():
+                    self._referee(message)
 
     def _receive(self) -> ToChild | None:
         header = self._read(frames.LENGTH_BYTES)
@@ -227,6 +231,33 @@ class Worker:
             self.send(_out_of_memory(""))
             return
         self.send(Checked(check.verdict(message.plan, block, message.entropy), clock.usage()))
+
+    def _referee(self, message: Referee) -> None:
+        if self._arguments.options.kind is not ChildKind.INSPECT:
+            raise frames.FrameError("Referee goes to a child that can take programs apart")
+        clock = UsageClock()
+        referee: Any = importlib.import_module("fallow_worker.engine.referee")
+        try:
+            found = referee.compare(
+                message,
+                files=self.files(message.files),
+                blocks=referee.Blocks(
+                    input=RowBlock.parse(self._bytes(message.input, BLOCK_BYTES_MAX)),
+                    own=RowBlock.parse(self._bytes(message.own, BLOCK_BYTES_MAX)),
+                    candidates=tuple(
+                        RowBlock.parse(self._bytes(one.block, BLOCK_BYTES_MAX)) for one in message.candidates
+                    ),
+                    slots=self._slots(message.slots),
+                ),
+                progress=self._inspected_so_far,
+            )
+        except FallowError as error:
+            self.send(_failed("", error))
+            return
+        except MemoryError:
+            self.send(_out_of_memory(""))
+            return
+        self.send(Refereed(found.rows, found.spread, clock.usage()))
 
     def _check_fresh(self) -> None:
         if self._chain is not None or self._arguments.options.kind is not ChildKind.RUN:

@@ -31,6 +31,8 @@ from fallow_worker.engine.protocol import (
     Placement,
     Progress,
     Ready,
+    Referee,
+    Refereed,
     Run,
     SpawnOptions,
     ToChild,
@@ -42,7 +44,7 @@ from fallow_worker.executor.layout import MemoryCap
 from fallow_worker.executor.resident import resident_bytes
 
 _T = TypeVar("_T")
-_Answer = Loaded | Inspected | Answered | Checked | Failed
+_Answer = Loaded | Inspected | Answered | Checked | Refereed | Failed
 """What a child says to a message that is no task."""
 
 TASKS_AHEAD_MAX: Final = 2
@@ -194,7 +196,7 @@ class EngineChild:
                 return answer
             case Failed():
                 return answer
-            case Inspected() | Answered() | Checked():
+            case Inspected() | Answered() | Checked() | Refereed():
                 raise self._broke(f"{type(answer).__name__} where a load was asked for")
             case _:
                 assert_never(answer)
@@ -205,7 +207,7 @@ class EngineChild:
         """Lets it take a bundle apart. Raises ChildDiedError."""
         self.bundle_digest = message.bundle_digest
         answer = await self._ask(message, progress, timeout_s, "the inspection")
-        if isinstance(answer, Loaded | Answered | Checked):
+        if isinstance(answer, Loaded | Answered | Checked | Refereed):
             raise self._broke(f"{type(answer).__name__} where an inspection was asked for")
         return answer
 
@@ -224,6 +226,15 @@ class EngineChild:
                 return answer, self._spawned.output.read(0, answer.output_bytes)
             case _:
                 raise self._broke(f"{type(answer).__name__} where a measurement was asked for")
+
+    async def referee(
+        self, message: Referee, progress: Callable[[int], None], *, timeout_s: float
+    ) -> Refereed | Failed:
+        """Lets it put others' rows beside ours. Raises ChildDiedError."""
+        answer = await self._ask(message, progress, timeout_s, "the comparison")
+        if not isinstance(answer, Refereed | Failed):
+            raise self._broke(f"{type(answer).__name__} where a comparison was asked for")
+        return answer
 
     def place(self, offset_bytes: int, data: bytes) -> Placement:
         """Puts `data` into the input memory, for `Load` or `Inspect`. Raises OSError when memory runs out."""
@@ -309,7 +320,7 @@ class EngineChild:
                 if self._ready.done():
                     raise FrameError("ready twice")
                 self._ready.set_result(message)
-            case Loaded() | Inspected() | Answered() | Checked():
+            case Loaded() | Inspected() | Answered() | Checked() | Refereed():
                 self._settle(message)
             case Progress():
                 self._on_progress(message)
@@ -396,7 +407,7 @@ class EngineChild:
 
     async def _ask(
         self,
-        message: Load | Inspect | Challenge | Check,
+        message: Load | Inspect | Challenge | Check | Referee,
         progress: Callable[[int], None],
         timeout_s: float,
         what: str,

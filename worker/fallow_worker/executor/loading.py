@@ -19,6 +19,7 @@ from fallow_worker.engine.protocol import (
     INSPECTION_SECONDS_MAX,
     READY_SECONDS_MAX,
     Answered,
+    CandidatePlacement,
     Challenge,
     Check,
     Checked,
@@ -30,16 +31,20 @@ from fallow_worker.engine.protocol import (
     Loaded,
     Placement,
     Ready,
+    Referee,
+    Refereed,
     clipped_reason,
 )
 from fallow_worker.executor import WorkFailed
 from fallow_worker.executor.engine_child import ChildDiedError, EngineChild, aligned
-from fallow_worker.ports import LoadedBundle, Outcome, Work
+from fallow_worker.ports import LoadedBundle, Outcome, RefereeWork, Work
 
 ENTROPY_BYTES: Final = 32
 LOAD_SECONDS_MAX: Final = 120.0
 INSPECTION_SHARE: Final = 0.8
 """Part of an inspection's time after which measuring stops, so that the report comes in time."""
+REFEREE_SHARE: Final = 0.5
+"""Part of a referee's time that may go into running the program in other forms."""
 INSPECTION_PATIENCE_S: Final = 90.0
 """How long a child may take for a whole inspection, beside a second for every `_INSPECTED_BYTES_PER_S` of its files: a
 program that runs without end must not keep honest ones waiting."""
@@ -109,6 +114,40 @@ async def measure(
             raise WorkFailed(answer.cause, clipped_reason(answer.message))
         case _:
             assert_never(answer)
+
+
+async def referee(
+    child: EngineChild, work: Work, task: RefereeWork, manifest: BundleManifest, progress: Callable[[int], None]
+) -> Refereed | Failed:
+    """Waits for the child and lets it compare. Raises ChildDiedError, WorkFailed(worker), OSError."""
+    await child.ready(timeout_s=READY_SECONDS_MAX)
+    files = await _place_files(child, work.bundle, manifest) if task.runs_program else ()
+    end = max((file.place.offset_bytes + aligned(file.place.length_bytes) for file in files), default=0)
+
+    def placed(data: bytes) -> Placement:
+        nonlocal end
+        place = child.place(end, data)
+        end += aligned(len(data))
+        return place
+
+    message = Referee(
+        manifest=manifest,
+        input_schema_digest=digest_of(encode_schema(manifest.input_schema)),
+        output_schema_digest=digest_of(encode_schema(manifest.output_schema)),
+        files=files,
+        canonical_batch_rows=work.bundle.canonical_batch_rows,
+        slot_dependent=work.bundle.slot_dependent,
+        input=placed(work.input_block),
+        slots=placed(b"".join(slot.to_bytes(4, "little") for slot in work.slots)) if work.slots else None,
+        own=placed(task.own_block),
+        own_class=task.own_class,
+        candidates=tuple(CandidatePlacement(placed(one.block), one.rows, one.class_numbers) for one in task.candidates),
+        execution_classes=task.execution_classes,
+        profiles=task.profiles,
+        spread=task.spread,
+        seconds_max=work.runtime_max_ms / 1_000 * REFEREE_SHARE,
+    )
+    return await child.referee(message, progress, timeout_s=work.runtime_max_ms / 1_000)
 
 
 async def _place_files(child: EngineChild, bundle: LoadedBundle, manifest: BundleManifest) -> tuple[FilePlacement, ...]:

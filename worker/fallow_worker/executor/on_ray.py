@@ -38,6 +38,7 @@ from fallow_worker.executor.ray_messages import (
     Up,
     WorkDone,
     WorkEnded,
+    body_of,
     encode,
     read_frame,
     start_of,
@@ -202,7 +203,7 @@ class _Driver:
         answer: asyncio.Future[Outcome] = self._loop.create_future()
         self._calls[call] = (answer, progress)
         try:
-            await self._say(start_of(call, work), work.input_block)
+            await self._say(start_of(call, work), body_of(work))
             return await answer
         except asyncio.CancelledError:
             if not answer.done() or answer.cancelled():
@@ -257,7 +258,16 @@ class _Driver:
                 if message.call in self._calls:
                     self._calls[message.call][1](message.rows_done)
             case WorkDone():
-                outcome = Outcome(body, message.failures, message.usage, message.execution_class, message.report)
+                outcome = Outcome(
+                    body,
+                    message.failures,
+                    message.usage,
+                    message.execution_class,
+                    message.report,
+                    message.verdict,
+                    message.findings,
+                    message.spread,
+                )
                 answer = self._answer(message.call)
                 if answer is not None:
                     answer.set_result(outcome)

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from fallow.bundle import InspectionReport
 from fallow.challenge import ChallengePlan, ChallengeVerdict
+from fallow.comparison import RowFinding, Spread, ToleranceProfile
 from fallow.ids import Digest, LeaseId
 from fallow.limits import BLOCK_BYTES_MAX, MIB
 from fallow.session import Cause, RowFailure, TaskKind, Usage
@@ -16,7 +17,7 @@ from fallow_worker.engine.frames import FrameError, from_json, to_json
 from fallow_worker.executor import WorkFailed
 from fallow_worker.executor.capability import NodeFacts
 from fallow_worker.executor.ray_settings import RaySettings
-from fallow_worker.ports import LoadedBundle, Outcome, Work
+from fallow_worker.ports import CandidateRows, LoadedBundle, Outcome, RefereeWork, Work
 
 HEADER_BYTES_MAX: Final = 16 * MIB
 """Slots of a million rows are the longest thing in a header."""
@@ -43,6 +44,29 @@ class FilePath:
 
 
 @dataclass(frozen=True, slots=True)
+class CandidateHead:
+    """Rows to compare with, whose block stands in the body."""
+
+    block_bytes: int
+    rows: tuple[int, ...]
+    class_numbers: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RefereeHead:
+    """What a referee compares; in the body its own rows and the candidates' follow the input block."""
+
+    input_bytes: int
+    own_bytes: int
+    own_class: str
+    candidates: tuple[CandidateHead, ...]
+    execution_classes: tuple[str, ...]
+    profiles: tuple[ToleranceProfile, ...]
+    spread: Spread | None
+    runs_program: bool
+
+
+@dataclass(frozen=True, slots=True)
 class StartWork:
     """A lease to run; the body is its input block."""
 
@@ -62,6 +86,7 @@ class StartWork:
     buckets: tuple[int, ...]
     slots: tuple[int, ...]
     challenge: ChallengePlan | None
+    referee: RefereeHead | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +128,8 @@ class WorkDone:
     execution_class: str
     report: InspectionReport | None
     verdict: ChallengeVerdict | None
+    findings: tuple[RowFinding, ...]
+    spread: Spread | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,10 +185,56 @@ def start_of(call: int, work: Work) -> StartWork:
         buckets=work.buckets,
         slots=work.slots,
         challenge=work.challenge,
+        referee=_referee_head(work),
     )
 
 
-def work_of(start: StartWork, input_block: bytes) -> Work:
+def body_of(work: Work) -> bytes:
+    """What goes with the header of a lease. Raises WorkFailed when it is too much for one frame."""
+    if work.referee is None:
+        return work.input_block
+    body = b"".join(
+        (work.input_block, work.referee.own_block, *(candidate.block for candidate in work.referee.candidates))
+    )
+    if len(body) > BLOCK_BYTES_MAX:
+        raise WorkFailed(Cause.PLATFORM, f"{len(body)} bytes to compare; allowed on Ray: {BLOCK_BYTES_MAX}")
+    return body
+
+
+def _referee_head(work: Work) -> RefereeHead | None:
+    task = work.referee
+    if task is None:
+        return None
+    return RefereeHead(
+        input_bytes=len(work.input_block),
+        own_bytes=len(task.own_block),
+        own_class=task.own_class,
+        candidates=tuple(CandidateHead(len(one.block), one.rows, one.class_numbers) for one in task.candidates),
+        execution_classes=task.execution_classes,
+        profiles=task.profiles,
+        spread=task.spread,
+        runs_program=task.runs_program,
+    )
+
+
+def _referee_of(head: RefereeHead, body: bytes) -> RefereeWork:
+    at = head.input_bytes + head.own_bytes
+    candidates: list[CandidateRows] = []
+    for one in head.candidates:
+        candidates.append(CandidateRows(body[at : at + one.block_bytes], one.rows, one.class_numbers))
+        at += one.block_bytes
+    return RefereeWork(
+        own_block=body[head.input_bytes : head.input_bytes + head.own_bytes],
+        own_class=head.own_class,
+        candidates=tuple(candidates),
+        execution_classes=head.execution_classes,
+        profiles=head.profiles,
+        spread=head.spread,
+        runs_program=head.runs_program,
+    )
+
+
+def work_of(start: StartWork, body: bytes) -> Work:
     """The lease of a header and its body."""
     return Work(
         lease_id=start.lease_id,
@@ -174,7 +247,7 @@ def work_of(start: StartWork, input_block: bytes) -> Work:
             slot_dependent=start.slot_dependent,
             memory_bytes_peak=start.memory_bytes_peak,
         ),
-        input_block=input_block,
+        input_block=body if start.referee is None else body[: start.referee.input_bytes],
         rows=start.rows,
         nonce=start.nonce,
         output_bytes_max=start.output_bytes_max,
@@ -182,6 +255,7 @@ def work_of(start: StartWork, input_block: bytes) -> Work:
         buckets=start.buckets,
         slots=start.slots,
         challenge=start.challenge,
+        referee=None if start.referee is None else _referee_of(start.referee, body),
     )
 
 
@@ -189,4 +263,14 @@ def end_of(call: int, end: Outcome | WorkFailed) -> tuple[WorkDone | WorkEnded, 
     """The message and body that tell how a lease ended."""
     if isinstance(end, WorkFailed):
         return WorkEnded(call, end.cause, end.reason), b""
-    return WorkDone(call, end.failures, end.usage, end.execution_class, end.report, end.verdict), end.output_block
+    done = WorkDone(
+        call,
+        end.failures,
+        end.usage,
+        end.execution_class,
+        end.report,
+        end.verdict,
+        end.findings,
+        end.spread,
+    )
+    return done, end.output_block

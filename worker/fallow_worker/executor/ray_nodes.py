@@ -188,7 +188,7 @@ class Nodes:
         alike = [node for node in up if node.facts is not None and node.facts.execution_class == first.execution_class]
         if work.challenge is not None and work.kind is TaskKind.CHALLENGE:
             return self._challenged(work.challenge.device_id)
-        if work.kind in {TaskKind.INSPECT, TaskKind.CHECK}:
+        if work.kind in {TaskKind.INSPECT, TaskKind.CHECK, TaskKind.REFEREE}:
             return alike[:1]
         batches = -(-work.rows // max(1, work.bundle.canonical_batch_rows))
         worth = max(1, batches // (SHARD_BATCHES_MIN * max(1, first.cores)))

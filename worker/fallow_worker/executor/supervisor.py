@@ -18,6 +18,7 @@ from typing import Any, Final
 
 from fallow.bundle import InspectionReport
 from fallow.challenge import MANIFEST, ChallengePlan, fault_of_plan
+from fallow.comparison import fault_of_findings
 from fallow.errors import FallowError
 from fallow.ids import digest_of
 from fallow.limits import LEASES_PER_WORKER_MAX, REPORT_BYTES_MAX
@@ -45,10 +46,10 @@ from fallow_worker.executor.engine_child import (
 )
 from fallow_worker.executor.layout import SHARED_BYTES_MAX, Layout, MemoryCap, memory_cap, node_layout
 from fallow_worker.executor.lease_run import LeaseRun, Seat, Shard
-from fallow_worker.executor.loading import inspect_bundle, load_bundle, measure
+from fallow_worker.executor.loading import inspect_bundle, load_bundle, measure, referee
 from fallow_worker.executor.poison import STILL_SHARE, Isolation, ran_out_of_memory
 from fallow_worker.executor.shards import RowRange, cut, join, join_failures, join_usage, shard_ranges
-from fallow_worker.ports import Outcome, Work
+from fallow_worker.ports import Outcome, RefereeWork, Work
 from fallow_worker.probes.cpu import cores_usable
 from fallow_worker.probes.memory import memory_bytes_free, memory_bytes_total
 
@@ -64,8 +65,10 @@ SPARE_AFTER_SECONDS: Final = 0.5
 MEMORY_WATCH_SECONDS: Final = 0.1
 MEMORY_SPARED_FACTOR: Final = 2
 """A challenge fills no more than one part in so many of what is free when it begins."""
-ALONE_KINDS: Final = frozenset({TaskKind.INSPECT, TaskKind.CHALLENGE, TaskKind.CHECK})
+ALONE_KINDS: Final = frozenset({TaskKind.INSPECT, TaskKind.CHALLENGE, TaskKind.CHECK, TaskKind.REFEREE})
 """Kinds that get a child of their own."""
+MEASURING_KINDS: Final = frozenset({TaskKind.CHALLENGE, TaskKind.CHECK})
+"""Kinds without a bundle."""
 _Chore = Coroutine[Any, Any, None]
 
 
@@ -175,7 +178,7 @@ class Supervisor:
     # -------------------------------------------------------------------------------------------------- admission
 
     def _admit(self, work: Work, progress: Callable[[int], None]) -> LeaseRun:
-        if work.kind in ALONE_KINDS and work.kind is not TaskKind.INSPECT:
+        if work.kind in MEASURING_KINDS:
             return self._admit_measurement(work, progress)
         try:
             manifest = decode_manifest(work.bundle.manifest)
@@ -188,7 +191,7 @@ class Supervisor:
         )
         outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         lease = LeaseRun(work, manifest, block, layout, cap, progress, outcome)
-        if work.kind is TaskKind.INSPECT:
+        if work.kind is TaskKind.INSPECT or (work.kind is TaskKind.REFEREE and block and work.referee):
             lease.shards.append(Shard(lease, RowRange(0, 0)))
             return lease
         if work.kind is not TaskKind.MAP:
@@ -284,6 +287,8 @@ class Supervisor:
             self._chore(self._isolate(seat, shard))
         elif lease.work.challenge is not None:
             self._chore(self._measure(seat, lease, lease.work.challenge))
+        elif lease.work.referee is not None:
+            self._chore(self._referee(seat, lease, lease.work.referee))
         else:
             inspects = lease.work.kind is TaskKind.INSPECT
             self._chore(self._inspect(seat, shard) if inspects else self._bring_up(seat, lease))
@@ -582,6 +587,29 @@ class Supervisor:
             self._end(lease)
             if not lease.outcome.done():
                 lease.outcome.set_result(outcome)
+
+    async def _referee(self, seat: Seat, lease: LeaseRun, task: RefereeWork) -> None:
+        """Others' rows beside our own, decoded in a child that strangers' bytes may take over and nobody uses again."""
+        if seat not in self._seats:
+            return
+        with self._ending(seat, lease):
+            child = self._spawn(self._options(ChildKind.INSPECT, lease.layout, lease.cap), lease.cap)
+            seat.child = child
+            self._begin(lease)
+            answer = await referee(child, lease.work, task, lease.manifest, lease.progress)
+            if isinstance(answer, Failed):
+                self._fail(lease, answer.cause, _failed_text(answer))
+                return
+            wrong = fault_of_findings(answer.rows, rows=lease.work.rows, candidates=len(task.candidates))
+            if wrong:
+                self._fail(lease, Cause.PROGRAM, f"the comparison is not what was asked for: {wrong}")
+                return
+            usage = join_usage([answer.usage], wall_microseconds=answer.usage.wall_microseconds)
+            self._end(lease)
+            if not lease.outcome.done():
+                lease.outcome.set_result(
+                    Outcome(task.own_block, (), usage, task.own_class, findings=answer.rows, spread=answer.spread)
+                )
 
     @contextlib.contextmanager
     def _ending(self, seat: Seat, lease: LeaseRun) -> Generator[None]:

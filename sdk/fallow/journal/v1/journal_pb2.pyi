@@ -51,6 +51,32 @@ LEASE_OUTCOME_FAILED: LeaseOutcome.ValueType  # 4
 LEASE_OUTCOME_REVOKED: LeaseOutcome.ValueType  # 5
 Global___LeaseOutcome: _TypeAlias = LeaseOutcome  # noqa: Y015
 
+class _Agreement:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _AgreementEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Agreement.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    AGREEMENT_UNSPECIFIED: _Agreement.ValueType  # 0
+    AGREEMENT_SAME: _Agreement.ValueType  # 1
+    """Equal roots of equal execution classes."""
+    AGREEMENT_DIFFERENT: _Agreement.ValueType  # 2
+    """Other roots of equal execution classes: one of the two is wrong."""
+    AGREEMENT_INCOMPARABLE: _Agreement.ValueType  # 3
+    """Of different execution classes: digests say nothing."""
+
+class Agreement(_Agreement, metaclass=_AgreementEnumTypeWrapper):
+    """What a late commitment says of the one that delivered the same rows."""
+
+AGREEMENT_UNSPECIFIED: Agreement.ValueType  # 0
+AGREEMENT_SAME: Agreement.ValueType  # 1
+"""Equal roots of equal execution classes."""
+AGREEMENT_DIFFERENT: Agreement.ValueType  # 2
+"""Other roots of equal execution classes: one of the two is wrong."""
+AGREEMENT_INCOMPARABLE: Agreement.ValueType  # 3
+"""Of different execution classes: digests say nothing."""
+Global___Agreement: _TypeAlias = Agreement  # noqa: Y015
+
 class _Trust:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -216,6 +242,7 @@ class Event(_message.Message):
     JOB_DEFERRED_FIELD_NUMBER: _builtins.int
     JOB_RESUMED_FIELD_NUMBER: _builtins.int
     BUNDLE_COST_LEARNED_FIELD_NUMBER: _builtins.int
+    LATE_LEASE_SETTLED_FIELD_NUMBER: _builtins.int
     DRAW_SECRET_SET_FIELD_NUMBER: _builtins.int
     AUDITS_DRAWN_FIELD_NUMBER: _builtins.int
     AUDIT_COMPARED_FIELD_NUMBER: _builtins.int
@@ -228,6 +255,7 @@ class Event(_message.Message):
     WORKER_TRUSTED_FIELD_NUMBER: _builtins.int
     ASSURANCE_ACCEPTED_FIELD_NUMBER: _builtins.int
     AUDIT_GIVEN_UP_FIELD_NUMBER: _builtins.int
+    DEVIATIONS_LEARNED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def task_created(self) -> Global___TaskCreated: ...
     @_builtins.property
@@ -343,6 +371,8 @@ class Event(_message.Message):
     @_builtins.property
     def bundle_cost_learned(self) -> Global___BundleCostLearned: ...
     @_builtins.property
+    def late_lease_settled(self) -> Global___LateLeaseSettled: ...
+    @_builtins.property
     def draw_secret_set(self) -> Global___DrawSecretSet: ...
     @_builtins.property
     def audits_drawn(self) -> Global___AuditsDrawn: ...
@@ -366,6 +396,8 @@ class Event(_message.Message):
     def assurance_accepted(self) -> Global___AssuranceAccepted: ...
     @_builtins.property
     def audit_given_up(self) -> Global___AuditGivenUp: ...
+    @_builtins.property
+    def deviations_learned(self) -> Global___DeviationsLearned: ...
     def __init__(
         self,
         *,
@@ -426,6 +458,7 @@ class Event(_message.Message):
         job_deferred: Global___JobDeferred | None = ...,
         job_resumed: Global___JobResumed | None = ...,
         bundle_cost_learned: Global___BundleCostLearned | None = ...,
+        late_lease_settled: Global___LateLeaseSettled | None = ...,
         draw_secret_set: Global___DrawSecretSet | None = ...,
         audits_drawn: Global___AuditsDrawn | None = ...,
         audit_compared: Global___AuditCompared | None = ...,
@@ -438,12 +471,13 @@ class Event(_message.Message):
         worker_trusted: Global___WorkerTrusted | None = ...,
         assurance_accepted: Global___AssuranceAccepted | None = ...,
         audit_given_up: Global___AuditGivenUp | None = ...,
+        deviations_learned: Global___DeviationsLearned | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["account_admitted", b"account_admitted", "account_created", b"account_created", "account_expelled", b"account_expelled", "allotment_renewed", b"allotment_renewed", "allotment_set", b"allotment_set", "assurance_accepted", b"assurance_accepted", "audit_compared", b"audit_compared", "audit_given_up", b"audit_given_up", "audits_drawn", b"audits_drawn", "blob_quota_set", b"blob_quota_set", "blob_recorded", b"blob_recorded", "blobs_forgotten", b"blobs_forgotten", "bundle_cleared", b"bundle_cleared", "bundle_cost_learned", b"bundle_cost_learned", "bundle_crashed", b"bundle_crashed", "bundle_held", b"bundle_held", "bundle_inspected", b"bundle_inspected", "bundle_registered", b"bundle_registered", "bundle_released", b"bundle_released", "capability_reported", b"capability_reported", "carbon_planned", b"carbon_planned", "certificate_issued", b"certificate_issued", "challenge_answered", b"challenge_answered", "challenge_ended", b"challenge_ended", "challenge_issued", b"challenge_issued", "commitment_recorded", b"commitment_recorded", "credits_granted", b"credits_granted", "credits_released", b"credits_released", "device_certificate_ended", b"device_certificate_ended", "device_measured", b"device_measured", "draw_secret_set", b"draw_secret_set", "evidence_released", b"evidence_released", "forecasts_recorded", b"forecasts_recorded", "job_archived", b"job_archived", "job_deferred", b"job_deferred", "job_deleted", b"job_deleted", "job_funded", b"job_funded", "job_resumed", b"job_resumed", "job_state_changed", b"job_state_changed", "job_submitted", b"job_submitted", "journal_started", b"journal_started", "kind", b"kind", "lease_ended", b"lease_ended", "lease_granted", b"lease_granted", "pack_requested", b"pack_requested", "packing_failed", b"packing_failed", "party_enrolled", b"party_enrolled", "party_revoked", b"party_revoked", "pay_voided", b"pay_voided", "pool_created", b"pool_created", "pool_mode_changed", b"pool_mode_changed", "referee_reported", b"referee_reported", "restarted", b"restarted", "rows_corrected", b"rows_corrected", "session_closed", b"session_closed", "session_opened", b"session_opened", "task_abandoned", b"task_abandoned", "task_created", b"task_created", "task_dropped", b"task_dropped", "task_input_packed", b"task_input_packed", "task_settled", b"task_settled", "token_issued", b"token_issued", "token_revoked", b"token_revoked", "verdict_reached", b"verdict_reached", "worker_distrusted", b"worker_distrusted", "worker_quarantined", b"worker_quarantined", "worker_released", b"worker_released", "worker_struck", b"worker_struck", "worker_trusted", b"worker_trusted", "worker_warmed", b"worker_warmed"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["account_admitted", b"account_admitted", "account_created", b"account_created", "account_expelled", b"account_expelled", "allotment_renewed", b"allotment_renewed", "allotment_set", b"allotment_set", "assurance_accepted", b"assurance_accepted", "audit_compared", b"audit_compared", "audit_given_up", b"audit_given_up", "audits_drawn", b"audits_drawn", "blob_quota_set", b"blob_quota_set", "blob_recorded", b"blob_recorded", "blobs_forgotten", b"blobs_forgotten", "bundle_cleared", b"bundle_cleared", "bundle_cost_learned", b"bundle_cost_learned", "bundle_crashed", b"bundle_crashed", "bundle_held", b"bundle_held", "bundle_inspected", b"bundle_inspected", "bundle_registered", b"bundle_registered", "bundle_released", b"bundle_released", "capability_reported", b"capability_reported", "carbon_planned", b"carbon_planned", "certificate_issued", b"certificate_issued", "challenge_answered", b"challenge_answered", "challenge_ended", b"challenge_ended", "challenge_issued", b"challenge_issued", "commitment_recorded", b"commitment_recorded", "credits_granted", b"credits_granted", "credits_released", b"credits_released", "deviations_learned", b"deviations_learned", "device_certificate_ended", b"device_certificate_ended", "device_measured", b"device_measured", "draw_secret_set", b"draw_secret_set", "evidence_released", b"evidence_released", "forecasts_recorded", b"forecasts_recorded", "job_archived", b"job_archived", "job_deferred", b"job_deferred", "job_deleted", b"job_deleted", "job_funded", b"job_funded", "job_resumed", b"job_resumed", "job_state_changed", b"job_state_changed", "job_submitted", b"job_submitted", "journal_started", b"journal_started", "kind", b"kind", "late_lease_settled", b"late_lease_settled", "lease_ended", b"lease_ended", "lease_granted", b"lease_granted", "pack_requested", b"pack_requested", "packing_failed", b"packing_failed", "party_enrolled", b"party_enrolled", "party_revoked", b"party_revoked", "pay_voided", b"pay_voided", "pool_created", b"pool_created", "pool_mode_changed", b"pool_mode_changed", "referee_reported", b"referee_reported", "restarted", b"restarted", "rows_corrected", b"rows_corrected", "session_closed", b"session_closed", "session_opened", b"session_opened", "task_abandoned", b"task_abandoned", "task_created", b"task_created", "task_dropped", b"task_dropped", "task_input_packed", b"task_input_packed", "task_settled", b"task_settled", "token_issued", b"token_issued", "token_revoked", b"token_revoked", "verdict_reached", b"verdict_reached", "worker_distrusted", b"worker_distrusted", "worker_quarantined", b"worker_quarantined", "worker_released", b"worker_released", "worker_struck", b"worker_struck", "worker_trusted", b"worker_trusted", "worker_warmed", b"worker_warmed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_admitted", b"account_admitted", "account_created", b"account_created", "account_expelled", b"account_expelled", "allotment_renewed", b"allotment_renewed", "allotment_set", b"allotment_set", "assurance_accepted", b"assurance_accepted", "audit_compared", b"audit_compared", "audit_given_up", b"audit_given_up", "audits_drawn", b"audits_drawn", "blob_quota_set", b"blob_quota_set", "blob_recorded", b"blob_recorded", "blobs_forgotten", b"blobs_forgotten", "bundle_cleared", b"bundle_cleared", "bundle_cost_learned", b"bundle_cost_learned", "bundle_crashed", b"bundle_crashed", "bundle_held", b"bundle_held", "bundle_inspected", b"bundle_inspected", "bundle_registered", b"bundle_registered", "bundle_released", b"bundle_released", "capability_reported", b"capability_reported", "carbon_planned", b"carbon_planned", "certificate_issued", b"certificate_issued", "challenge_answered", b"challenge_answered", "challenge_ended", b"challenge_ended", "challenge_issued", b"challenge_issued", "commitment_recorded", b"commitment_recorded", "credits_granted", b"credits_granted", "credits_released", b"credits_released", "device_certificate_ended", b"device_certificate_ended", "device_measured", b"device_measured", "draw_secret_set", b"draw_secret_set", "evidence_released", b"evidence_released", "forecasts_recorded", b"forecasts_recorded", "job_archived", b"job_archived", "job_deferred", b"job_deferred", "job_deleted", b"job_deleted", "job_funded", b"job_funded", "job_resumed", b"job_resumed", "job_state_changed", b"job_state_changed", "job_submitted", b"job_submitted", "journal_started", b"journal_started", "kind", b"kind", "lease_ended", b"lease_ended", "lease_granted", b"lease_granted", "pack_requested", b"pack_requested", "packing_failed", b"packing_failed", "party_enrolled", b"party_enrolled", "party_revoked", b"party_revoked", "pay_voided", b"pay_voided", "pool_created", b"pool_created", "pool_mode_changed", b"pool_mode_changed", "referee_reported", b"referee_reported", "restarted", b"restarted", "rows_corrected", b"rows_corrected", "session_closed", b"session_closed", "session_opened", b"session_opened", "task_abandoned", b"task_abandoned", "task_created", b"task_created", "task_dropped", b"task_dropped", "task_input_packed", b"task_input_packed", "task_settled", b"task_settled", "token_issued", b"token_issued", "token_revoked", b"token_revoked", "verdict_reached", b"verdict_reached", "worker_distrusted", b"worker_distrusted", "worker_quarantined", b"worker_quarantined", "worker_released", b"worker_released", "worker_struck", b"worker_struck", "worker_trusted", b"worker_trusted", "worker_warmed", b"worker_warmed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_admitted", b"account_admitted", "account_created", b"account_created", "account_expelled", b"account_expelled", "allotment_renewed", b"allotment_renewed", "allotment_set", b"allotment_set", "assurance_accepted", b"assurance_accepted", "audit_compared", b"audit_compared", "audit_given_up", b"audit_given_up", "audits_drawn", b"audits_drawn", "blob_quota_set", b"blob_quota_set", "blob_recorded", b"blob_recorded", "blobs_forgotten", b"blobs_forgotten", "bundle_cleared", b"bundle_cleared", "bundle_cost_learned", b"bundle_cost_learned", "bundle_crashed", b"bundle_crashed", "bundle_held", b"bundle_held", "bundle_inspected", b"bundle_inspected", "bundle_registered", b"bundle_registered", "bundle_released", b"bundle_released", "capability_reported", b"capability_reported", "carbon_planned", b"carbon_planned", "certificate_issued", b"certificate_issued", "challenge_answered", b"challenge_answered", "challenge_ended", b"challenge_ended", "challenge_issued", b"challenge_issued", "commitment_recorded", b"commitment_recorded", "credits_granted", b"credits_granted", "credits_released", b"credits_released", "deviations_learned", b"deviations_learned", "device_certificate_ended", b"device_certificate_ended", "device_measured", b"device_measured", "draw_secret_set", b"draw_secret_set", "evidence_released", b"evidence_released", "forecasts_recorded", b"forecasts_recorded", "job_archived", b"job_archived", "job_deferred", b"job_deferred", "job_deleted", b"job_deleted", "job_funded", b"job_funded", "job_resumed", b"job_resumed", "job_state_changed", b"job_state_changed", "job_submitted", b"job_submitted", "journal_started", b"journal_started", "kind", b"kind", "late_lease_settled", b"late_lease_settled", "lease_ended", b"lease_ended", "lease_granted", b"lease_granted", "pack_requested", b"pack_requested", "packing_failed", b"packing_failed", "party_enrolled", b"party_enrolled", "party_revoked", b"party_revoked", "pay_voided", b"pay_voided", "pool_created", b"pool_created", "pool_mode_changed", b"pool_mode_changed", "referee_reported", b"referee_reported", "restarted", b"restarted", "rows_corrected", b"rows_corrected", "session_closed", b"session_closed", "session_opened", b"session_opened", "task_abandoned", b"task_abandoned", "task_created", b"task_created", "task_dropped", b"task_dropped", "task_input_packed", b"task_input_packed", "task_settled", b"task_settled", "token_issued", b"token_issued", "token_revoked", b"token_revoked", "verdict_reached", b"verdict_reached", "worker_distrusted", b"worker_distrusted", "worker_quarantined", b"worker_quarantined", "worker_released", b"worker_released", "worker_struck", b"worker_struck", "worker_trusted", b"worker_trusted", "worker_warmed", b"worker_warmed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["task_created", "pack_requested", "task_input_packed", "lease_granted", "lease_ended", "commitment_recorded", "task_settled", "task_abandoned", "task_dropped", "job_submitted", "job_state_changed", "job_archived", "blob_recorded", "packing_failed", "session_opened", "session_closed", "capability_reported", "journal_started", "restarted", "account_created", "pool_created", "token_issued", "token_revoked", "party_enrolled", "certificate_issued", "party_revoked", "worker_quarantined", "worker_released", "bundle_registered", "bundle_inspected", "bundle_held", "bundle_crashed", "job_deleted", "blobs_forgotten", "blob_quota_set", "worker_struck", "worker_warmed", "account_admitted", "account_expelled", "bundle_cleared", "bundle_released", "pool_mode_changed", "credits_granted", "credits_released", "allotment_set", "allotment_renewed", "job_funded", "challenge_issued", "challenge_answered", "device_measured", "device_certificate_ended", "challenge_ended", "forecasts_recorded", "carbon_planned", "job_deferred", "job_resumed", "bundle_cost_learned", "draw_secret_set", "audits_drawn", "audit_compared", "referee_reported", "verdict_reached", "rows_corrected", "evidence_released", "pay_voided", "worker_distrusted", "worker_trusted", "assurance_accepted", "audit_given_up"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["task_created", "pack_requested", "task_input_packed", "lease_granted", "lease_ended", "commitment_recorded", "task_settled", "task_abandoned", "task_dropped", "job_submitted", "job_state_changed", "job_archived", "blob_recorded", "packing_failed", "session_opened", "session_closed", "capability_reported", "journal_started", "restarted", "account_created", "pool_created", "token_issued", "token_revoked", "party_enrolled", "certificate_issued", "party_revoked", "worker_quarantined", "worker_released", "bundle_registered", "bundle_inspected", "bundle_held", "bundle_crashed", "job_deleted", "blobs_forgotten", "blob_quota_set", "worker_struck", "worker_warmed", "account_admitted", "account_expelled", "bundle_cleared", "bundle_released", "pool_mode_changed", "credits_granted", "credits_released", "allotment_set", "allotment_renewed", "job_funded", "challenge_issued", "challenge_answered", "device_measured", "device_certificate_ended", "challenge_ended", "forecasts_recorded", "carbon_planned", "job_deferred", "job_resumed", "bundle_cost_learned", "late_lease_settled", "draw_secret_set", "audits_drawn", "audit_compared", "referee_reported", "verdict_reached", "rows_corrected", "evidence_released", "pay_voided", "worker_distrusted", "worker_trusted", "assurance_accepted", "audit_given_up", "deviations_learned"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -1621,6 +1655,8 @@ class LeaseGranted(_message.Message):
     RUNTIME_MAX_MS_FIELD_NUMBER: _builtins.int
     PRICE_MICROCREDITS_PER_UNIT_FIELD_NUMBER: _builtins.int
     RESERVED_MICROCREDITS_FIELD_NUMBER: _builtins.int
+    DUPLICATE_FIELD_NUMBER: _builtins.int
+    SHARE_KEY_FIELD_NUMBER: _builtins.int
     lease_id: _builtins.str
     task_id: _builtins.str
     worker_id: _builtins.str
@@ -1632,6 +1668,10 @@ class LeaseGranted(_message.Message):
     price_microcredits_per_unit: _builtins.int
     reserved_microcredits: _builtins.int
     """Most that it can cost: its job spends it on no other lease while this one lives."""
+    duplicate: _builtins.bool
+    """The task's second live lease, because its first is late."""
+    share_key: _builtins.int
+    """Of a duplicate: the account's place in the fair order from here on, in micro-bits; 0: unchanged."""
     def __init__(
         self,
         *,
@@ -1644,10 +1684,12 @@ class LeaseGranted(_message.Message):
         runtime_max_ms: _builtins.int = ...,
         price_microcredits_per_unit: _builtins.int = ...,
         reserved_microcredits: _builtins.int = ...,
+        duplicate: _builtins.bool = ...,
+        share_key: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["deadline_ms", b"deadline_ms", "fence", b"fence", "lease_id", b"lease_id", "price_microcredits_per_unit", b"price_microcredits_per_unit", "reserved_microcredits", b"reserved_microcredits", "runtime_max_ms", b"runtime_max_ms", "session_id", b"session_id", "task_id", b"task_id", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deadline_ms", b"deadline_ms", "duplicate", b"duplicate", "fence", b"fence", "lease_id", b"lease_id", "price_microcredits_per_unit", b"price_microcredits_per_unit", "reserved_microcredits", b"reserved_microcredits", "runtime_max_ms", b"runtime_max_ms", "session_id", b"session_id", "share_key", b"share_key", "task_id", b"task_id", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1810,6 +1852,65 @@ class TaskSettled(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___TaskSettled: _TypeAlias = TaskSettled  # noqa: Y015
+
+@_typing.final
+class LateLeaseSettled(_message.Message):
+    """Another lease has delivered the task's rows: this one's commitment is compared and paid, and delivers nothing."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TASK_ID_FIELD_NUMBER: _builtins.int
+    LEASE_ID_FIELD_NUMBER: _builtins.int
+    DELIVERED_LEASE_ID_FIELD_NUMBER: _builtins.int
+    AGREEMENT_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    ROWS_FAILED_FIELD_NUMBER: _builtins.int
+    MICROCREDITS_FIELD_NUMBER: _builtins.int
+    RELEASED_FIELD_NUMBER: _builtins.int
+    CONTRIBUTION_MICROCREDITS_FIELD_NUMBER: _builtins.int
+    SPEED_MILLIUNITS_PER_S_FIELD_NUMBER: _builtins.int
+    FOOTPRINT_FIELD_NUMBER: _builtins.int
+    task_id: _builtins.str
+    lease_id: _builtins.str
+    delivered_lease_id: _builtins.str
+    """The lease whose commitment became the task's result."""
+    agreement: Global___Agreement.ValueType
+    rows: _builtins.int
+    rows_failed: _builtins.int
+    microcredits: _builtins.int
+    """What the job pays for the rows done."""
+    released: _builtins.bool
+    """True: the worker's account may spend it at once; false: it is pending."""
+    contribution_microcredits: _builtins.int
+    """Recorded for the worker's account where nobody pays."""
+    speed_milliunits_per_s: _builtins.int
+    """The worker's speed with the bundle from here on, thousandths of a unit a second; 0: unchanged."""
+    @_builtins.property
+    def footprint(self) -> _job_pb2.Footprint:
+        """Unset: nobody knows its energy."""
+
+    def __init__(
+        self,
+        *,
+        task_id: _builtins.str = ...,
+        lease_id: _builtins.str = ...,
+        delivered_lease_id: _builtins.str = ...,
+        agreement: Global___Agreement.ValueType = ...,
+        rows: _builtins.int = ...,
+        rows_failed: _builtins.int = ...,
+        microcredits: _builtins.int = ...,
+        released: _builtins.bool = ...,
+        contribution_microcredits: _builtins.int = ...,
+        speed_milliunits_per_s: _builtins.int = ...,
+        footprint: _job_pb2.Footprint | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["footprint", b"footprint"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agreement", b"agreement", "contribution_microcredits", b"contribution_microcredits", "delivered_lease_id", b"delivered_lease_id", "footprint", b"footprint", "lease_id", b"lease_id", "microcredits", b"microcredits", "released", b"released", "rows", b"rows", "rows_failed", b"rows_failed", "speed_milliunits_per_s", b"speed_milliunits_per_s", "task_id", b"task_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LateLeaseSettled: _TypeAlias = LateLeaseSettled  # noqa: Y015
 
 @_typing.final
 class BundleCostLearned(_message.Message):
@@ -2889,3 +2990,40 @@ class AssuranceAccepted(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___AssuranceAccepted: _TypeAlias = AssuranceAccepted  # noqa: Y015
+
+@_typing.final
+class DeviationsLearned(_message.Message):
+    """Rows of one account in one class lay so far from a referee's of another class."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BUNDLE_DIGEST_FIELD_NUMBER: _builtins.int
+    REFEREE_CLASS_FIELD_NUMBER: _builtins.int
+    CANDIDATE_CLASS_FIELD_NUMBER: _builtins.int
+    ACCOUNT_ID_FIELD_NUMBER: _builtins.int
+    DEVIATIONS_PPM_FIELD_NUMBER: _builtins.int
+    bundle_digest: _builtins.bytes
+    referee_class: _builtins.str
+    candidate_class: _builtins.str
+    account_id: _builtins.str
+    """Whose worker did them."""
+    @_builtins.property
+    def deviations_ppm(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """In millionths of the bundle's spread, in the order of the rows."""
+
+    def __init__(
+        self,
+        *,
+        bundle_digest: _builtins.bytes = ...,
+        referee_class: _builtins.str = ...,
+        candidate_class: _builtins.str = ...,
+        account_id: _builtins.str = ...,
+        deviations_ppm: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_id", b"account_id", "bundle_digest", b"bundle_digest", "candidate_class", b"candidate_class", "deviations_ppm", b"deviations_ppm", "referee_class", b"referee_class"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeviationsLearned: _TypeAlias = DeviationsLearned  # noqa: Y015
