@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fallow.journal_proof import ProofWrong, check_consistency, consistency_of, inclusion_of, root_shown
@@ -16,6 +16,7 @@ def leaves(count: int) -> list[bytes]:
     return [hashlib.sha256(number.to_bytes(8, "big")).digest() for number in range(count)]
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_any_leaves_are_shown_under_the_root(data: st.DataObject) -> None:
     size = data.draw(st.integers(1, 70))
@@ -42,6 +43,7 @@ def test_proof_of_one_leaf_is_that_of_the_standard() -> None:
         assert sorted(proof) == sorted(inclusion_proof(tree, index))
 
 
+@settings(deadline=None)
 @given(st.integers(0, 64), st.integers(0, 64), st.data())
 def test_older_trees_are_shown_to_begin_newer_ones(one: int, other: int, data: st.DataObject) -> None:
     old_size, size = sorted((one, other))
