@@ -24,7 +24,7 @@ from fallow.errors import FallowError, Reason
 from fallow.explanation import JobExplanation, Obstacle
 from fallow.identity import BLOBS_NAME, CONTROL_NAME, PrivateKey
 from fallow.ids import AccountId, Digest, JobId, KeyFingerprint, PartyId, PoolId, digest_of
-from fallow.job import JobProgress, JobRowFailure, JobState, JobStatus, RowSpan, TaskResult
+from fallow.job import JobProgress, JobRowFailure, JobState, JobStatus, RowSpan, TaskResult, WorkerShare
 from fallow.limits import BLOB_CHUNK_BYTES, INLINE_PAYLOAD_BYTES_MAX
 from fallow.quote import Quote, QuoteRequest, Shortfall
 from fallow.roles import Role
@@ -46,7 +46,7 @@ from fallow.wire.bundle import decode_manifest
 from fallow.wire.chunks import LET_IN_METADATA
 from fallow.wire.errors import ERROR_METADATA_KEY, encode_error
 from fallow.wire.explanation import job_explanation_to_message
-from fallow.wire.job import result_to_message, status_to_message
+from fallow.wire.job import result_to_message, shares_to_messages, status_to_message
 from fallow.wire.quote import quote_request_from_message, quote_to_message
 from fallow.wire.schema import encode_schema
 from fallow_coordinator.core.answers import CertificateGranted
@@ -280,7 +280,9 @@ class FakeCoordinator(job_service_pb2_grpc.JobServiceServicer, blob_service_pb2_
     async def GetJob(self, request: Any, context: Any) -> Any:
         await self._arrive("GetJob", context)
         await self._job(request.job_id, context)
-        return job_service_pb2.GetJobResponse(job=status_to_message(self._status(request.job_id)))
+        status = status_to_message(self._status(request.job_id))
+        shares = [WorkerShare("worker-1", 0, 4), WorkerShare("worker-1", 1, 3), WorkerShare("worker-2", 0, 1)]
+        return job_service_pb2.GetJobResponse(job=status, shares=shares_to_messages(shares))
 
     async def ExplainJob(self, request: Any, context: Any) -> Any:
         await self._arrive("ExplainJob", context)

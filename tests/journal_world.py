@@ -24,6 +24,7 @@ from fallow.session import (
     Device,
     DeviceKind,
     DeviceLevel,
+    NodeRows,
     RowFailure,
     SandboxLevel,
     TaskKind,
@@ -369,7 +370,7 @@ class World:
         return RowBlock.parse(data)
 
     def commit_command(
-        self, worker: WorldWorker, lease: Lease, fail_rows: Sequence[int] = ()
+        self, worker: WorldWorker, lease: Lease, fail_rows: Sequence[int] = (), nodes: tuple[NodeRows, ...] = ()
     ) -> tuple[c.Commit, bytes]:
         """The worker's commitment to its rows reversed byte by byte, inline; and the output block."""
         rows = [bytes(row)[::-1] for row in self.input_of(lease.lease_id)]
@@ -388,7 +389,7 @@ class World:
             output=stored.blob,
             inline=True,
             failures=tuple(RowFailure(row, Cause.ROW, f"row {row} has no value") for row in fail_rows),
-            usage=Usage(wall_microseconds=1_000, cpu_microseconds=900, node=1),
+            usage=Usage(wall_microseconds=1_000, cpu_microseconds=900, node=1, nodes=nodes),
             execution_class="cpu",
             message_digest=digest_of(lease.lease_id.encode()),
             signature=b"signature",
@@ -397,8 +398,14 @@ class World:
         )
         return command, block
 
-    async def commit(self, worker: WorldWorker, lease: Lease, fail_rows: Sequence[int] = ()) -> None:
-        command, block = self.commit_command(worker, lease, fail_rows)
+    async def commit(
+        self,
+        worker: WorldWorker,
+        lease: Lease,
+        fail_rows: Sequence[int] = (),
+        nodes: tuple[NodeRows, ...] = (),
+    ) -> None:
+        command, block = self.commit_command(worker, lease, fail_rows, nodes)
         await self.tell(command, {command.output.digest: block})
 
     async def work_until_idle(self, *workers: WorldWorker) -> int:

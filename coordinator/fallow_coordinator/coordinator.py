@@ -45,6 +45,7 @@ from fallow_coordinator.service.lease_messages import LeaseMessages
 from fallow_coordinator.service.ledger import LedgerService
 from fallow_coordinator.service.live_streams import LiveStreams
 from fallow_coordinator.service.outbox import Outbox
+from fallow_coordinator.service.pool_caches import PoolCaches
 from fallow_coordinator.service.rate_limit import RateLimit
 from fallow_coordinator.service.server import (
     CONTROL_CONNECTIONS_SHARE,
@@ -181,12 +182,14 @@ class Coordinator:
             resident_bytes=lambda: process.memory_info().rss,
             now_ms=wall_clock_ms,
         )
+        caches = PoolCaches()
         self._workers = WorkerService(
             engine=self._engine,
             doorkeeper=self._doorkeeper,
             streams=self._streams,
             outbox=self._outbox,
-            leases=LeaseMessages(self._engine, grants, wall_clock_ms),
+            leases=LeaseMessages(self._engine, grants, caches, wall_clock_ms),
+            caches=caches,
             key=self._key,
             blob_service_key=self._blob_key.public_der,
             blob_endpoint=self.endpoints.blobs,

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from fallow.credits import StatementLine
 from fallow.ids import AccountId, Digest, JobId, PartyId
-from fallow.job import JobStatus, TaskResult
+from fallow.job import JobStatus, TaskResult, WorkerShare
 from fallow.session import BlobReference
 from fallow_coordinator.core.effects import Effect
 from fallow_coordinator.core.events import Event, JobSubmitted
@@ -138,6 +138,10 @@ class Views(Protocol):
         ...
 
     def results(self, job_id: JobId, *, after_cursor: int, limit: int) -> Sequence[TaskResult]: ...
+
+    def shares(self, job_id: JobId, *, limit: int) -> Sequence[WorkerShare]:
+        """Rows by worker and node, the most first."""
+        ...
 
     def output(self, account_id: AccountId, digest: Digest) -> BlobReference | None:
         """An output block of one of the account's jobs, or None: archived results stay readable by their owner."""

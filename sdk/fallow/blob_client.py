@@ -75,9 +75,13 @@ class BlobClient:
         channel: grpc.aio.Channel,
         *,
         attempts_max: int = ATTEMPTS_MAX,
+        direct: bool = True,
         chance: Callable[[], float] = random.random,
     ) -> None:
-        """`channel` is from `fallow.channel.blob_channel`; it stays the caller's. `chance` spreads retries, in 0..1."""
+        """`channel` is from `fallow.channel.blob_channel`; it stays the caller's. `chance` spreads retries, in 0..1.
+
+        `direct`: whether the service may name the storage behind it.
+        """
         self._put_call = channel.stream_unary(
             PUT_METHOD,
             request_serializer=encode_put_part,
@@ -101,7 +105,7 @@ class BlobClient:
         )
         self._attempts_max = attempts_max
         self._chance = chance
-        self._direct = True
+        self._direct = direct
         """Whether the storage itself is worth a try; not any more once it could not be reached."""
 
     async def put(self, grant: SignedBytes, source: Buffer | Path, *, progress: Progress | None = None) -> SignedBytes:

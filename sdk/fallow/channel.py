@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import grpc
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from fallow.credentials import Credentials
-from fallow.identity import BLOBS_NAME, CONTROL_NAME, ENROLLMENT_NAME
+from fallow.identity import BLOBS_NAME, CONTROL_NAME, ENROLLMENT_NAME, POOL_CACHE_NAME, load_certificate
 from fallow.limits import BLOB_CHUNK_BYTES, CONTROL_MESSAGE_BYTES_MAX, KIB
 from fallow.proxy import proxy_for
+from fallow.session import PoolCache
 
 KEEPALIVE_INTERVAL_MS = 30_000
 KEEPALIVE_TIMEOUT_MS = 10_000
@@ -24,6 +26,16 @@ def blob_channel(credentials: Credentials) -> grpc.aio.Channel:
     """A channel to the blob service, mTLS."""
     options = _options(BLOBS_NAME, BLOB_CHUNK_BYTES + 64 * KIB, credentials.blob_endpoint)
     return grpc.aio.secure_channel(credentials.blob_endpoint, _mutual(credentials), options)
+
+
+def pool_cache_channel(credentials: Credentials, cache: PoolCache) -> grpc.aio.Channel:
+    """A channel to a cache of the pool in the same network, mTLS: its own certificate and no other is accepted."""
+    pinned = grpc.ssl_channel_credentials(
+        load_certificate(cache.certificate).public_bytes(Encoding.PEM), credentials.key.pem, credentials.certificate_pem
+    )
+    options = _options(POOL_CACHE_NAME, BLOB_CHUNK_BYTES + 64 * KIB, cache.endpoint)
+    # It is near: no proxy stands between.
+    return grpc.aio.secure_channel(cache.endpoint, pinned, [("grpc.enable_http_proxy", 0), *options[1:]])
 
 
 def enrollment_channel(endpoint: str, authority_pem: bytes) -> grpc.aio.Channel:

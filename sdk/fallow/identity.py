@@ -22,6 +22,7 @@ PARTY_EXTENSION = x509.ObjectIdentifier("1.3.6.1.4.1.61000.7.2")
 CONTROL_NAME = "control.fallow"
 BLOBS_NAME = "blobs.fallow"
 ENROLLMENT_NAME = "enrollment.fallow"
+POOL_CACHE_NAME = "pool-cache.fallow"
 
 _ALGORITHM = ec.ECDSA(hashes.SHA256())
 

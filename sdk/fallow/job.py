@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -9,7 +10,7 @@ from fallow.bundle import Precision
 from fallow.credits import PoolMode
 from fallow.ids import Digest, JobId
 from fallow.limits import FAILED_ROWS_MAX_DEFAULT
-from fallow.session import BlobReference, Cause
+from fallow.session import BlobReference, Cause, NodeRows
 
 
 class JobState(StrEnum):
@@ -148,6 +149,29 @@ class TaskResult:
     status: str = "unverified"
     corrects: int = 0
     footprint: Footprint = Footprint()
+    nodes: tuple[NodeRows, ...] = ()
+    """Runs of the block's rows in order, by the node that did them; empty: `node` did them all."""
+
+    def rows_by_node(self, span: RowSpan) -> Iterator[tuple[int, int]]:
+        """(node, rows) of a part of the block."""
+        if not self.nodes:
+            yield self.node, span.rows
+            return
+        start = 0
+        for run in self.nodes:
+            inside = min(start + run.rows, span.block_row + span.rows) - max(start, span.block_row)
+            if inside > 0:
+                yield run.node, inside
+            start += run.rows
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerShare:
+    """Rows of a job that one node of one worker did."""
+
+    worker_id: str
+    node: int
+    rows: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,3 +224,5 @@ class JobStatus:
     footprint: Footprint = Footprint()
     deferred_until_ms: int = 0
     """It waits for cleaner electricity until then, or until the plan changes; 0: it does not."""
+    shares: tuple[WorkerShare, ...] = ()
+    """Who delivered its rows, the most first: told when one job is asked for, not in lists and streams."""

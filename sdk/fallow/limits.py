@@ -46,6 +46,10 @@ LOOP_TRIPS_MAX = 10_000
 
 ROW_FAILURE_REASON_BYTES_MAX = 256
 ROW_FAILURES_LISTED_PER_TASK_MAX = 256
+NODE_RUNS_PER_TASK_MAX = 256
+"""Parts of a lease that the nodes of an owner's cluster may do."""
+JOB_SHARES_SHOWN_MAX = 256
+"""Nodes of workers that are told with a job, those with the most rows."""
 """Failed rows of one task that carry their own text; further ones are counted under the last text."""
 FAILED_ROWS_MAX_DEFAULT = 1_000
 """Rows of a job that may fail before the job fails, unless the submitter says otherwise."""
@@ -65,6 +69,9 @@ COMPARED_ROWS_MAX = 65_536
 TASK_ATTEMPTS_MAX = 5
 LEASES_PER_WORKER_MAX = 64
 IDENTIFIER_BYTES_MAX = 64
+POOL_CACHES_TOLD_MAX = 4
+"""Caches of a pool that a worker is told of with an offer."""
+POOL_CACHE_CERTIFICATE_BYTES_MAX = 2 * KIB
 """Longest name of a lease that anybody may say."""
 NAMED_FACT_BYTES_MAX = 256
 """Longest name of a software or an execution class."""

@@ -143,6 +143,14 @@ class HeldLease:
 
 
 @dataclass(frozen=True, slots=True)
+class PoolCache:
+    """Where a worker serves blobs to others of its pool, and the one certificate (DER) that it shows there."""
+
+    endpoint: str
+    certificate: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Hello:
     """First message of a worker."""
 
@@ -157,6 +165,7 @@ class Hello:
     """Whether several messages may come to it as one, under one signature."""
     machine_digest: bytes = b""
     """32 bytes that tell machines with copies of one key apart; empty: not told."""
+    pool_cache: PoolCache | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +202,14 @@ class RowFailure:
 
 
 @dataclass(frozen=True, slots=True)
+class NodeRows:
+    """A run of a block's rows that one node of the owner's cluster did; at least one row."""
+
+    node: int
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
 class Usage:
     """What a task took."""
 
@@ -204,6 +221,8 @@ class Usage:
     node: int = 0
     energy_source: EnergySource | None = None
     """None: nobody knows its energy."""
+    nodes: tuple[NodeRows, ...] = ()
+    """Runs of the block's rows in order, by the node that did them; empty: `node` did them all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -356,6 +375,8 @@ class BundleOffer:
     canonical_batch_rows: int
     slot_dependent: bool
     memory_bytes_peak: int
+    pool_caches: tuple[PoolCache, ...] = ()
+    """In the worker's network: worth a try before the blob service, with the same grants."""
 
 
 @dataclass(frozen=True, slots=True)

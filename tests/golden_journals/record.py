@@ -19,7 +19,7 @@ sys.path.insert(0, str(HERE.parent))
 from fallow.credits import PoolMode  # noqa: E402
 from fallow.errors import FallowError, Reason  # noqa: E402
 from fallow.roles import Role  # noqa: E402
-from fallow.session import Cause  # noqa: E402
+from fallow.session import Cause, NodeRows  # noqa: E402
 from fallow_coordinator.core import commands as c  # noqa: E402
 from fallow_coordinator.core.answers import AccountMade, PoolMade, TokenMade  # noqa: E402
 from fallow_coordinator.store.journal_reader import StoredRecord, decode_records  # noqa: E402
@@ -223,7 +223,26 @@ async def record_credits() -> list[StoredRecord]:
     return disk.records
 
 
-STORIES = {"all": record, "credits": record_credits, "door": record_door}
+async def record_nodes() -> list[StoredRecord]:
+    """A worker that is a cluster: a lease on one of its nodes, and leases spread over several."""
+    disk = MemoryDisk()
+    world = World(store=MemoryStore(disk))
+    await world.begin()
+    inspector = await world.operator_worker(window=1)
+    await world.inspected_bundle(inspector)
+    cluster = await world.volunteer("cluster")
+    await world.submit_job(ROWS, title="spread", failed_rows_max=3)
+    await world.commit(cluster, world.leases_of(cluster)[0])
+    while world.leases_of(cluster):
+        lease = world.leases_of(cluster)[0]
+        rows = world.engine.state.tasks[lease.task_id].rows
+        nodes = (NodeRows(1, rows - 3), NodeRows(0, 2), NodeRows(1, 1))
+        await world.commit(cluster, lease, fail_rows=[0], nodes=nodes)
+    await world.engine.stop()
+    return disk.records
+
+
+STORIES = {"all": record, "credits": record_credits, "door": record_door, "nodes": record_nodes}
 
 
 async def another_bundle(world: World, inspector: WorldWorker) -> None:

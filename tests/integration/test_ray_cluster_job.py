@@ -40,6 +40,8 @@ def test_a_job_goes_on_when_a_node_of_the_cluster_dies(cluster: OwnersCluster, t
             lost = max(raylets_at_work())
             kill_node(lost)
             work.check()
+            shares = work.job.status().shares
+            assert {share.node for share in shares} == {0, 1} and sum(share.rows for share in shares) == ROWS
             assert lost not in raylets_at_work()
             assert service.stop() == 0
 

@@ -12,8 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -39,63 +38,97 @@ pytestmark = [
 ]
 
 
-@dataclass(frozen=True, slots=True)
-class OwnersCluster:
-    """A Ray of two nodes that runs without us."""
+START_SECONDS_MAX = 240.0
+"""Of a node: two cores may be shared with much else."""
+STORE_BYTES = 80_000_000
 
-    address: str
-    token_path: Path
+
+class OwnersCluster:
+    """A Ray of several nodes that runs without us."""
+
+    def __init__(self, token_path: Path, **environment: str) -> None:
+        self.token_path = token_path
+        self._folder = tempfile.mkdtemp(prefix="fc-", dir="/tmp")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port: int = free.getsockname()[1]
+        self.address = f"127.0.0.1:{self.port}"
+        self._environment = {
+            **os.environ,
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(token_path),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            **environment,
+        }
+        self._nodes: list[subprocess.Popen[bytes]] = []
+
+    def start_head(self) -> subprocess.Popen[bytes]:
+        """Starts the first node; again on the same port when it has died."""
+        return self._start("--head", f"--port={self.port}", "--include-dashboard=false", f"--temp-dir={self._folder}")
+
+    def start_node(self) -> subprocess.Popen[bytes]:
+        """Starts one more."""
+        return self._start(f"--address={self.address}")
+
+    def run(self, program: str) -> subprocess.Popen[str]:
+        """Runs a program of the owner's that may join the cluster; it has begun when it has said a line."""
+        words = [sys.executable, "-c", program, self.address]
+        process = subprocess.Popen(
+            words, env=self._environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        assert process.stdout is not None
+        assert process.stdout.readline(), "the owner's program ended at once"
+        return process
+
+    @property
+    def first(self) -> subprocess.Popen[bytes]:
+        """The head that was started first."""
+        return self._nodes[0]
+
+    def stop(self) -> None:
+        """Ends every node."""
+        for node in self._nodes:
+            end(node)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _start(self, *where: str) -> subprocess.Popen[bytes]:
+        ray = str(Path(sys.executable).with_name("ray"))
+        words = [ray, "start", "--block", "--num-cpus=1", f"--object-store-memory={STORE_BYTES}", *where]
+        node = subprocess.Popen(words, env=self._environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self._nodes.append(node)
+        deadline = time.monotonic() + START_SECONDS_MAX
+        while not any("raylet/raylet" in command_of(pid) for pid in descendants(node.pid)):
+            assert node.poll() is None and time.monotonic() < deadline, "a node of the cluster did not start"
+            time.sleep(0.05)
+        return node
+
+
+def end(node: subprocess.Popen[bytes]) -> None:
+    """`kill -9` of a node and of all that it has started."""
+    for pid in (*descendants(node.pid), node.pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    node.wait(timeout=30)
+
+
+@contextlib.contextmanager
+def two_nodes(folder: Path, **environment: str) -> Generator[OwnersCluster]:
+    """A cluster of a head and one more node while the block runs."""
+    token = folder / "token"
+    token.write_text("0123456789abcdef" * 4)
+    cluster = OwnersCluster(token, **environment)
+    try:
+        cluster.start_head()
+        cluster.start_node()
+        yield cluster
+    finally:
+        cluster.stop()
 
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[OwnersCluster]:
-    token = tmp_path / "token"
-    token.write_text("0123456789abcdef" * 4)
-    folder = tempfile.mkdtemp(prefix="fc-", dir="/tmp")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = os.environ | {
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(token),
-        "RAY_USAGE_STATS_ENABLED": "0",
-    }
-    ray_command = [
-        str(Path(sys.executable).with_name("ray")),
-        "start",
-        "--block",
-        "--num-cpus=1",
-        "--object-store-memory=100000000",
-    ]
-    address = f"127.0.0.1:{port}"
-    nodes: list[subprocess.Popen[bytes]] = []
-    try:
-        for where in (
-            ["--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={folder}"],
-            [f"--address={address}"],
-        ):
-            nodes.append(
-                subprocess.Popen(
-                    [*ray_command, *where], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-                )
-            )
-            wait_for_raylets(nodes)
-        yield OwnersCluster(address, token)
-    finally:
-        for pid in [pid for node in nodes for pid in (*descendants(node.pid), node.pid)]:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        for node in nodes:
-            node.wait(timeout=30)
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def wait_for_raylets(nodes: list[subprocess.Popen[bytes]]) -> None:
-    deadline = time.monotonic() + 60
-    for node in nodes:
-        while not any("raylet/raylet" in command_of(pid) for pid in descendants(node.pid)):
-            assert node.poll() is None and time.monotonic() < deadline, "a node of the cluster did not start"
-            time.sleep(0.05)
+    with two_nodes(tmp_path) as cluster:
+        yield cluster
 
 
 async def test_a_lease_is_sharded_over_the_nodes_of_the_owners_cluster(cluster: OwnersCluster, tmp_path: Path) -> None:
@@ -108,6 +141,8 @@ async def test_a_lease_is_sharded_over_the_nodes_of_the_owners_cluster(cluster: 
         assert time.monotonic() < deadline, "the lease stays on one node"
         outcome = await executor.run(bundle.work(looping_rows(*[2_000] * 60)), silent)
         assert len(bundle.decoded(outcome).positions) == 60
+    runs = outcome.usage.nodes
+    assert {run.node for run in runs} == {0, 1} and sum(run.rows for run in runs) == 60, "who did which rows is told"
     assert {device.cores for device in (await executor.capability()).devices} == {1}
     running = asyncio.create_task(executor.run(bundle.work(looping_rows(*[100_000] * 30)), silent))
     await busiest_child()

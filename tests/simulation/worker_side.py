@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from fallow.challenge import OUTPUT_SCHEMA_DIGEST, ChallengeVerdict
 from fallow.errors import FallowError, Reason
 from fallow.ids import Digest, LeaseId, PartyId, SessionId
-from fallow.session import Capability, Cause, HeldLease, RowFailure, TaskKind, Usage
+from fallow.session import Capability, Cause, HeldLease, NodeRows, RowFailure, TaskKind, Usage
 from fallow_coordinator.core import commands as c
 from fallow_coordinator.core import effects as f
 from fallow_coordinator.core import questions
@@ -302,7 +302,7 @@ class SimulatedWorker:
         lease, stored = work.lease, self._stored(work)
         assert stored.root is not None
         root, inline = stored.root, len(work.output) % 2 == 0
-        usage = self.simulation.weather.usage()
+        usage = replace(self.simulation.weather.usage(), nodes=_nodes_of(lease, stored.rows))
         failures = tuple(
             RowFailure(row, Cause.ROW, "bad row") for row, value in enumerate(work.output) if value == FAILED_ROW
         )
@@ -367,3 +367,8 @@ class SimulatedWorker:
 
 def _token_digest(token: bytes | None) -> Digest | None:
     return None if token is None else Digest(hashlib.sha256(token).digest())
+
+
+def _nodes_of(lease: questions.LeaseToSend, rows: int) -> tuple[NodeRows, ...]:
+    """Every third lease was spread over two nodes."""
+    return () if lease.fence % 3 or rows < 2 else (NodeRows(1, rows - 1), NodeRows(0, 1))

@@ -8,11 +8,11 @@ import pytest
 
 from fallow.envelope import Domain, sign_payload
 from fallow.errors import FallowError, Reason
+from fallow.grant_check import checked_grant
 from fallow.identity import PrivateKey
 from fallow.ids import AccountId, digest_of
 from fallow.session import BlobReference, SignedBytes
 from fallow.wire.blob import BlobKind, BlobOperation, Grant, encode_grant
-from fallow_coordinator.blobs.grants import checked_grant
 
 NOW_MS = 1_800_000_000_000
 COORDINATOR = PrivateKey.generate()

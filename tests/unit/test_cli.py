@@ -142,7 +142,12 @@ def test_a_job_is_submitted_listed_shown_watched_saved(
     assert "job-1  succeeded  5/5 rows  A title" in invoke("job", "list").stdout
     shown = json.loads(invoke("job", "show", job_id, "--json").stdout)
     assert (shown["state"], shown["data_class"], shown["progress"]["rows_total"]) == ("succeeded", "internal", 5)
-    assert "A title" in invoke("job", "show", job_id).stdout
+    told = invoke("job", "show", job_id).stdout
+    assert "A title" in told
+    assert [line.split() for line in told.splitlines()[-4:]] == [
+        ["7", "worker-1"], ["4", "node", "0"], ["3", "node", "1"], ["1", "worker-2"],
+    ]  # fmt: skip
+    assert shown["shares"][1] == {"worker_id": "worker-1", "node": 1, "rows": 3}
     states = [json.loads(line)["state"] for line in invoke("job", "watch", job_id, "--json").stdout.splitlines()]
     assert states == ["succeeded"]
     assert invoke("job", "wait", job_id).exit_code == 0

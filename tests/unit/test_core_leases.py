@@ -8,9 +8,9 @@ import pytest
 
 from fallow.errors import FallowError, Reason
 from fallow.ids import JobId, PartyId
-from fallow.job import JobOptions, JobRowFailure, JobState
-from fallow.limits import ROW_FAILURES_LISTED_PER_TASK_MAX, TASK_ATTEMPTS_MAX
-from fallow.session import BlobReference, Cause, RowFailure, Usage
+from fallow.job import JobOptions, JobRowFailure, JobState, WorkerShare
+from fallow.limits import NODE_RUNS_PER_TASK_MAX, ROW_FAILURES_LISTED_PER_TASK_MAX, TASK_ATTEMPTS_MAX
+from fallow.session import BlobReference, Cause, NodeRows, RowFailure, Usage
 from fallow_coordinator.core import commands as c
 from fallow_coordinator.core import effects as f
 from fallow_coordinator.core import events as e
@@ -46,6 +46,25 @@ def test_an_inline_commitment_settles_in_the_same_turn() -> None:
     assert settled == f.SendSettled(lease.session_id, lease.lease_id, lease.fence, 0)
     assert f.WakeWatchers(job_id) in turn.effects
     assert world.status(job_id).state is JobState.SUCCEEDED
+
+
+def test_rows_by_node_are_counted_for_the_job_and_told_with_each_result() -> None:
+    world, worker_id, job_id, lease = leased_world(rows=40)
+    rows = world.state.tasks[lease.task_id].rows
+    nodes = (NodeRows(1, 3), NodeRows(0, rows - 5), NodeRows(1, 2))
+    world.take(world.commit_command(lease, usage=Usage(node=1, nodes=nodes)))
+    job = world.state.jobs[job_id]
+    assert job.results[0].nodes == nodes
+    assert job.shares == {(worker_id, 0): rows - 5, (worker_id, 1): 5}
+    assert questions.shares_told(job)[0] == WorkerShare(worker_id, 0, rows - 5), "the most first"
+
+
+@pytest.mark.parametrize("nodes", [(NodeRows(0, 1),), (NodeRows(0, 1),) * (NODE_RUNS_PER_TASK_MAX + 1)])
+def test_rows_by_node_that_are_not_the_rows_fail_the_lease(nodes: tuple[NodeRows, ...]) -> None:
+    world, _, job_id, lease = leased_world(rows=40)
+    world.take(world.commit_command(lease, usage=Usage(nodes=nodes)))
+    assert lease.lease_id not in world.state.leases
+    assert not world.state.jobs[job_id].results
 
 
 def test_a_large_output_is_asked_for_and_settles_when_it_lies_there() -> None:

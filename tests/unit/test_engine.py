@@ -14,7 +14,7 @@ import pytest
 
 from fallow.errors import FallowError, Reason
 from fallow.ids import AccountId, Digest, JobId, digest_of
-from fallow.job import JobState, JobStatus, TaskResult
+from fallow.job import JobState, JobStatus, TaskResult, WorkerShare
 from fallow_coordinator import engine as engine_module
 from fallow_coordinator.config import EXIT_BROKEN, EXIT_STORAGE_FAILED, EXIT_WRITER_FENCED, EngineSettings
 from fallow_coordinator.core import commands as c
@@ -419,6 +419,9 @@ class ViewsAt:
 
     def results(self, job_id: JobId, *, after_cursor: int, limit: int) -> list[TaskResult]:
         return []
+
+    def shares(self, job_id: JobId, *, limit: int) -> Sequence[WorkerShare]:
+        return ()
 
     def output(self, account_id: AccountId, digest: Digest) -> None:
         return None

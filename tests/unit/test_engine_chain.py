@@ -34,6 +34,8 @@ from fallow.rows import DecodedRows, RowCodec
 from fallow.schema import DType, RaggedColumn, Schema, SizeFeature, StringColumn, TensorColumn
 from fallow.session import Cause
 from fallow_worker.engine.chain import Chain, ChainResult
+from fallow_worker.engine.protocol import Setting
+from fallow_worker.engine.tuning import settings_to_try
 
 GATHER_COLUMNS: dict[str, Any] = {
     "input_columns": (TensorColumn("x", DType.INT64, (1,)),),
@@ -89,6 +91,31 @@ def test_the_same_block_gives_the_same_bytes_in_any_number_of_lanes() -> None:
     rows = {"x": some_rows(5000)}
     blocks = {run(dense(threads=threads, lanes=lanes), rows)[0].block for threads, lanes in ((1, 1), (2, 2), (4, 2))}
     assert len(blocks) == 1
+
+
+@pytest.mark.parametrize("setting", settings_to_try(threads=4, lanes=4, wide=True))
+def test_no_bit_and_no_class_depends_on_the_tuned_setting(setting: Setting) -> None:
+    rows = {"x": some_rows(20_000)}
+    fixed = run(dense(), rows)[0].block
+    tuned = dense(threads=4, lanes=4)
+    tuned.tune(setting, measures=True)
+    assert run(tuned, rows)[0].block == fixed
+
+
+def test_no_bit_changes_while_settings_are_measured() -> None:
+    rows = {"x": some_rows(20_000)}
+    fixed = run(dense(), rows)[0].block
+    measuring = dense(threads=2, lanes=2)
+    measuring.tune(None, measures=True)
+    for _ in range(40):
+        assert run(measuring, rows)[0].block == fixed
+        tuned = measuring.newly_tuned()
+        if tuned is not None:
+            assert tuned.setting in settings_to_try(threads=2, lanes=2, wide=True)
+            break
+    else:
+        raise AssertionError("nothing was decided")
+    assert run(measuring, rows)[0].block == fixed
 
 
 def test_progress_tells_the_rows_done() -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fallow.ids import Digest, LeaseId
 from fallow.row_block import RowBlock, pack
-from fallow.session import Cause, RowFailure, TaskKind, Usage
+from fallow.session import Cause, NodeRows, RowFailure, TaskKind, Usage
 from fallow_worker.engine.frames import FrameError
 from fallow_worker.engine.protocol import ROW_FAILURES_LISTED_PER_TASK_MAX
 from fallow_worker.executor import WorkFailed
@@ -23,6 +23,7 @@ from fallow_worker.executor.shards import (
     join,
     join_failures,
     join_usage,
+    joined_runs,
     shard_ranges,
     weighted_ranges,
 )
@@ -80,6 +81,18 @@ def test_usage_adds_up_but_for_the_clock_and_the_peak() -> None:
     parts = [Usage(wall_microseconds=5, cpu_microseconds=7, memory_bytes_peak=100), Usage(9, 1, 50)]
     joined = join_usage(parts, wall_microseconds=12)
     assert (joined.wall_microseconds, joined.cpu_microseconds, joined.memory_bytes_peak) == (12, 8, 100)
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 9)), max_size=12))
+def test_runs_of_nodes_keep_every_row_and_join_neighbours(parts: list[tuple[int, int]]) -> None:
+    told = [node for node, rows in parts for _ in range(rows)]
+    runs = joined_runs(NodeRows(node, rows) for node, rows in parts)
+    assert [run.node for run in runs for _ in range(run.rows)] == told
+    assert all(run.rows for run in runs)
+    assert all(one.node != other.node for one, other in pairwise(runs))
+    usage = join_usage([], wall_microseconds=1, nodes=runs)
+    assert usage.node == (told[0] if told else 0)
+    assert usage.nodes == (runs if len(runs) > 1 else ()), "one node needs no list"
 
 
 WORK = Work(

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from fallow.session import Cause
+from fallow.session import Cause, NodeRows
 from fallow_coordinator.config import EXIT_STORAGE_FAILED, FollowerSettings
 from fallow_coordinator.core import commands as c
 from fallow_coordinator.core.answers import PoolMade
+from fallow_coordinator.core.questions import shares_told
 from fallow_coordinator.follower import Follower
 from fallow_coordinator.ports import StorageFailed
 from fallow_coordinator.store.sqlite import SqliteStore
@@ -36,7 +37,9 @@ async def a_life(store: SqliteStore) -> World:
     worker = await world.volunteer("first")
     other = await world.volunteer("second")
     done = await world.submit_job(ROWS, title="done", failed_rows_max=3)
-    await world.commit(worker, world.leases_of(worker)[0], fail_rows=[0])
+    lease = world.leases_of(worker)[0]
+    rows = world.engine.state.tasks[lease.task_id].rows
+    await world.commit(worker, lease, fail_rows=[0], nodes=(NodeRows(0, 1), NodeRows(1, rows - 1)))
     await fail_one(world, other)
     world.clock.now_ms += 60_000
     await world.tell(c.Tick())
@@ -230,3 +233,36 @@ def wait_for(views: SqliteViews, sequence: int, deadline_ms: int) -> int:
         assert waited_ms < deadline_ms, f"the views stay at {views.view_sequence()}, wanted {sequence}"
         time.sleep(0.002)
     return round((time.monotonic() - began) * 1_000)
+
+
+async def test_rows_of_a_lease_that_was_spread_are_counted_by_node(tmp_path: Path) -> None:
+    store = SqliteStore(tmp_path)
+    world = World(store=store)
+    await world.begin()
+    inspector = await world.operator_worker(window=1)
+    await world.inspected_bundle(inspector)
+    await world.tell(c.DrainSession(inspector.session_id))
+    worker = await world.volunteer()
+    job_id = await world.submit_job(ROWS)
+    while world.leases_of(worker):
+        lease = world.leases_of(worker)[0]
+        rows = world.engine.state.tasks[lease.task_id].rows
+        nodes = (NodeRows(2, rows - 2), NodeRows(0, 2))
+        await world.commit(worker, lease, fail_rows=[0, rows - 1], nodes=nodes)
+    told = shares_told(world.engine.state.jobs[job_id])
+    tasks = world.engine.state.jobs[job_id].tasks_settled
+    follower = Follower(tmp_path)
+    follower.catch_up()
+    follower.close()
+    views = SqliteViews(tmp_path)
+    assert tuple(views.shares(job_id, limit=9)) == told
+    assert sum(share.rows for share in told) == len(ROWS)
+    views.close()
+    with sqlite3.connect(tmp_path / VIEWS_FILE) as connection:
+        failed = dict(connection.execute("SELECT node, rows_failed FROM rows_by_worker").fetchall())
+        counted = connection.execute("SELECT DISTINCT tasks FROM rows_by_worker").fetchall()
+    connection.close()
+    assert failed == {0: tasks, 2: tasks}
+    assert counted == [(tasks,)]
+    await world.engine.stop()
+    store.close()

@@ -42,6 +42,7 @@ from fallow.session import (
     LeaseReturned,
     LeaseRevoked,
     LeaseSeen,
+    NodeRows,
     Refereed,
     Refused,
     RowFailure,
@@ -94,6 +95,9 @@ WORKER_MESSAGES: dict[str, WorkerMessage] = {
     "capability_changed": CapabilityChanged(CAPABILITY, 2),
     "commitment": Commitment(
         LEASE, 7, ONE, 10, BlobReference(TWO, 400), (RowFailure(3, Cause.ROW, "not UTF-8"),), USAGE, "class", b"block"
+    ),
+    "commitment_of_nodes": Commitment(
+        LEASE, 7, ONE, 10, BlobReference(TWO, 400), (), replace(USAGE, nodes=(NodeRows(5, 7), NodeRows(0, 3)))
     ),
     "delivery": Delivery(LEASE, 7, SIGNED),
     "inspection": Inspection(LEASE, 7, REPORT, USAGE),

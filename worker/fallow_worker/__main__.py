@@ -1,4 +1,4 @@
-"""The command line of a worker: join, start, prepare-image, status, why, ask, earnings, probe."""
+"""The command line of a worker: join, start, cache, prepare-image, status, why, ask, earnings, probe."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from fallow.region import REGION_RULE, is_region
 from fallow.session import SANDBOX_ORDER, SandboxLevel, TaskKind
 from fallow.shown_text import log_to_stderr, shown
 
+ANY_ADDRESS = "0.0.0.0:0"
+"""Where a cache listens unless its owner says otherwise."""
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
 
@@ -138,6 +140,7 @@ def _start(options: argparse.Namespace) -> int:
         region=options.region or "",
         ask_microcredits_per_unit=None if options.ask is None else _ask_of(options.ask, "--ask"),
         cache_bytes_max=int(options.cache_gib * GIB),
+        serve_cache=options.serve_cache,
         life_fd=options.life_fd,
     )
 
@@ -148,7 +151,31 @@ def _start(options: argparse.Namespace) -> int:
     return asyncio.run(work(config, told=told))
 
 
+def _cache(options: argparse.Namespace) -> int:
+    from fallow_worker.config import WorkerConfig
+    from fallow_worker.start import print_json, work
+
+    config = WorkerConfig(
+        state=_state(options),
+        task_kinds=frozenset(),
+        cache_bytes_max=int(options.cache_gib * GIB),
+        serve_cache=options.listen,
+        works=False,
+        life_fd=options.life_fd,
+    )
+
+    def told(facts: dict[str, object]) -> None:
+        if options.json:
+            print_json(facts)
+        else:
+            sys.stdout.write(f"Serves its pool at {facts['pool_cache']}, up to {options.cache_gib:g} GiB\n")
+            sys.stdout.flush()
+
+    return asyncio.run(work(config, told=told))
+
+
 def _status(options: argparse.Namespace) -> int:
+    from fallow_worker.executor.tunings import read_tunings, tuning_words
     from fallow_worker.probe_report import standing_words
     from fallow_worker.start import joined, print_json
     from fallow_worker.state_folder import StateFolder
@@ -156,7 +183,7 @@ def _status(options: argparse.Namespace) -> int:
     folder = StateFolder(_state(options))
     credentials = joined(folder)
     pid = folder.running_pid()
-    status = {
+    status: dict[str, Any] = {
         **folder.read_status(),
         "worker_id": credentials.party_id,
         "coordinator": credentials.control_endpoint,
@@ -164,6 +191,7 @@ def _status(options: argparse.Namespace) -> int:
         "state": str(folder.folder),
         "running": pid is not None,
         "pid": pid,
+        "tuning": read_tunings(folder.tuning),
     }
     if options.json:
         print_json(status)
@@ -177,8 +205,11 @@ def _status(options: argparse.Namespace) -> int:
     if pid is not None:
         lines += [f"offer        {status.get('offer', '')}", f"leases       {status.get('leases', {})}"]
         lines += [f"so far       {status.get('counts', {})}"]
+        if "pool_cache" in status:
+            lines += [f"serves       its pool at {status['pool_cache']}: {status.get('served', {})}"]
         standings: Any = status.get("standings", {})
         lines += [f"measured     {name}: {standing_words(standing)}" for name, standing in standings.items()]
+        lines += [f"tuned        {digest[:16]}: {tuning_words(entry)}" for digest, entry in status["tuning"].items()]
         error = status.get("last_error")
         lines += [f"last error   {error['message']}"] if isinstance(error, dict) else []
     sys.stdout.write(shown("\n".join(lines) + "\n"))
@@ -310,7 +341,20 @@ def _parser() -> argparse.ArgumentParser:
         help="what you ask in market pools for an hour of one reference core (3,600 units); default: as before, or 0",
     )
     start.add_argument("--cache-gib", type=_positive, default=20.0, metavar="GIB", help="disk for bundles; default: 20")
+    start.add_argument(
+        "--serve-cache",
+        nargs="?",
+        const=ANY_ADDRESS,
+        default="",
+        metavar="HOST:PORT",
+        help="give bundles to other workers of the pool in this network (managed workers only)",
+    )
     start.add_argument("--life-fd", type=int, default=None, metavar="FD", help=argparse.SUPPRESS)
+
+    cache = command("cache", "serve bundles to the workers of the pool in this network, and take no work", _cache)
+    cache.add_argument("--listen", default=ANY_ADDRESS, metavar="HOST:PORT", help="default: all addresses, any port")
+    cache.add_argument("--cache-gib", type=_positive, default=20.0, metavar="GIB", help="disk for blobs; default: 20")
+    cache.add_argument("--life-fd", type=int, default=None, metavar="FD", help=argparse.SUPPRESS)
 
     image = command("prepare-image", "make this folder fit to be copied to many machines", _prepare_image)
     image.add_argument(

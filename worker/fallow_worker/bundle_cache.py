@@ -7,6 +7,7 @@ import contextlib
 import errno
 import logging
 import os
+import secrets
 from collections import Counter
 from collections.abc import Generator
 from pathlib import Path
@@ -25,6 +26,9 @@ _log = logging.getLogger(__name__)
 CACHE_BYTES_MAX_DEFAULT: Final = 20 * GIB
 DISK_BYTES_SPARE: Final = 256 * MIB
 """Left free on the disk: a volunteer's machine must not fill up."""
+
+
+_INCOMING: Final = "incoming"
 
 
 class BlobReader(Protocol):
@@ -95,32 +99,64 @@ class BundleCache:
             if self._held[digest] <= 0:
                 del self._held[digest]
 
+    # ------------------------------------------------------------------------------------------- for others
+
+    def found(self, blob: BlobReference) -> Path | None:
+        """The blob's file, which becomes the last one used; None when it is not here."""
+        return self._path(blob.digest) if self._used(blob.digest, blob.length_bytes) else None
+
+    def make_room_for(self, blob: BlobReference) -> None:
+        """Drops what was not used for longest until the blob fits. Raises STORAGE_FULL: nothing in use is dropped."""
+        if blob.length_bytes <= self._bytes_max:
+            self._make_room(blob.length_bytes)
+        if self.bytes_kept + blob.length_bytes > self._bytes_max:
+            raise FallowError(
+                Reason.STORAGE_FULL,
+                f"the cache has no room for {blob.length_bytes} bytes more",
+                limit=f"{self._bytes_max} bytes",
+            )
+
+    def incoming_path(self) -> Path:
+        """A path for a blob that somebody leaves here; what an earlier worker did not finish goes at its start."""
+        incoming = self._folder / _INCOMING
+        incoming.mkdir(mode=0o700, exist_ok=True)
+        return incoming / secrets.token_hex(16)
+
+    def keep(self, blob: BlobReference, path: Path) -> None:
+        """Takes over a file whose digest was checked. Raises STORAGE_FULL, OSError."""
+        self.make_room_for(blob)
+        place = self._path(blob.digest)
+        place.parent.mkdir(mode=0o700, exist_ok=True)
+        path.replace(place)
+        self._kept[blob.digest] = blob.length_bytes
+        _log.info("cache.left file=%s bytes=%d", blob.digest.hex()[:16], blob.length_bytes)
+
     # ------------------------------------------------------------------------------------------- fetching
 
     async def _present(self, file: BundleFile, grant: SignedBytes, blobs: BlobReader) -> None:
         lock = self._fetching.setdefault(file.digest, asyncio.Lock())
         try:
             async with lock:
-                if not self._used(file):
+                if not self._used(file.digest, file.length_bytes):
                     await self._fetch(file, grant, blobs)
         finally:
             if not lock.locked():
                 self._fetching.pop(file.digest, None)
 
-    def _used(self, file: BundleFile) -> bool:
+    def _used(self, digest: Digest, length_bytes: int) -> bool:
         """Whether the file is here; if so it becomes the last one used."""
-        kept = self._kept.pop(file.digest, None)
+        kept = self._kept.pop(digest, None)
         if kept is None:
             return False
-        path = self._path(file.digest)
+        path = self._path(digest)
         try:
-            if path.stat().st_size != file.length_bytes:
+            if path.stat().st_size != length_bytes:
                 raise FileNotFoundError
             os.utime(path)
         except FileNotFoundError:
             _log.warning("cache.file_gone file=%s", path)
             return False
-        self._kept[file.digest] = kept
+        self._kept[digest] = kept
         return True
 
     async def _fetch(self, file: BundleFile, grant: SignedBytes, blobs: BlobReader) -> None:
@@ -135,6 +171,8 @@ class BundleCache:
     # ------------------------------------------------------------------------------------------- keeping
 
     def _take_over(self) -> None:
+        for path in self._folder.glob(f"{_INCOMING}/*"):
+            path.unlink(missing_ok=True)
         found: list[tuple[float, Digest, int]] = []
         for path in self._folder.glob("??/*"):
             with contextlib.suppress(ValueError, OSError):

@@ -40,6 +40,10 @@ class WorkerConfig:
     ask_microcredits_per_unit: int | None = None
     """What the owner asks in market pools; None: as said last, at first nothing."""
     cache_bytes_max: int = CACHE_BYTES_MAX_DEFAULT
+    serve_cache: str = ""
+    """Where to serve blobs to others of the pool, `host:port`; empty: not."""
+    works: bool = True
+    """False: it takes no leases, and is there for its cache alone."""
     life_fd: int | None = None
     """A descriptor that closes when whoever started this worker ends."""
 

@@ -34,6 +34,7 @@ from fallow.session import (
     Goodbye,
     HeldLease,
     Hello,
+    PoolCache,
     Welcome,
     WorkerMessage,
 )
@@ -282,7 +283,9 @@ class Session:
         return explained(failure, self._credentials)
 
 
-async def open_session(credentials: Credentials, greeting: Greeting, token: ResumeToken) -> tuple[Session, Welcome]:
+async def open_session(
+    credentials: Credentials, greeting: Greeting, token: ResumeToken, pool_cache: PoolCache | None = None
+) -> tuple[Session, Welcome]:
     """Dials, says Hello, checks the Welcome and keeps its resume token. Raises FallowError in words for people."""
     channel = control_channel(credentials)
     stub = worker_service_pb2_grpc.WorkerServiceStub(channel)
@@ -297,6 +300,7 @@ async def open_session(credentials: Credentials, greeting: Greeting, token: Resu
         held_leases=greeting.held_leases[:LEASES_PER_WORKER_MAX],
         takes_several=True,
         machine_digest=machine_digest(),
+        pool_cache=pool_cache,
     )
     try:
         welcome = await session.greet(hello)

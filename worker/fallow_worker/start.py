@@ -19,7 +19,7 @@ from fallow.enrollment import join
 from fallow.errors import FallowError, Reason
 from fallow.join_line import parse_join_line
 from fallow.roles import Role, Tier
-from fallow.session import Capability, DeviceLevel
+from fallow.session import Capability, DeviceLevel, PoolCache
 from fallow_worker.bundle_cache import BundleCache
 from fallow_worker.config import PREDECESSOR_WAIT_S, WorkerConfig, drain_run_grace_ms, offer_words, refusal
 from fallow_worker.core.limits import RUNS_QUEUED
@@ -30,13 +30,15 @@ from fallow_worker.executor.choice import Choice, ExecutorKind, chosen_executor
 from fallow_worker.heap import keep_small
 from fallow_worker.link import ResumeToken, open_session
 from fallow_worker.metering import EnergyMeter, MeteredExecutor
+from fallow_worker.nearby import Nearby
+from fallow_worker.pool_cache import TIERS_THAT_SERVE, PoolCacheServer
 from fallow_worker.ports import Executor
 from fallow_worker.probes.cpu import cpu_devices
 from fallow_worker.renewal import Renewal
 from fallow_worker.state_folder import StateFolder
 from fallow_worker.status import StatusReport, capability_facts
 from fallow_worker.surroundings import Surroundings
-from fallow_worker.transfers import ChannelBlobs, Transfers
+from fallow_worker.transfers import Blobs, ChannelBlobs, Transfers
 
 _log = logging.getLogger(__name__)
 
@@ -44,6 +46,7 @@ _SIGNAL_REASONS: Final = {
     signal.SIGTERM: "the owner stops this worker",
     signal.SIGINT: "the owner stops this worker",
 }
+CACHE_ONLY: Final = "it serves its pool's cache and takes no work"
 _PARENT_GONE: Final = "the process that started this worker is gone"
 
 
@@ -81,7 +84,7 @@ def executor_for(config: WorkerConfig, tier: Tier | None) -> tuple[Executor, Cho
         ray_address=config.ray_address,
         tier=tier or Tier.VOLUNTEER,
     )
-    settings = SupervisorSettings(cores=config.cpus)
+    settings = SupervisorSettings(cores=config.cpus, tuning_path=str(StateFolder(config.state).tuning.absolute()))
     if choice.kind is ExecutorKind.PROCESS:
         from fallow_worker.executor.on_processes import ProcessExecutor
 
@@ -90,6 +93,24 @@ def executor_for(config: WorkerConfig, tier: Tier | None) -> tuple[Executor, Cho
     from fallow_worker.executor.ray_settings import LOCAL_ADDRESS, RaySettings
 
     return RayExecutor(RaySettings(address=config.ray_address or LOCAL_ADDRESS, supervisor=settings)), choice
+
+
+def no_executor() -> tuple[Executor, Choice]:
+    """For a worker that only serves its pool's cache."""
+    from fallow_worker.executor.nothing import NoExecutor
+
+    return NoExecutor(), Choice(ExecutorKind.PROCESS, CACHE_ONLY)
+
+
+def check_serves(tier: Tier | None) -> None:
+    """Returns when a worker of that tier may serve its pool's cache. Raises PERMISSION_DENIED."""
+    if tier not in TIERS_THAT_SERVE:
+        raise FallowError(
+            Reason.PERMISSION_DENIED,
+            f"only managed and operators' workers serve a pool, and this one is a {tier.value if tier else 'stranger'}",
+            field="--serve-cache",
+            hint="join with a line of a managed pool, in a folder of its own",
+        )
 
 
 async def capability_of(executor: Executor, config: WorkerConfig) -> Capability:
@@ -147,7 +168,9 @@ async def work(config: WorkerConfig, *, told: Callable[[dict[str, object]], None
 async def _work_alone(
     config: WorkerConfig, folder: StateFolder, credentials: Credentials, told: Callable[[dict[str, object]], None]
 ) -> int:
-    chosen, choice = executor_for(config, credentials.tier)
+    if config.serve_cache:
+        check_serves(credentials.tier)
+    chosen, choice = executor_for(config, credentials.tier) if config.works else no_executor()
     executor = MeteredExecutor(chosen, EnergyMeter(owns_devices=not config.ray_address))
     try:
         surroundings = Surroundings(region=config.region, ask=folder.read_ask, owns_devices=not config.ray_address)
@@ -156,10 +179,11 @@ async def _work_alone(
         await executor.stop()
         raise
     terms = terms_of(config, capability)
+    if not config.works:
+        terms = replace(terms, refusal=CACHE_ONLY)
     words = offer_words(capability, terms.slots, terms.refusal)
-    _log.log(
-        logging.WARNING if terms.refusal else logging.INFO, "worker.offer worker=%s %s", credentials.party_id, words
-    )
+    level = logging.WARNING if terms.refusal and config.works else logging.INFO
+    _log.log(level, "worker.offer worker=%s %s", credentials.party_id, words)
     _log.info("worker.executor kind=%s why=%r", choice.kind.value, choice.why)
     facts: dict[str, object] = {
         "worker_id": credentials.party_id,
@@ -171,12 +195,21 @@ async def _work_alone(
         "slots": terms.slots,
         "capability": capability_facts(capability),
     }
-    report = StatusReport(folder, facts)
-    daemon = _daemon(config, folder, credentials, executor, capability, terms, report, surroundings)
+    cache = BundleCache(folder.cache, bytes_max=config.cache_bytes_max)
+    server = PoolCacheServer(credentials, cache) if config.serve_cache else None
+    pool_cache = await server.start(config.serve_cache) if server is not None else None
+    if server is not None and pool_cache is not None:
+        facts["pool_cache"] = pool_cache.endpoint
+    report = StatusReport(folder, facts, server.counts if server is not None else None)
+    daemon = _daemon(config, folder, credentials, executor, capability, terms, report, surroundings, cache, pool_cache)
     report.attach(daemon)
     told(facts)
-    with _stopping(daemon, drain_run_grace_ms(config, credentials.tier), config.life_fd):
-        error = await daemon.run()
+    try:
+        with _stopping(daemon, drain_run_grace_ms(config, credentials.tier), config.life_fd):
+            error = await daemon.run()
+    finally:
+        if server is not None:
+            await server.stop()
     report.write()
     if error is not None:
         raise error
@@ -192,17 +225,24 @@ def _daemon(
     terms: Terms,
     report: StatusReport,
     surroundings: Surroundings,
+    cache: BundleCache,
+    pool_cache: PoolCache | None,
 ) -> Daemon:
     token = ResumeToken(folder.resume_token)
+    nearby = Nearby(credentials)
+
+    def blobs_of(papers: Credentials) -> Blobs:
+        nearby.use(papers)
+        return ChannelBlobs(papers)
 
     return Daemon(
         terms=terms,
         capability=capability,
         credentials=credentials,
         executor=executor,
-        transfers=Transfers(BundleCache(folder.cache, bytes_max=config.cache_bytes_max), ChannelBlobs(credentials)),
-        blobs_of=ChannelBlobs,
-        dial=lambda papers, greeting: open_session(papers, greeting, token),
+        transfers=Transfers(cache, ChannelBlobs(credentials), nearby),
+        blobs_of=blobs_of,
+        dial=lambda papers, greeting: open_session(papers, greeting, token, pool_cache),
         renewal=Renewal(),
         changed=report.changed,
         looks=surroundings.watch,

@@ -56,13 +56,18 @@ class StateFolder:
     def prepare_image(self) -> None:
         """Takes away key, identity and what belongs to one machine alone; the join line and cached bundles stay."""
         self.forget_credentials()
-        for path in (self.resume_token, self._status):
+        for path in (self.resume_token, self._status, self.tuning):
             path.unlink(missing_ok=True)
 
     @property
     def resume_token(self) -> Path:
         """The token of the last session."""
         return self.folder / "resume_token"
+
+    @property
+    def tuning(self) -> Path:
+        """How bundles run best on this machine."""
+        return self.folder / "tuning.json"
 
     @property
     def cache(self) -> Path:

@@ -12,6 +12,7 @@ from typing import Final
 from fallow.session import Capability, Device
 from fallow_worker.core.world import Connecting, Offline, Online, World
 from fallow_worker.daemon import Daemon
+from fallow_worker.pool_cache import PoolCacheCounts
 from fallow_worker.state_folder import StateFolder
 
 WRITE_EVERY_S: Final = 1.0
@@ -20,8 +21,9 @@ WRITE_EVERY_S: Final = 1.0
 class StatusReport:
     """Keeps the status file of one daemon."""
 
-    def __init__(self, folder: StateFolder, facts: dict[str, object]) -> None:
-        """`facts` do not change while the daemon runs."""
+    def __init__(self, folder: StateFolder, facts: dict[str, object], served: PoolCacheCounts | None = None) -> None:
+        """`facts` do not change while the daemon runs; `served`: what others got from its cache."""
+        self._served = served
         self._folder = folder
         self._facts = facts
         self._written: dict[str, object] = {}
@@ -45,7 +47,8 @@ class StatusReport:
             self._timer = None
         if self._daemon is None:
             return
-        now = {**self._facts, **_told(self._daemon)}
+        served = {"served": asdict(self._served)} if self._served is not None else {}
+        now = {**self._facts, **_told(self._daemon), **served}
         if now != self._written:
             self._written = now
             with contextlib.suppress(OSError):
@@ -102,7 +105,7 @@ def _told(daemon: Daemon) -> dict[str, object]:
         "trouble": world.trouble.failures if world.trouble else 0,
         "leases": dict(Counter(type(held.phase).__name__.lower() for held in world.leases.values())),
         "executor_warm": world.executor_warm,
-        "counts": {**asdict(daemon.counts), **asdict(daemon.transfers.counts)},
+        "counts": {**asdict(daemon.counts), **daemon.transfers.told()},
         "last_error": {"reason": error.reason.value, "message": str(error)} if error else None,
     }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -17,6 +17,7 @@ from fallow.ids import LeaseId, digest_of
 from fallow.session import BlobReference, BundleOffer, Candidate, Lease, SignedBytes
 from fallow_worker.bundle_cache import BundleCache
 from fallow_worker.core.happenings import FetchTrouble
+from fallow_worker.nearby import Nearby
 from fallow_worker.network import NetworkMeter
 from fallow_worker.ports import LoadedBundle
 
@@ -93,10 +94,11 @@ class TransferCounts:
 class Transfers:
     """Fetches and uploads for leases."""
 
-    def __init__(self, cache: BundleCache, blobs: Blobs) -> None:
-        """`blobs` may be replaced by `use`."""
+    def __init__(self, cache: BundleCache, blobs: Blobs, nearby: Nearby | None = None) -> None:
+        """`blobs` may be replaced by `use`; `nearby` knows caches of the pool."""
         self._cache = cache
         self._blobs = blobs
+        self._nearby = nearby
         self._busy: dict[Blobs, int] = {}
         """Transfers under way through each."""
         self.counts = TransferCounts()
@@ -116,7 +118,8 @@ class Transfers:
                     offer.bundle_digest, offer.manifest, {}, 0, slot_dependent=False, memory_bytes_peak=0
                 )
             else:
-                bundle = await self._cache.bundle(offer, blobs, lease.lease_id)
+                reader = self._nearby.reader(offer.pool_caches, blobs) if self._nearby else blobs
+                bundle = await self._cache.bundle(offer, reader, lease.lease_id)
             block = await self._input(lease, blobs)
             return Inputs(bundle, block, tuple([await self._candidate(one, blobs) for one in lease.candidates]))
 
@@ -142,12 +145,19 @@ class Transfers:
                 if blobs is not self._blobs:
                     await blobs.close()
 
+    def told(self) -> dict[str, int]:
+        """What went over the wire, by name."""
+        near = asdict(self._nearby.counts) if self._nearby is not None else {}
+        return {**asdict(self.counts), **near}
+
     def forget(self, lease_id: LeaseId) -> None:
         """The lease needs its bundle no more."""
         self._cache.release(lease_id)
 
     async def close(self) -> None:
         """Cuts what is under way."""
+        if self._nearby is not None:
+            await self._nearby.close()
         await self._blobs.close()
 
     async def _input(self, lease: Lease, blobs: Blobs) -> bytes:

@@ -15,6 +15,7 @@ from typing import Final, ParamSpec, TypeVar
 import grpc
 
 from fallow.errors import FallowError, Reason
+from fallow.grant_check import checked_grant
 from fallow.identity import PrivateKey, fingerprint_of
 from fallow.ids import KeyFingerprint
 from fallow.limits import BLOB_CHUNK_BYTES, BLOCK_BYTES_MAX, MIB
@@ -37,7 +38,6 @@ from fallow_coordinator.blobs.admission import Gate, Turn, Turns
 from fallow_coordinator.blobs.config import BlobLimits
 from fallow_coordinator.blobs.deletion import DigestLocks, Touches, delete_blobs
 from fallow_coordinator.blobs.direct import DirectTransfers, request_to_message
-from fallow_coordinator.blobs.grants import checked_grant
 from fallow_coordinator.blobs.packs import Source, SourceBlocks, pack_blocks
 from fallow_coordinator.blobs.receipts import Receipts, receipt_of
 from fallow_coordinator.blobs.single_rows import equal_rows, pairs_of, sources_of, spans_of

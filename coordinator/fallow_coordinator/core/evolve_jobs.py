@@ -235,6 +235,7 @@ def _delete(state: State, event: e.JobDeleted, at_ms: int) -> None:
     assert not job.late, "nobody works for a deleted job"
     _let_go_of_outputs(state, job)
     job.results = []
+    job.shares = {}
     job.blocks, job.kept = (), None
     job.block_size_sums, job.unit_nano_starts = (), ()
     job.deleted_at_ms, job.deleted_reason = at_ms, event.reason

@@ -8,7 +8,7 @@ from typing import assert_never
 from fallow.ids import AccountId, LeaseId
 from fallow.job import JobRowFailure, RowSpan, TaskResult
 from fallow.limits import ROW_FAILURES_LISTED_PER_TASK_MAX
-from fallow.session import Cause, RowFailure, TaskKind
+from fallow.session import Cause, NodeRows, RowFailure, TaskKind
 from fallow_coordinator.core import events as e
 from fallow_coordinator.core.evolve_sessions import end_grace_if_empty
 from fallow_coordinator.core.groups import hold, learns_speed
@@ -248,6 +248,7 @@ def _commit(state: State, event: e.CommitmentRecorded, at_ms: int) -> None:
         wall_us=event.usage.wall_microseconds,
         millijoules=event.millijoules,
         energy_measured=event.energy_measured,
+        nodes=event.usage.nodes,
         execution_class=event.execution_class,
     )
     if event.inline:
@@ -411,6 +412,7 @@ def _settle(state: State, event: e.TaskSettled, at_ms: int) -> None:
             output_root=commitment.output_root,
             status=job.policy,
             footprint=event.footprint,
+            nodes=commitment.nodes,
         ),
     )
     job.tasks_settled += 1
@@ -505,6 +507,10 @@ def _deliver(job: Job, task: Task, rows_failed: int, result: TaskResult) -> None
         job.done = job.done.add(start, end)
     job.rows_failed += rows_failed
     job.results.append(result)
+    if result.worker_id:
+        for run in result.nodes or (NodeRows(result.node, task.rows),):
+            key = (result.worker_id, run.node)
+            job.shares[key] = job.shares.get(key, 0) + run.rows
 
 
 def row_spans(spans: tuple[tuple[int, int], ...]) -> tuple[RowSpan, ...]:

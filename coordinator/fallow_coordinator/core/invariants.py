@@ -161,6 +161,12 @@ def _check_job(state: State, job: Job) -> None:
     _must(leased == job.rows_leased, "rows leased are counted")
     _must(final or job.rows_failed <= job.options.failed_rows_max, "too many failed rows end a job")
     _must(final or bool(job.tasks) or job.next_row < job.rows, "an unfinished job has something left to do")
+    shares: Counter[tuple[str, int]] = Counter()
+    for result in job.results:
+        for span in result.spans:
+            for node, rows in result.rows_by_node(span) if result.worker_id else ():
+                shares[result.worker_id, node] += rows
+    _must(dict(shares) == job.shares, "delivered rows are counted by worker and node")
     listed = sum(len(result.failures) for result in job.results)
     _must(listed <= job.rows_failed, "failures listed are failures counted")
 

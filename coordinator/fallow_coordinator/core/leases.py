@@ -5,7 +5,12 @@ from __future__ import annotations
 from fallow.challenge import OUTPUT_SCHEMA_DIGEST
 from fallow.errors import FallowError, Reason
 from fallow.ids import Digest, LeaseId, PartyId, SessionId
-from fallow.limits import BLOCK_BYTES_MAX, INLINE_PAYLOAD_BYTES_MAX, ROW_FAILURES_LISTED_PER_TASK_MAX
+from fallow.limits import (
+    BLOCK_BYTES_MAX,
+    INLINE_PAYLOAD_BYTES_MAX,
+    NODE_RUNS_PER_TASK_MAX,
+    ROW_FAILURES_LISTED_PER_TASK_MAX,
+)
 from fallow.session import Cause, RowFailure, TaskKind
 from fallow_coordinator.core import commands as c
 from fallow_coordinator.core import events as e
@@ -229,6 +234,7 @@ def _facts(command: c.Commit) -> CommitmentFacts:
         failures=_shortened_failures(command.failures),
         rows_failed=len(command.failures),
         node=command.usage.node,
+        nodes=command.usage.nodes,
     )
 
 
@@ -255,6 +261,9 @@ def _fault_of_commitment(task: Task, command: c.Commit) -> str:
     size_max = INLINE_PAYLOAD_BYTES_MAX if command.inline else BLOCK_BYTES_MAX
     if not 1 <= command.output.length_bytes <= size_max:
         return f"the output has {command.output.length_bytes} bytes, allowed are 1 to {size_max}"
+    nodes = command.usage.nodes
+    if nodes and (len(nodes) > NODE_RUNS_PER_TASK_MAX or sum(run.rows for run in nodes) != command.rows):
+        return f"the rows by node are {sum(run.rows for run in nodes)} in {len(nodes)} runs, not {command.rows}"
     failures = command.failures
     if not failures:
         return ""

@@ -5,15 +5,16 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from heapq import nsmallest
 
 from fallow.bundle import InspectionReport, Precision
 from fallow.challenge import OUTPUT_SCHEMA_DIGEST, ChallengePlan
 from fallow.credits import BUDGET_WARNING_PERCENT, PoolMode, credits_text, price_per_hour
 from fallow.errors import Reason
 from fallow.ids import AccountId, Digest, JobId, LeaseId, PartyId, PoolId, SessionId, TaskId
-from fallow.job import JOB_STATES_FINAL, JobProgress, JobState, JobStatus, TaskResult
-from fallow.limits import BLOCK_BYTES_MAX
-from fallow.roles import TIERS_ALLOWED, Tier
+from fallow.job import JOB_STATES_FINAL, JobProgress, JobState, JobStatus, TaskResult, WorkerShare
+from fallow.limits import BLOCK_BYTES_MAX, JOB_SHARES_SHOWN_MAX
+from fallow.roles import TIERS_ALLOWED, DataClass, Tier
 from fallow.session import BlobReference, Capability, DeviceStanding, TaskKind
 from fallow_coordinator.core.deferral import why_deferred
 from fallow_coordinator.core.devices import certificate_of, challenge_of
@@ -89,6 +90,12 @@ def status_told(job: Job, *, reason: str, reason_code: str, workers: int, deferr
         footprint=job.footprint,
         deferred_until_ms=deferred_until_ms,
     )
+
+
+def shares_told(job: Job) -> tuple[WorkerShare, ...]:
+    """Rows by worker and node, the most first."""
+    most = nsmallest(JOB_SHARES_SHOWN_MAX, job.shares.items(), key=lambda share: (-share[1], share[0]))
+    return tuple([WorkerShare(worker_id, node, rows) for (worker_id, node), rows in most])
 
 
 def budget_warnings(job: Job) -> tuple[str, ...]:
@@ -315,6 +322,8 @@ class LeaseToSend:
     latency_ms_max: int
     challenge: ChallengePlan | None = None
     """Of a challenge or its check."""
+    data_class: DataClass | None = None
+    """Of its job; None without one."""
 
 
 def lease_to_send(state: State, lease_id: LeaseId) -> LeaseToSend | None:
@@ -352,6 +361,7 @@ def lease_to_send(state: State, lease_id: LeaseId) -> LeaseToSend | None:
         unit_micros=task.unit_micros,
         pool_id=task.pool_id,
         latency_ms_max=job.options.latency_ms_max if job is not None else 0,
+        data_class=job.data_class if job is not None else None,
     )
 
 

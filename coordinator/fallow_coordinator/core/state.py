@@ -13,7 +13,7 @@ from fallow.ids import AccountId, Digest, JobId, KeyFingerprint, LeaseId, PartyI
 from fallow.job import DatasetBlock, Footprint, JobOptions, JobState, TaskResult
 from fallow.ranges import RangeSet
 from fallow.roles import DataClass, Role, Tier
-from fallow.session import BlobReference, Capability, Cause, RowFailure, TaskKind
+from fallow.session import BlobReference, Capability, Cause, NodeRows, RowFailure, TaskKind
 from fallow_coordinator.core.carbon import Forecast
 from fallow_coordinator.core.commands import StoredBlob
 from fallow_coordinator.core.events import LeaseOutcome
@@ -400,6 +400,8 @@ class Job:
     """What it has paid."""
     results: list[TaskResult] = field(default_factory=list[TaskResult])
     """Result n has cursor n + 1; none are left once the job is deleted."""
+    shares: dict[tuple[str, int], int] = field(default_factory=dict[tuple[str, int], int])
+    """Rows in `results` by worker and node."""
     deleted_at_ms: int = 0
     """0: its results, dataset and kept columns are there."""
     deleted_reason: str = ""
@@ -511,6 +513,8 @@ class CommitmentFacts:
     """What the worker says it took."""
     millijoules: int = 0
     energy_measured: bool = False
+    nodes: tuple[NodeRows, ...] = ()
+    """Runs of the rows by node; empty: `node` did them all."""
     execution_class: str = ""
 
 

@@ -8,7 +8,7 @@ from typing import Final
 from fallow.envelope import Domain, check_signature, sign_payload
 from fallow.errors import FallowError, Reason
 from fallow.identity import PrivateKey
-from fallow.ids import AccountId, KeyFingerprint
+from fallow.ids import AccountId, KeyFingerprint, PoolId
 from fallow.session import BlobReference, SignedBytes
 from fallow.wire.blob import BlobKind, BlobOperation, Grant, Receipt, decode_receipt, encode_grant
 from fallow_coordinator.core.commands import StoredBlob
@@ -24,6 +24,8 @@ class Holder:
 
     key_fingerprint: KeyFingerprint
     account_id: AccountId
+    cache_pool_id: PoolId | None = None
+    """Pool whose caches may give it what it reads; None: none may."""
 
 
 class Grants:
@@ -52,6 +54,7 @@ class Grants:
                 account_id=holder.account_id,
                 holder_key_fingerprint=holder.key_fingerprint,
                 expires_at_ms=now_ms + GRANT_VALID_FOR_MS,
+                cache_pool_id=holder.cache_pool_id if operation is BlobOperation.GET else None,
             )
         )
         return SignedBytes(payload, sign_payload(self._key, Domain.GRANT, payload))

@@ -11,13 +11,14 @@ from typing import Final
 
 from fallow.errors import FallowError, Reason
 from fallow.ids import AccountId, Digest, JobId, PoolId
-from fallow.job import DatasetBlock, JobOptions, JobStatus, TaskResult
+from fallow.job import DatasetBlock, JobOptions, JobStatus, TaskResult, WorkerShare
+from fallow.limits import JOB_SHARES_SHOWN_MAX
 from fallow.roles import DataClass
 from fallow.session import BlobReference
 from fallow.wire.bundle import decode_manifest
 from fallow.wire.schema import encode_schema
 from fallow_coordinator.core.jobs import DELETED_BY_OWNER
-from fallow_coordinator.core.questions import job_status, jobs_of, readable_blob, results_after
+from fallow_coordinator.core.questions import job_status, jobs_of, readable_blob, results_after, shares_told
 from fallow_coordinator.engine import Engine
 from fallow_coordinator.ports import Views
 
@@ -59,6 +60,13 @@ class JobReads:
                 Reason.JOB_UNKNOWN, "this account has no such job", field="job_id", hint="list jobs to see them"
             )
         return self._complete(self._without_deleted(status))
+
+    async def shares(self, job_id: JobId) -> Sequence[WorkerShare]:
+        """Rows by worker and node, the most first; the caller has checked whose job it is."""
+        job = self._engine.state.jobs.get(job_id)
+        if job is None:
+            return await asyncio.to_thread(self._views.shares, job_id, limit=JOB_SHARES_SHOWN_MAX)
+        return shares_told(job)
 
     async def submission(self, account_id: AccountId, job_id: JobId) -> JobSubmission:
         """What a job of the account was submitted as. Raises JOB_UNKNOWN, JOB_DELETED."""

@@ -42,6 +42,7 @@ from fallow.wire.job import (
     options_from_message,
     options_to_message,
     result_to_message,
+    shares_to_messages,
     status_to_message,
 )
 from fallow.wire.quote import quote_request_from_message, quote_to_message
@@ -330,8 +331,10 @@ class JobService:
     async def get_job(self, call: Call[pb.GetJobRequest]) -> pb.GetJobResponse:
         """One job now."""
         caller = await self._caller(call.peer)
-        status = await self._reads.status(caller.account_id, JobId(call.request.job_id))
-        return pb.GetJobResponse(job=status_to_message(status))
+        job_id = JobId(call.request.job_id)
+        status = await self._reads.status(caller.account_id, job_id)
+        shares = await self._reads.shares(job_id)
+        return pb.GetJobResponse(job=status_to_message(status), shares=shares_to_messages(shares))
 
     async def explain_job(self, call: Call[pb.ExplainJobRequest]) -> pb.ExplainJobResponse:
         """Why one job waits."""

@@ -9,23 +9,28 @@ from typing import Final
 from fallow import challenge
 from fallow.bundle import BundleManifest
 from fallow.ids import Digest, KeyFingerprint, LeaseId, PartyId, SessionId
+from fallow.roles import DataClass
 from fallow.session import BundleOffer, DeviceStanding, GrantsRenewed, Lease, SignedBytes, UploadOffer
 from fallow.wire.blob import BlobKind
 from fallow.wire.bundle import decode_manifest, encode_manifest
 from fallow_coordinator.core.questions import LeaseToSend, device_standing, lease_to_send, upload_to_offer
 from fallow_coordinator.engine import Engine
 from fallow_coordinator.service.grants import Grants, Holder
+from fallow_coordinator.service.pool_caches import PoolCaches
 
 MANIFESTS_REMEMBERED_MAX: Final = 256
+_CACHED_BUNDLES: Final = frozenset({DataClass.PUBLIC, DataClass.INTERNAL})
+"""Of jobs whose rows managed workers may see: those may hold their bundles for others too."""
 
 
 class LeaseMessages:
     """Builds messages about leases for one coordinator; sessions share it."""
 
-    def __init__(self, engine: Engine, grants: Grants, now_ms: Callable[[], int]) -> None:
-        """Reads leases and payloads through `engine` and signs grants with `grants`."""
+    def __init__(self, engine: Engine, grants: Grants, caches: PoolCaches, now_ms: Callable[[], int]) -> None:
+        """Reads leases and payloads through `engine`, signs grants with `grants`, and tells of `caches` nearby."""
         self._engine = engine
         self._grants = grants
+        self._caches = caches
         self._now_ms = now_ms
         self._manifests: OrderedDict[Digest, tuple[bytes, BundleManifest]] = OrderedDict()
 
@@ -82,7 +87,8 @@ class LeaseMessages:
         return UploadOffer(owed.lease_id, owed.fence, grant)
 
     def _offer(self, facts: LeaseToSend, manifest: bytes, worker: KeyFingerprint) -> BundleOffer:
-        holder, now_ms = Holder(worker, facts.account_id), self._now_ms()
+        cache_pool_id = facts.pool_id if facts.data_class in _CACHED_BUNDLES else None
+        holder, now_ms = Holder(worker, facts.account_id, cache_pool_id), self._now_ms()
         return BundleOffer(
             bundle_digest=facts.bundle_digest,
             manifest=manifest,
@@ -90,12 +96,13 @@ class LeaseMessages:
             canonical_batch_rows=facts.canonical_batch_rows,
             slot_dependent=facts.slot_dependent,
             memory_bytes_peak=facts.memory_bytes_peak,
+            pool_caches=self._caches.near(facts.session_id, facts.pool_id) if cache_pool_id else (),
         )
 
     def _input_grant(self, facts: LeaseToSend, worker: KeyFingerprint) -> SignedBytes | None:
         if facts.input is None:
             return None
-        holder = Holder(worker, facts.account_id)
+        holder = Holder(worker, facts.account_id, facts.pool_id if facts.data_class is DataClass.PUBLIC else None)
         return self._grants.get(facts.input, holder, now_ms=self._now_ms(), kind=BlobKind.ROW_BLOCK)
 
     def _inline_input(self, facts: LeaseToSend) -> bytes:

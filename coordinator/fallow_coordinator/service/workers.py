@@ -76,6 +76,7 @@ from fallow_coordinator.service.lease_messages import LeaseMessages
 from fallow_coordinator.service.live_streams import LiveStreams
 from fallow_coordinator.service.opening_pace import OpeningPace
 from fallow_coordinator.service.outbox import Outbox
+from fallow_coordinator.service.pool_caches import PoolCaches
 from fallow_coordinator.service.protocol import check_versions
 from fallow_coordinator.service.rate_limit import RateLimit
 from fallow_coordinator.service.worker_session import (
@@ -115,6 +116,7 @@ class WorkerService:
         streams: LiveStreams,
         outbox: Outbox,
         leases: LeaseMessages,
+        caches: PoolCaches,
         key: PrivateKey,
         blob_service_key: bytes,
         blob_endpoint: str,
@@ -127,6 +129,7 @@ class WorkerService:
         self._streams = streams
         self._outbox = outbox
         self._leases = leases
+        self._caches = caches
         self._key = key
         self._blob_service_key = blob_service_key
         self._blob_endpoint = blob_endpoint
@@ -192,6 +195,7 @@ class WorkerService:
                         blob_endpoint=self._blob_endpoint,
                     )
                 )
+                self._caches.opened(granted.session_id, caller, peer.address, hello.pool_cache)
                 self._outbox.register(granted.session_id, session.send)
             _log.info(
                 "session.opened session=%s worker=%s address=%s", session.session_id, caller.party_id, peer.address
@@ -201,6 +205,7 @@ class WorkerService:
                 reason = await self._run(session)
             finally:
                 self._outbox.forget(session.session_id)
+                self._caches.closed(session.session_id)
                 self._in_background(self._submit_close(session, reason))
 
     async def drain(self) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 from fallow.ids import AccountId, Digest, JobId, PartyId, PoolId, SessionId, TaskId, TokenId
 from fallow.job import JOB_STATES_FINAL, JobStatus, TaskResult
@@ -50,6 +52,7 @@ class _Touched:
     leaving: dict[JobId, Row] = field(default_factory=dict[JobId, Row])
     """Last rows of jobs that left the state."""
     results: list[Row] = field(default_factory=list[Row])
+    result_nodes: list[Row] = field(default_factory=list[Row])
     job_blobs: dict[tuple[JobId, Digest], None] = field(default_factory=dict[tuple[JobId, Digest], None])
     job_payloads: dict[tuple[JobId, Digest], None] = field(default_factory=dict[tuple[JobId, Digest], None])
     job_submissions: list[Row] = field(default_factory=list[Row])
@@ -134,6 +137,7 @@ class Projection:
         """The newest result of a job is fresh."""
         job = self.state.jobs[job_id]
         self._touched.results.append(_result_row(job, job.results[-1], rows_failed))
+        self._touched.result_nodes += _node_rows(job, job.results[-1], rows_failed)
 
     def take_changes(self) -> Changes:
         """Rows for everything touched since the last call, as it stands now."""
@@ -148,6 +152,7 @@ class Projection:
             "bundles": [row for digest in touched.bundles for row in _bundle_rows(state.bundles[digest])],
             "jobs": [*touched.leaving.values(), *(_job_row(state.jobs[job_id]) for job_id in touched.jobs)],
             "results": touched.results,
+            "result_nodes": touched.result_nodes,
             "job_blobs": list(touched.job_blobs),
             "job_payloads": list(touched.job_payloads),
             "job_submissions": touched.job_submissions,
@@ -384,3 +389,24 @@ def _result_row(job: Job, result: TaskResult, rows_failed: int) -> Row:
         result.status,
         result_to_message(result, b"").SerializeToString(deterministic=True),
     )
+
+
+def _node_rows(job: Job, result: TaskResult, rows_failed: int) -> list[Row]:
+    """One row for each part of a task that was spread over nodes.
+
+    Failed rows beyond those that are listed count for the first part: nobody says where they lie.
+    """
+    if not result.nodes:
+        return []
+    failed = [0] * len(result.nodes)
+    starts = list(accumulate((run.rows for run in result.nodes), initial=0))
+    for failure in result.failures:
+        for span in result.spans:
+            inside = failure.job_position - span.job_position
+            if 0 <= inside < span.rows:
+                failed[bisect_right(starts, span.block_row + inside) - 1] += 1
+    failed[0] += max(0, rows_failed - sum(failed))
+    return [
+        (job.job_id, result.cursor, number, run.node, run.rows, failed[number])
+        for number, run in enumerate(result.nodes)
+    ]

@@ -23,6 +23,7 @@ from fallow.session import (
     DeviceKind,
     DeviceLevel,
     EnergySource,
+    NodeRows,
     RowFailure,
     SandboxLevel,
     TaskKind,
@@ -108,6 +109,7 @@ def usage_to_message(usage: Usage) -> session_pb2.Usage:
         tokens=usage.tokens,
         node=usage.node,
         energy_source=ENERGY_SOURCES.number(usage.energy_source),
+        nodes=[session_pb2.NodeRows(node=run.node, rows=run.rows) for run in usage.nodes],
     )
 
 
@@ -120,6 +122,7 @@ def usage_from_message(message: session_pb2.Usage) -> Usage:
         tokens=message.tokens,
         node=message.node,
         energy_source=ENERGY_SOURCES.member_or_none(message.energy_source),
+        nodes=tuple([NodeRows(run.node, run.rows) for run in message.nodes]),
     )
 
 

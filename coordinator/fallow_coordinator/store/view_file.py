@@ -10,7 +10,7 @@ from fallow_coordinator.store.failures import storage_failures
 from fallow_coordinator.store.projection import Changes
 
 VIEWS_FILE = "views.db"
-VIEWS_VERSION = 6
+VIEWS_VERSION = 7
 """Another version in the file: the views are built anew from the journal."""
 LOCK_WAIT_S = 5.0
 
@@ -35,6 +35,8 @@ _TABLES: dict[str, str] = {
     "results": """job_id TEXT, cursor INTEGER, account_id TEXT, worker_id TEXT, node INTEGER, rows INTEGER,
         rows_failed INTEGER, output_digest BLOB, output_length_bytes INTEGER, status TEXT, result BLOB,
         PRIMARY KEY (job_id, cursor)""",
+    "result_nodes": """job_id TEXT, cursor INTEGER, number INTEGER, node INTEGER, rows INTEGER, rows_failed INTEGER,
+        PRIMARY KEY (job_id, cursor, number)""",
     "job_blobs": "job_id TEXT, blob_digest BLOB, PRIMARY KEY (job_id, blob_digest)",
     "job_submissions": "job_id TEXT PRIMARY KEY, account_id TEXT, submission BLOB",
     "job_payloads": "job_id TEXT, digest BLOB, PRIMARY KEY (job_id, digest)",
@@ -51,7 +53,15 @@ _TABLES: dict[str, str] = {
 }
 """Columns of each table; a row of `Changes` has its values in this order. Whatever belongs to somebody says to whom."""
 
-_GONE_WITH_THEIR_JOB = ("results", "job_blobs", "job_submissions", "job_payloads", "retained_jobs", "job_records")
+_GONE_WITH_THEIR_JOB = (
+    "results",
+    "result_nodes",
+    "job_blobs",
+    "job_submissions",
+    "job_payloads",
+    "retained_jobs",
+    "job_records",
+)
 
 _EXTRAS = (
     "CREATE INDEX outputs_of_jobs ON results (output_digest)",
@@ -63,9 +73,11 @@ _EXTRAS = (
     "CREATE INDEX settlements_of_worker ON settlements (worker_id, at_ms)",
     "CREATE INDEX settlements_in_time ON settlements (at_ms)",
     """CREATE VIEW rows_by_worker AS
-        SELECT account_id, job_id, worker_id, node, count(*) AS tasks, sum(rows) AS rows,
-            sum(rows_failed) AS rows_failed
-        FROM results WHERE worker_id != '' GROUP BY account_id, job_id, worker_id, node""",
+        SELECT account_id, job_id, worker_id, coalesce(part.node, results.node) AS node,
+            count(DISTINCT cursor) AS tasks, sum(coalesce(part.rows, results.rows)) AS rows,
+            sum(coalesce(part.rows_failed, results.rows_failed)) AS rows_failed
+        FROM results LEFT JOIN result_nodes AS part USING (job_id, cursor)
+        WHERE worker_id != '' GROUP BY account_id, job_id, worker_id, coalesce(part.node, results.node)""",
 )
 _META = "CREATE TABLE IF NOT EXISTS view_meta (name TEXT PRIMARY KEY, value) WITHOUT ROWID"
 

@@ -11,7 +11,7 @@ from typing import Final
 
 from fallow.errors import Reason
 from fallow.ids import AccountId, Digest, JobId
-from fallow.job import JobStatus, TaskResult
+from fallow.job import JobStatus, TaskResult, WorkerShare
 from fallow.session import BlobReference
 from fallow.v1 import job_pb2
 from fallow.wire.job import result_from_message, status_from_message
@@ -68,6 +68,15 @@ class SqliteViews:
             (job_id, after_cursor, limit),
         )
         return [result_from_message(job_pb2.TaskResult.FromString(row[0]))[0] for row in rows]
+
+    def shares(self, job_id: JobId, *, limit: int) -> Sequence[WorkerShare]:
+        """Rows by worker and node, the most first."""
+        rows = self._rows(
+            """SELECT worker_id, node, rows FROM rows_by_worker WHERE job_id = ?
+               ORDER BY rows DESC, worker_id, node LIMIT ?""",
+            (job_id, limit),
+        )
+        return [WorkerShare(str(worker_id), int(node), int(count)) for worker_id, node, count in rows]
 
     def output(self, account_id: AccountId, digest: Digest) -> BlobReference | None:
         """An output block of one of the account's jobs, or None."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -10,7 +11,7 @@ from fallow.cli.output import counted
 from fallow.client.tables import Saved
 from fallow.credits import PoolMode, credits_text
 from fallow.explanation import JobExplanation
-from fallow.job import JobStatus
+from fallow.job import JobStatus, WorkerShare
 
 
 def saved_facts(saved: Saved) -> dict[str, Any]:
@@ -58,6 +59,7 @@ def status_facts(status: JobStatus) -> dict[str, Any]:
         "deleted_at_ms": status.deleted_at_ms,
         "energy": energy_facts(status),
         "deferred_until_ms": status.deferred_until_ms,
+        "shares": status.shares,
     }
 
 
@@ -126,7 +128,21 @@ def status_text(status: JobStatus) -> str:
         "submitted": _moment(status.submitted_at_ms),
         "finished": _moment(status.finished_at_ms) if status.finished_at_ms else "",
     }
-    return "\n".join(f"{name:<10}{value}" for name, value in facts.items() if value)
+    lines = [f"{name:<10}{value}" for name, value in facts.items() if value]
+    return "\n".join([*lines, *share_lines(status.shares)])
+
+
+def share_lines(shares: Sequence[WorkerShare]) -> list[str]:
+    """Rows by worker, and below a worker of several nodes by node."""
+    by_worker: dict[str, list[WorkerShare]] = {}
+    for share in shares:
+        by_worker.setdefault(share.worker_id, []).append(share)
+    lines: list[str] = []
+    for worker_id, nodes in by_worker.items():
+        lines.append(f"  {sum(node.rows for node in nodes):>10,}  {worker_id}")
+        if len(nodes) > 1 or nodes[0].node:
+            lines += [f"  {node.rows:>14,}  node {node.node}" for node in nodes]
+    return lines
 
 
 def explanation_facts(told: JobExplanation) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import click
 
 from fallow.bundle_file import Bundle
-from fallow.cli.describing import saved_facts, saved_text, status_facts
+from fallow.cli.describing import saved_facts, saved_text, share_lines, status_facts
 from fallow.cli.options import (
     DurationType,
     bundle_of,
@@ -268,7 +268,7 @@ async def attended(job: AsyncJob, path: Path, bar: JobBar, *, partial: bool) -> 
 def _summary(job: AsyncJob, status: JobStatus, saved: Saved, seconds: float) -> str:
     rate = (saved.rows + saved.failed_rows) / seconds if seconds > 0 else 0
     lines = [saved_text(saved)]
-    lines += [f"  {share.rows:>10,}  {share.worker_id} node {share.node}" for share in saved.shares]
+    lines += share_lines(saved.shares)
     price = credits_text(status.spent_microcredits)
     lines.append(f"job {job.id}: {seconds:.1f} s, {rate:,.0f} rows/s, policy {status.policy}, price {price} credits")
     return "\n".join(lines)

@@ -20,9 +20,9 @@ from fallow.client.blocking import Client, Job, connect
 from fallow.client.client import AsyncClient, BundleState, Session, connect_async
 from fallow.client.job import AsyncJob, Order
 from fallow.client.results import STATUS_FAILED, RowFailure, RowResult
-from fallow.client.tables import Saved, WorkerShare
+from fallow.client.tables import Saved
 from fallow.errors import FallowError, Reason
-from fallow.job import JobOptions, JobProgress, JobState, JobStatus
+from fallow.job import JobOptions, JobProgress, JobState, JobStatus, WorkerShare
 from fallow.roles import DataClass
 from fallow.sources import ArraySource, FolderSource, ParquetSource, Rows, Source, TableSource
 

@@ -35,16 +35,16 @@ from fallow.client.stream import (
     spans_in_order,
     watch,
 )
-from fallow.client.tables import ResultFile, ResultTables, Saved, WorkerShare
+from fallow.client.tables import ResultFile, ResultTables, Saved
 from fallow.credits import parse_credits
 from fallow.errors import FallowError, Reason
 from fallow.explanation import JobExplanation
 from fallow.identity import load_certificate
 from fallow.ids import JobId
-from fallow.job import JOB_STATES_FINAL, JobProgress, JobState, JobStatus, RowSpan, TaskResult
+from fallow.job import JOB_STATES_FINAL, JobProgress, JobState, JobStatus, RowSpan, TaskResult, WorkerShare
 from fallow.v1 import job_service_pb2, ledger_service_pb2
 from fallow.wire.explanation import job_explanation_from_message
-from fallow.wire.job import status_from_message
+from fallow.wire.job import shares_from_messages, status_from_message
 
 Order = Literal["row", "any"]
 """`row`: by position in the job; `any`: as soon as they are there."""
@@ -88,7 +88,7 @@ class AsyncJob:
         """The job as the coordinator has it now."""
         request = job_service_pb2.GetJobRequest(job_id=self.id)
         answer = await self._connection.call(lambda jobs: jobs.GetJob(request, timeout=CALL_TIMEOUT_S))
-        return self._seen(status_from_message(answer.job))
+        return self._seen(replace(status_from_message(answer.job), shares=shares_from_messages(answer.shares)))
 
     async def progress(self) -> JobProgress:
         """Rows done, failed and leased so far."""
@@ -385,7 +385,8 @@ def _shares_of(spans: Sequence[tuple[RowSpan, TaskResult]]) -> tuple[WorkerShare
     rows: Counter[tuple[str, int]] = Counter()
     for span, result in spans:
         if result.worker_id:
-            rows[(result.worker_id, result.node)] += span.rows
+            for node, count in result.rows_by_node(span):
+                rows[(result.worker_id, node)] += count
     return tuple(WorkerShare(worker, node, count) for (worker, node), count in rows.most_common())
 
 

@@ -24,6 +24,7 @@ from fallow.arrow_rows import arrow_schema, to_arrow
 from fallow.client.kept import KeptColumns, python_rows
 from fallow.client.results import STATUS_FAILED, ResultRows
 from fallow.errors import FallowError, Reason
+from fallow.job import WorkerShare
 from fallow.row_values import ColumnValues
 from fallow.schema import Schema
 
@@ -38,15 +39,6 @@ _FACTS: Final = [
     pa.field(CAUSE_COLUMN, pa.string()),
     pa.field(REASON_COLUMN, pa.string()),
 ]
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerShare:
-    """Rows of a job that one node of one worker did."""
-
-    worker_id: str
-    node: int
-    rows: int
 
 
 @dataclass(frozen=True, slots=True)

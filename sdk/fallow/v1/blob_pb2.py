@@ -25,25 +25,25 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x66\x61llow/v1/blob.proto\x12\tfallow.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"5\n\rBlobReference\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\x12\x14\n\x0clength_bytes\x18\x02 \x01(\x04\"\xe7\x01\n\tBlobGrant\x12+\n\toperation\x18\x01 \x01(\x0e\x32\x18.fallow.v1.BlobOperation\x12&\n\x04\x62lob\x18\x02 \x01(\x0b\x32\x18.fallow.v1.BlobReference\x12!\n\x04kind\x18\x03 \x01(\x0e\x32\x13.fallow.v1.BlobKind\x12\x12\n\naccount_id\x18\x04 \x01(\t\x12\x1e\n\x16holder_key_fingerprint\x18\x05 \x01(\x0c\x12.\n\nexpires_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"3\n\x0fSignedBlobGrant\x12\r\n\x05grant\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\"\xfe\x01\n\x0b\x42lobReceipt\x12&\n\x04\x62lob\x18\x01 \x01(\x0b\x32\x18.fallow.v1.BlobReference\x12!\n\x04kind\x18\x02 \x01(\x0e\x32\x13.fallow.v1.BlobKind\x12\x12\n\naccount_id\x18\x03 \x01(\t\x12\x0c\n\x04rows\x18\x04 \x01(\r\x12\x0c\n\x04root\x18\x05 \x01(\x0c\x12\x15\n\rschema_digest\x18\x06 \x01(\x0c\x12\x19\n\x11size_feature_sums\x18\x07 \x03(\x04\x12\x13\n\x0brows_failed\x18\x08 \x01(\r\x12-\n\tissued_at\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"7\n\x11SignedBlobReceipt\x12\x0f\n\x07receipt\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c*_\n\rBlobOperation\x12\x1e\n\x1a\x42LOB_OPERATION_UNSPECIFIED\x10\x00\x12\x16\n\x12\x42LOB_OPERATION_GET\x10\x01\x12\x16\n\x12\x42LOB_OPERATION_PUT\x10\x02*T\n\x08\x42lobKind\x12\x19\n\x15\x42LOB_KIND_UNSPECIFIED\x10\x00\x12\x14\n\x10\x42LOB_KIND_OPAQUE\x10\x01\x12\x17\n\x13\x42LOB_KIND_ROW_BLOCK\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x66\x61llow/v1/blob.proto\x12\tfallow.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"5\n\rBlobReference\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\x12\x14\n\x0clength_bytes\x18\x02 \x01(\x04\"\xff\x01\n\tBlobGrant\x12+\n\toperation\x18\x01 \x01(\x0e\x32\x18.fallow.v1.BlobOperation\x12&\n\x04\x62lob\x18\x02 \x01(\x0b\x32\x18.fallow.v1.BlobReference\x12!\n\x04kind\x18\x03 \x01(\x0e\x32\x13.fallow.v1.BlobKind\x12\x12\n\naccount_id\x18\x04 \x01(\t\x12\x1e\n\x16holder_key_fingerprint\x18\x05 \x01(\x0c\x12.\n\nexpires_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x16\n\rcache_pool_id\x18\x82\x01 \x01(\t\"3\n\x0fSignedBlobGrant\x12\r\n\x05grant\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\"\xfe\x01\n\x0b\x42lobReceipt\x12&\n\x04\x62lob\x18\x01 \x01(\x0b\x32\x18.fallow.v1.BlobReference\x12!\n\x04kind\x18\x02 \x01(\x0e\x32\x13.fallow.v1.BlobKind\x12\x12\n\naccount_id\x18\x03 \x01(\t\x12\x0c\n\x04rows\x18\x04 \x01(\r\x12\x0c\n\x04root\x18\x05 \x01(\x0c\x12\x15\n\rschema_digest\x18\x06 \x01(\x0c\x12\x19\n\x11size_feature_sums\x18\x07 \x03(\x04\x12\x13\n\x0brows_failed\x18\x08 \x01(\r\x12-\n\tissued_at\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"7\n\x11SignedBlobReceipt\x12\x0f\n\x07receipt\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c*_\n\rBlobOperation\x12\x1e\n\x1a\x42LOB_OPERATION_UNSPECIFIED\x10\x00\x12\x16\n\x12\x42LOB_OPERATION_GET\x10\x01\x12\x16\n\x12\x42LOB_OPERATION_PUT\x10\x02*T\n\x08\x42lobKind\x12\x19\n\x15\x42LOB_KIND_UNSPECIFIED\x10\x00\x12\x14\n\x10\x42LOB_KIND_OPAQUE\x10\x01\x12\x17\n\x13\x42LOB_KIND_ROW_BLOCK\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'fallow.v1.blob_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_BLOBOPERATION']._serialized_start=724
-  _globals['_BLOBOPERATION']._serialized_end=819
-  _globals['_BLOBKIND']._serialized_start=821
-  _globals['_BLOBKIND']._serialized_end=905
+  _globals['_BLOBOPERATION']._serialized_start=748
+  _globals['_BLOBOPERATION']._serialized_end=843
+  _globals['_BLOBKIND']._serialized_start=845
+  _globals['_BLOBKIND']._serialized_end=929
   _globals['_BLOBREFERENCE']._serialized_start=68
   _globals['_BLOBREFERENCE']._serialized_end=121
   _globals['_BLOBGRANT']._serialized_start=124
-  _globals['_BLOBGRANT']._serialized_end=355
-  _globals['_SIGNEDBLOBGRANT']._serialized_start=357
-  _globals['_SIGNEDBLOBGRANT']._serialized_end=408
-  _globals['_BLOBRECEIPT']._serialized_start=411
-  _globals['_BLOBRECEIPT']._serialized_end=665
-  _globals['_SIGNEDBLOBRECEIPT']._serialized_start=667
-  _globals['_SIGNEDBLOBRECEIPT']._serialized_end=722
+  _globals['_BLOBGRANT']._serialized_end=379
+  _globals['_SIGNEDBLOBGRANT']._serialized_start=381
+  _globals['_SIGNEDBLOBGRANT']._serialized_end=432
+  _globals['_BLOBRECEIPT']._serialized_start=435
+  _globals['_BLOBRECEIPT']._serialized_end=689
+  _globals['_SIGNEDBLOBRECEIPT']._serialized_start=691
+  _globals['_SIGNEDBLOBRECEIPT']._serialized_end=746
 # @@protoc_insertion_point(module_scope)

@@ -97,11 +97,14 @@ class BlobGrant(_message.Message):
     ACCOUNT_ID_FIELD_NUMBER: _builtins.int
     HOLDER_KEY_FINGERPRINT_FIELD_NUMBER: _builtins.int
     EXPIRES_AT_FIELD_NUMBER: _builtins.int
+    CACHE_POOL_ID_FIELD_NUMBER: _builtins.int
     operation: Global___BlobOperation.ValueType
     kind: Global___BlobKind.ValueType
     account_id: _builtins.str
     holder_key_fingerprint: _builtins.bytes
     """SHA-256 of the holder's public key (DER SubjectPublicKeyInfo), compared with the TLS peer."""
+    cache_pool_id: _builtins.str
+    """To read only: caches of this pool may hold the blob, and give it to the holder. Unset: none may."""
     @_builtins.property
     def blob(self) -> Global___BlobReference: ...
     @_builtins.property
@@ -115,10 +118,11 @@ class BlobGrant(_message.Message):
         account_id: _builtins.str = ...,
         holder_key_fingerprint: _builtins.bytes = ...,
         expires_at: _timestamp_pb2.Timestamp | None = ...,
+        cache_pool_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["blob", b"blob", "expires_at", b"expires_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_id", b"account_id", "blob", b"blob", "expires_at", b"expires_at", "holder_key_fingerprint", b"holder_key_fingerprint", "kind", b"kind", "operation", b"operation"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_id", b"account_id", "blob", b"blob", "cache_pool_id", b"cache_pool_id", "expires_at", b"expires_at", "holder_key_fingerprint", b"holder_key_fingerprint", "kind", b"kind", "operation", b"operation"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

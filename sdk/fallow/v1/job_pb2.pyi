@@ -252,6 +252,7 @@ class TaskResult(_message.Message):
     STATUS_FIELD_NUMBER: _builtins.int
     CORRECTS_FIELD_NUMBER: _builtins.int
     FOOTPRINT_FIELD_NUMBER: _builtins.int
+    NODES_FIELD_NUMBER: _builtins.int
     cursor: _builtins.int
     """Counts results of the job from 1; pass it as cursor to resume."""
     inline_output: _builtins.bytes
@@ -277,6 +278,10 @@ class TaskResult(_message.Message):
     def footprint(self) -> Global___Footprint:
         """Unset: nobody knows its energy."""
 
+    @_builtins.property
+    def nodes(self) -> _containers.RepeatedCompositeFieldContainer[_session_pb2.NodeRows]:
+        """Runs of the block's rows, in order, by the node that did them. Unset: `node` did them all."""
+
     def __init__(
         self,
         *,
@@ -291,10 +296,11 @@ class TaskResult(_message.Message):
         status: _builtins.str = ...,
         corrects: _builtins.int = ...,
         footprint: Global___Footprint | None = ...,
+        nodes: _abc.Iterable[_session_pb2.NodeRows] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["footprint", b"footprint", "output", b"output"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["corrects", b"corrects", "cursor", b"cursor", "failures", b"failures", "footprint", b"footprint", "inline_output", b"inline_output", "node", b"node", "output", b"output", "output_root", b"output_root", "spans", b"spans", "status", b"status", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["corrects", b"corrects", "cursor", b"cursor", "failures", b"failures", "footprint", b"footprint", "inline_output", b"inline_output", "node", b"node", "nodes", b"nodes", "output", b"output", "output_root", b"output_root", "spans", b"spans", "status", b"status", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -360,6 +366,33 @@ class JobRowFailure(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___JobRowFailure: _TypeAlias = JobRowFailure  # noqa: Y015
+
+@_typing.final
+class WorkerShare(_message.Message):
+    """Rows of a job that one node of one worker delivered."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    NODE_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    worker_id: _builtins.str
+    node: _builtins.int
+    rows: _builtins.int
+    def __init__(
+        self,
+        *,
+        worker_id: _builtins.str = ...,
+        node: _builtins.int = ...,
+        rows: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["node", b"node", "rows", b"rows", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WorkerShare: _TypeAlias = WorkerShare  # noqa: Y015
 
 @_typing.final
 class JobProgress(_message.Message):

@@ -196,6 +196,32 @@ class HeldLease(_message.Message):
 Global___HeldLease: _TypeAlias = HeldLease  # noqa: Y015
 
 @_typing.final
+class PoolCache(_message.Message):
+    """Where a worker serves blobs to others of its pool (docs/protocol.md)."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENDPOINT_FIELD_NUMBER: _builtins.int
+    CERTIFICATE_FIELD_NUMBER: _builtins.int
+    endpoint: _builtins.str
+    """Host and port in the network that it shares with them."""
+    certificate: _builtins.bytes
+    """The certificate that it shows there, DER: made by itself, and the only one to accept."""
+    def __init__(
+        self,
+        *,
+        endpoint: _builtins.str = ...,
+        certificate: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["certificate", b"certificate", "endpoint", b"endpoint"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PoolCache: _TypeAlias = PoolCache  # noqa: Y015
+
+@_typing.final
 class Hello(_message.Message):
     """First message of a worker."""
 
@@ -208,6 +234,7 @@ class Hello(_message.Message):
     HELD_LEASES_FIELD_NUMBER: _builtins.int
     TAKES_SEVERAL_FIELD_NUMBER: _builtins.int
     MACHINE_DIGEST_FIELD_NUMBER: _builtins.int
+    POOL_CACHE_FIELD_NUMBER: _builtins.int
     resume_token: _builtins.bytes
     """Empty on a first session; else the token of the last Welcome."""
     window: _builtins.int
@@ -222,6 +249,10 @@ class Hello(_message.Message):
     def capability(self) -> _capability_pb2.Capability: ...
     @_builtins.property
     def held_leases(self) -> _containers.RepeatedCompositeFieldContainer[Global___HeldLease]: ...
+    @_builtins.property
+    def pool_cache(self) -> Global___PoolCache:
+        """Unset: it serves none. Believed of managed and operators' workers only."""
+
     def __init__(
         self,
         *,
@@ -232,10 +263,11 @@ class Hello(_message.Message):
         held_leases: _abc.Iterable[Global___HeldLease] | None = ...,
         takes_several: _builtins.bool = ...,
         machine_digest: _builtins.bytes = ...,
+        pool_cache: Global___PoolCache | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["capability", b"capability", "protocol", b"protocol"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["capability", b"capability", "pool_cache", b"pool_cache", "protocol", b"protocol"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capability", b"capability", "held_leases", b"held_leases", "machine_digest", b"machine_digest", "protocol", b"protocol", "resume_token", b"resume_token", "takes_several", b"takes_several", "window", b"window"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capability", b"capability", "held_leases", b"held_leases", "machine_digest", b"machine_digest", "pool_cache", b"pool_cache", "protocol", b"protocol", "resume_token", b"resume_token", "takes_several", b"takes_several", "window", b"window"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -360,6 +392,7 @@ class Usage(_message.Message):
     TOKENS_FIELD_NUMBER: _builtins.int
     NODE_FIELD_NUMBER: _builtins.int
     ENERGY_SOURCE_FIELD_NUMBER: _builtins.int
+    NODES_FIELD_NUMBER: _builtins.int
     wall_microseconds: _builtins.int
     cpu_microseconds: _builtins.int
     memory_bytes_peak: _builtins.int
@@ -371,6 +404,10 @@ class Usage(_message.Message):
     """Node of the owner's cluster that did the work, as an ordinal."""
     energy_source: Global___EnergySource.ValueType
     """Unset: nobody knows its energy."""
+    @_builtins.property
+    def nodes(self) -> _containers.RepeatedCompositeFieldContainer[Global___NodeRows]:
+        """Runs of the block's rows, in order, at most 256; together they are all rows. Unset: `node` did them all."""
+
     def __init__(
         self,
         *,
@@ -381,14 +418,40 @@ class Usage(_message.Message):
         tokens: _builtins.int = ...,
         node: _builtins.int = ...,
         energy_source: Global___EnergySource.ValueType = ...,
+        nodes: _abc.Iterable[Global___NodeRows] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpu_microseconds", b"cpu_microseconds", "energy_joules", b"energy_joules", "energy_source", b"energy_source", "memory_bytes_peak", b"memory_bytes_peak", "node", b"node", "tokens", b"tokens", "wall_microseconds", b"wall_microseconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpu_microseconds", b"cpu_microseconds", "energy_joules", b"energy_joules", "energy_source", b"energy_source", "memory_bytes_peak", b"memory_bytes_peak", "node", b"node", "nodes", b"nodes", "tokens", b"tokens", "wall_microseconds", b"wall_microseconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Usage: _TypeAlias = Usage  # noqa: Y015
+
+@_typing.final
+class NodeRows(_message.Message):
+    """Rows that one node of the owner's cluster did."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODE_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    node: _builtins.int
+    rows: _builtins.int
+    """At least 1."""
+    def __init__(
+        self,
+        *,
+        node: _builtins.int = ...,
+        rows: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["node", b"node", "rows", b"rows"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NodeRows: _TypeAlias = NodeRows  # noqa: Y015
 
 @_typing.final
 class Commitment(_message.Message):
@@ -947,6 +1010,7 @@ class BundleOffer(_message.Message):
     CANONICAL_BATCH_ROWS_FIELD_NUMBER: _builtins.int
     SLOT_DEPENDENT_FIELD_NUMBER: _builtins.int
     MEMORY_BYTES_PEAK_FIELD_NUMBER: _builtins.int
+    POOL_CACHES_FIELD_NUMBER: _builtins.int
     bundle_digest: _builtins.bytes
     manifest: _builtins.bytes
     """Exact manifest bytes."""
@@ -957,6 +1021,10 @@ class BundleOffer(_message.Message):
     def file_grants(self) -> _containers.RepeatedCompositeFieldContainer[_blob_pb2.SignedBlobGrant]:
         """One for each file of the manifest, in its order."""
 
+    @_builtins.property
+    def pool_caches(self) -> _containers.RepeatedCompositeFieldContainer[Global___PoolCache]:
+        """Caches of the pool in the worker's network, at most 4: worth a try before the blob service, with the same grants."""
+
     def __init__(
         self,
         *,
@@ -966,10 +1034,11 @@ class BundleOffer(_message.Message):
         canonical_batch_rows: _builtins.int = ...,
         slot_dependent: _builtins.bool = ...,
         memory_bytes_peak: _builtins.int = ...,
+        pool_caches: _abc.Iterable[Global___PoolCache] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle_digest", b"bundle_digest", "canonical_batch_rows", b"canonical_batch_rows", "file_grants", b"file_grants", "manifest", b"manifest", "memory_bytes_peak", b"memory_bytes_peak", "slot_dependent", b"slot_dependent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle_digest", b"bundle_digest", "canonical_batch_rows", b"canonical_batch_rows", "file_grants", b"file_grants", "manifest", b"manifest", "memory_bytes_peak", b"memory_bytes_peak", "pool_caches", b"pool_caches", "slot_dependent", b"slot_dependent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -8,7 +8,7 @@ from enum import StrEnum
 from google.protobuf.message import DecodeError
 
 from fallow.errors import FallowError, Reason
-from fallow.ids import DIGEST_BYTES, AccountId, Digest, KeyFingerprint
+from fallow.ids import DIGEST_BYTES, AccountId, Digest, KeyFingerprint, PoolId
 from fallow.limits import BLOB_BYTES_MAX
 from fallow.session import BlobReference, SignedBytes
 from fallow.v1 import blob_pb2
@@ -44,6 +44,8 @@ class Grant:
     account_id: AccountId
     holder_key_fingerprint: KeyFingerprint
     expires_at_ms: int
+    cache_pool_id: PoolId | None = None
+    """Caches of this pool may hold the blob and give it to the holder; None: none may."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +99,7 @@ def encode_grant(grant: Grant) -> bytes:
         account_id=grant.account_id,
         holder_key_fingerprint=grant.holder_key_fingerprint,
         expires_at=moment_to_message(grant.expires_at_ms),
+        cache_pool_id=grant.cache_pool_id or "",
     ).SerializeToString(deterministic=True)
 
 
@@ -111,6 +114,7 @@ def decode_grant(data: bytes) -> Grant:
             account_id=AccountId(message.account_id),
             holder_key_fingerprint=KeyFingerprint(digest_from(message.holder_key_fingerprint, "grant.holder")),
             expires_at_ms=moment_from_message(message.expires_at),
+            cache_pool_id=PoolId(message.cache_pool_id) if message.cache_pool_id else None,
         )
     except (DecodeError, FallowError) as error:
         raise FallowError(Reason.GRANT_INVALID, f"this is no grant: {error}", field="grant") from None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from fallow.credits import PoolMode
 from fallow.errors import FallowError, Reason
 from fallow.ids import Digest, JobId
@@ -15,6 +17,7 @@ from fallow.job import (
     Objective,
     RowSpan,
     TaskResult,
+    WorkerShare,
 )
 from fallow.limits import FAILED_ROWS_MAX_DEFAULT
 from fallow.roles import DataClass
@@ -22,6 +25,7 @@ from fallow.v1 import job_pb2
 from fallow.wire.blob import digest_from, reference_from_message, reference_to_message
 from fallow.wire.enums import CAUSES, DATA_CLASSES, JOB_STATES, OBJECTIVES, PRECISIONS
 from fallow.wire.moments import duration_from_message, duration_to_message, moment_from_message, moment_to_message
+from fallow.wire.session import node_rows_from_messages, node_rows_to_messages
 
 
 def options_to_message(options: JobOptions) -> job_pb2.JobOptions:
@@ -122,6 +126,7 @@ def result_to_message(result: TaskResult, inline_output: bytes) -> job_pb2.TaskR
         status=result.status,
         corrects=result.corrects,
         footprint=footprint_to_message(result.footprint),
+        nodes=node_rows_to_messages(result.nodes),
     )
 
 
@@ -141,8 +146,19 @@ def result_from_message(message: job_pb2.TaskResult) -> tuple[TaskResult, bytes]
         status=message.status,
         corrects=message.corrects,
         footprint=footprint_from_message(message.footprint),
+        nodes=node_rows_from_messages(message.nodes, "result.nodes"),
     )
     return result, message.inline_output
+
+
+def shares_to_messages(shares: Iterable[WorkerShare]) -> list[job_pb2.WorkerShare]:
+    """The protobuf form of who delivered a job's rows."""
+    return [job_pb2.WorkerShare(worker_id=one.worker_id, node=one.node, rows=one.rows) for one in shares]
+
+
+def shares_from_messages(messages: Iterable[job_pb2.WorkerShare]) -> tuple[WorkerShare, ...]:
+    """Who delivered a job's rows."""
+    return tuple(WorkerShare(one.worker_id, one.node, one.rows) for one in messages)
 
 
 def status_to_message(status: JobStatus) -> job_pb2.JobStatus:

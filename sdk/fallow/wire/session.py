@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from google.protobuf.message import DecodeError
 
@@ -15,6 +15,9 @@ from fallow.limits import (
     LEASES_PER_WORKER_MAX,
     MESSAGES_TOGETHER_MAX,
     NAMED_FACT_BYTES_MAX,
+    NODE_RUNS_PER_TASK_MAX,
+    POOL_CACHE_CERTIFICATE_BYTES_MAX,
+    POOL_CACHES_TOLD_MAX,
     ROW_FAILURE_REASON_BYTES_MAX,
     ROW_FAILURES_LISTED_PER_TASK_MAX,
 )
@@ -40,6 +43,8 @@ from fallow.session import (
     LeaseReturned,
     LeaseRevoked,
     LeaseSeen,
+    NodeRows,
+    PoolCache,
     Refereed,
     Refused,
     RowFailure,
@@ -150,6 +155,7 @@ def usage_to_message(usage: Usage) -> session_pb2.Usage:
         tokens=usage.tokens,
         node=usage.node,
         energy_source=ENERGY_SOURCES.number(usage.energy_source),
+        nodes=node_rows_to_messages(usage.nodes),
     )
 
 
@@ -170,7 +176,27 @@ def usage_from_message(message: session_pb2.Usage) -> Usage:
         tokens=message.tokens,
         node=message.node,
         energy_source=ENERGY_SOURCES.optional(message.energy_source, "usage.energy_source"),
+        nodes=node_rows_from_messages(message.nodes, "usage.nodes"),
     )
+
+
+def node_rows_to_messages(runs: Iterable[NodeRows]) -> list[session_pb2.NodeRows]:
+    """The protobuf form of rows by node."""
+    return [session_pb2.NodeRows(node=run.node, rows=run.rows) for run in runs]
+
+
+def node_rows_from_messages(messages: Sequence[session_pb2.NodeRows], field: str) -> tuple[NodeRows, ...]:
+    """The rows by node that messages describe. Raises LIMIT_EXCEEDED, or FIELD_INVALID for a run without rows."""
+    if not messages:
+        return ()
+    if len(messages) > NODE_RUNS_PER_TASK_MAX:
+        raise FallowError(
+            Reason.LIMIT_EXCEEDED, f"{len(messages)} runs of rows", field=field, limit=f"{NODE_RUNS_PER_TASK_MAX} runs"
+        )
+    runs = tuple([NodeRows(message.node, message.rows) for message in messages])
+    if not all(run.rows for run in runs):
+        raise FallowError(Reason.FIELD_INVALID, "a run without rows", field=field, limit="1 row or more")
+    return runs
 
 
 def failure_to_message(failure: RowFailure) -> session_pb2.RowFailure:
@@ -193,7 +219,28 @@ def _offer_to_message(offer: BundleOffer | None) -> session_pb2.BundleOffer | No
         canonical_batch_rows=offer.canonical_batch_rows,
         slot_dependent=offer.slot_dependent,
         memory_bytes_peak=offer.memory_bytes_peak,
+        pool_caches=[_pool_cache_to_message(cache) for cache in offer.pool_caches],
     )
+
+
+def _pool_cache_to_message(cache: PoolCache) -> session_pb2.PoolCache:
+    return session_pb2.PoolCache(endpoint=cache.endpoint, certificate=cache.certificate)
+
+
+def _pool_cache_from_message(message: session_pb2.PoolCache, field: str) -> PoolCache:
+    host, _, port = message.endpoint.rpartition(":")
+    if not host or not port.isdecimal() or len(message.endpoint) > NAMED_FACT_BYTES_MAX:
+        raise FallowError(
+            Reason.FIELD_INVALID, "this is no endpoint of a cache", field=f"{field}.endpoint", limit="host:port"
+        )
+    if not 1 <= len(message.certificate) <= POOL_CACHE_CERTIFICATE_BYTES_MAX:
+        raise FallowError(
+            Reason.LIMIT_EXCEEDED,
+            f"a certificate of {len(message.certificate)} bytes",
+            field=f"{field}.certificate",
+            limit=f"1 to {POOL_CACHE_CERTIFICATE_BYTES_MAX} bytes",
+        )
+    return PoolCache(message.endpoint, message.certificate)
 
 
 def _offer_from_message(message: session_pb2.BundleOffer) -> BundleOffer:
@@ -204,6 +251,9 @@ def _offer_from_message(message: session_pb2.BundleOffer) -> BundleOffer:
         canonical_batch_rows=message.canonical_batch_rows,
         slot_dependent=message.slot_dependent,
         memory_bytes_peak=message.memory_bytes_peak,
+        pool_caches=tuple(
+            [_pool_cache_from_message(m, "offer.pool_caches") for m in message.pool_caches[:POOL_CACHES_TOLD_MAX]]
+        ),
     )
 
 
@@ -314,6 +364,7 @@ def _hello_to_message(hello: Hello) -> session_pb2.Hello:
         ],
         takes_several=hello.takes_several,
         machine_digest=hello.machine_digest,
+        pool_cache=_pool_cache_to_message(hello.pool_cache) if hello.pool_cache else None,
     )
 
 
@@ -340,6 +391,9 @@ def _hello_from_message(message: session_pb2.Hello) -> Hello:
         held_leases=tuple(HeldLease(_lease_id(h.lease_id), h.fence, h.committed) for h in message.held_leases),
         takes_several=message.takes_several,
         machine_digest=_machine_digest(message.machine_digest),
+        pool_cache=_pool_cache_from_message(message.pool_cache, "hello.pool_cache")
+        if message.HasField("pool_cache")
+        else None,
     )
 
 

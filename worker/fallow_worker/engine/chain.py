@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Final, cast
 
@@ -30,8 +29,15 @@ from fallow_worker.engine.chain_types import (
     fixed_batch_of,
     skippable_bytes,
 )
+from fallow_worker.engine.lanes import Answer, Lanes
 from fallow_worker.engine.onnx_program import OnnxProgram
-from fallow_worker.engine.protocol import FAILING_ROWS_GIVEN_UP_AFTER, WARM_UP_BATCHES, clipped_reason
+from fallow_worker.engine.protocol import (
+    FAILING_ROWS_GIVEN_UP_AFTER,
+    WARM_UP_BATCHES,
+    Setting,
+    Tuned,
+    clipped_reason,
+)
 from fallow_worker.engine.synthetic import INTEGER_TOPS, synthetic_rows
 
 Array = NDArray[Any]
@@ -40,12 +46,8 @@ CHUNK_BYTES: Final = 8 * MIB
 """Decoded values held at once, about: a block's rows may grow manyfold when a codec unfolds them."""
 CHUNK_ROWS_MAX: Final = 4096
 
-LANE_SECONDS_MIN: Final = 0.002
-"""A lane takes batches for about this long at a time, so that handing them out costs little."""
-
 EMPTY_SLOT: Final = -1
 
-_Answer = dict[str, Array] | Exception
 Watch = Callable[[NDArray[np.int64], Mapping[str, Array]], None]
 """Sees every tensor of some batches: the row of the block in each place, or EMPTY_SLOT, and the values by name."""
 
@@ -137,9 +139,9 @@ class Chain:
         self.slot_dependent = slot_dependent
         self._short_bytes_max = skippable_bytes(manifest)
         self._zeros_failed: str | None = None
-        self._lanes = lanes
-        self._pool = ThreadPoolExecutor(lanes, thread_name_prefix="lane") if lanes > 1 else None
-        self._group = 1
+        self._lanes = Lanes(threads=threads, lanes=lanes)
+        self._wide_has_other_bits = True
+        """Until it was looked at."""
 
     # ---------------------------------------------------------------------------------------------------- running
 
@@ -156,11 +158,21 @@ class Chain:
         for _ in range(WARM_UP_BATCHES):
             self.run_batch(zeros, wide=False)
         seconds = (time.perf_counter() - started) / WARM_UP_BATCHES
-        self._group = max(1, round(LANE_SECONDS_MIN / max(seconds, 1e-6)))
+        self._lanes.warmed(seconds)
+
+    def tune(self, setting: Setting | None, *, measures: bool) -> None:
+        """Runs as was measured before, or measures on the next rows what is best. Neither changes a bit."""
+        if self._zeros_failure() is None and len(self._programs) == 1:
+            wide = not self._wide_has_other_bits and all(program.is_wide for program in self._programs.values())
+            self._lanes.tune(setting, measures=measures, wide=wide)
+
+    def newly_tuned(self) -> Tuned | None:
+        """What measuring has found, told once."""
+        return self._lanes.newly_tuned()
 
     def _check_threads(self) -> None:
         """Gives up running batches on several threads when that changes their bits: some kernels add up in pieces."""
-        if self._lanes == 1:
+        if self._lanes.count == 1:
             return
         for top in INTEGER_TOPS:
             rows = synthetic_rows(self.manifest, self.batch_rows, seed=0, integer_top=top)
@@ -173,6 +185,8 @@ class Chain:
             if not all(_same_bits(narrow[name], wide[name]) for name in narrow):
                 for program in self._programs.values():
                     program.only_narrow()
+                return
+            self._wide_has_other_bits = False
             return
 
     def run(
@@ -432,11 +446,11 @@ class Chain:
                 results[name] = np.zeros((total, *shape), dtype=numpy_dtype(declared.dtype))
         chunk.tensors |= results
 
-    def _answers(self, program: OnnxProgram, feeds: Mapping[str, Array], total: int) -> Iterator[tuple[int, _Answer]]:
+    def _answers(self, program: OnnxProgram, feeds: Mapping[str, Array], total: int) -> Iterator[tuple[int, Answer]]:
         """(start, outputs or what the runtime raised) of every batch, in order, the lanes kept busy."""
         batch = self.batch_rows
 
-        def run(start: int, *, wide: bool) -> _Answer:
+        def run(start: int, wide: bool) -> Answer:
             try:
                 return program.run(
                     {name: values[start : start + batch] for name, values in feeds.items()}, batch, wide=wide
@@ -446,18 +460,7 @@ class Chain:
             except Exception as error:  # the runtime's: the caller finds out which row it is about
                 return error
 
-        def run_group(starts: range) -> list[tuple[int, _Answer]]:
-            return [(start, run(start, wide=False)) for start in starts]
-
-        turn = self._group * self._lanes
-        whole_turns = total // (batch * turn) * turn * batch if self._pool is not None else 0
-        if self._pool is not None and whole_turns:
-            step = self._group * batch
-            groups = [range(start, start + step, batch) for start in range(0, whole_turns, step)]
-            for answers in self._pool.map(run_group, groups):
-                yield from answers
-        for start in range(whole_turns, total, batch):
-            yield start, run(start, wide=True)
+        return self._lanes.answers(run, total, batch)
 
     def _run_alone(
         self,

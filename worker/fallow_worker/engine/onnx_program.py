@@ -144,6 +144,11 @@ class OnnxProgram:
         self._fetch_values = tuple(binding.value for binding in stage.outputs)
 
     @property
+    def is_wide(self) -> bool:
+        """Whether a batch may run on all threads in a session of its own."""
+        return self._wide is not self._narrow
+
+    @property
     def fixed_batch(self) -> int | None:
         """The number of rows that this program always takes; None when any will do."""
         sizes = {slot.batch for slot in self._inputs.values()} - {None}

@@ -117,6 +117,7 @@ class Worker:
                 allow_spinning=options.allow_spinning,
             )
             chain.warm_up()
+            chain.tune(message.setting, measures=message.measures)
         except FallowError as error:
             self.send(_failed("", error))
             return
@@ -173,6 +174,7 @@ class Worker:
                 failed_rows=result.failed_rows,
                 failures=result.failures,
                 usage=clock.usage(),
+                tuned=self._chain.newly_tuned(),
             )
         )
 

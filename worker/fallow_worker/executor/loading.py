@@ -33,10 +33,12 @@ from fallow_worker.engine.protocol import (
     Ready,
     Referee,
     Refereed,
+    Setting,
     clipped_reason,
 )
 from fallow_worker.executor import WorkFailed
 from fallow_worker.executor.engine_child import ChildDiedError, EngineChild, aligned
+from fallow_worker.executor.tunings import Tunings, identity_of
 from fallow_worker.ports import LoadedBundle, Outcome, RefereeWork, Work
 
 ENTROPY_BYTES: Final = 32
@@ -53,10 +55,14 @@ _COPY_BYTES: Final = 8 * MIB
 
 
 async def load_bundle(
-    child: EngineChild, bundle: LoadedBundle, manifest: BundleManifest
+    child: EngineChild, bundle: LoadedBundle, manifest: BundleManifest, tunings: Tunings | None = None
 ) -> tuple[Ready, Loaded | Failed]:
-    """Waits for the child and loads the bundle. Raises ChildDiedError, WorkFailed(worker), OSError."""
+    """Waits for the child and loads the bundle, to run as `tunings` say. Raises ChildDiedError, WorkFailed(worker),
+    OSError."""
     ready = await child.ready(timeout_s=READY_SECONDS_MAX)
+    setting: Setting | None = None
+    if tunings is not None:
+        setting = tunings.setting(bundle.bundle_digest, identity_of(ready, child.options), child.options)
     message = Load(
         bundle_digest=bundle.bundle_digest,
         manifest=manifest,
@@ -65,6 +71,8 @@ async def load_bundle(
         files=await _place_files(child, bundle, manifest),
         canonical_batch_rows=bundle.canonical_batch_rows,
         slot_dependent=bundle.slot_dependent,
+        setting=setting,
+        measures=tunings is not None and setting is None,
     )
     return ready, await child.load(message, timeout_s=LOAD_SECONDS_MAX)
 

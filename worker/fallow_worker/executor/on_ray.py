@@ -27,6 +27,7 @@ from fallow_worker.executor import WorkFailed
 from fallow_worker.executor.capability import NodeFacts, capability_of, node_facts
 from fallow_worker.executor.choice import ExecutorKind
 from fallow_worker.executor.leftovers import end_leftovers
+from fallow_worker.executor.ray_head import check_head
 from fallow_worker.executor.ray_messages import (
     STREAM_BYTES,
     CancelWork,
@@ -51,7 +52,6 @@ log = logging.getLogger(__name__)
 
 STOP_SECONDS_MAX: Final = 10.0
 """A driver that has not ended by then is killed."""
-CONNECT_SECONDS_MAX: Final = 5.0
 BACKOFF_SECONDS_MIN: Final = 0.5
 BACKOFF_SECONDS_MAX: Final = 30.0
 LOG_TAIL_BYTES: Final = 2000
@@ -87,7 +87,7 @@ class RayExecutor:
                 hint="install it with `pip install 'fallow[ray]'`, or start the worker with `--executor process`",
             )
         if not self._settings.is_local:
-            await _check_address(self._settings.address)
+            await check_head(self._settings.address, cluster_token_path(self._settings))
 
     async def capability(self) -> Capability:
         """The nodes' processors and the sandbox level reached on all of them. Raises WorkFailed(platform).
@@ -136,6 +136,11 @@ class RayExecutor:
             if self._failures:
                 await asyncio.sleep(min(BACKOFF_SECONDS_MAX, BACKOFF_SECONDS_MIN * 2 ** (self._failures - 1)))
             self._failures += 1
+            if not self._settings.is_local:  # Ray would take minutes to say less
+                try:
+                    await check_head(self._settings.address, cluster_token_path(self._settings))
+                except FallowError as error:
+                    raise WorkFailed(Cause.PLATFORM, clipped_reason(str(error))) from None
             driver = _Driver(self._settings)
             try:
                 await driver.up()
@@ -366,27 +371,3 @@ def _log_tail(folder: str) -> str:
     except OSError:
         return ""
     return next((line.strip() for line in reversed(lines) if line.strip()), "")
-
-
-async def _check_address(address: str) -> None:
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():
-        raise FallowError(
-            Reason.EXECUTOR_UNAVAILABLE,
-            f"{address!r} is no address of a Ray cluster",
-            field="ray_address",
-            limit="host:port, or nothing for a Ray of this machine alone",
-        )
-    try:
-        async with asyncio.timeout(CONNECT_SECONDS_MAX):
-            _, writer = await asyncio.open_connection(host.strip("[]"), int(port))
-            writer.close()
-            with contextlib.suppress(OSError):
-                await writer.wait_closed()
-    except (OSError, TimeoutError) as error:
-        raise FallowError(
-            Reason.EXECUTOR_UNAVAILABLE,
-            f"no Ray cluster answers at {address}: {error or 'no answer'}",
-            field="ray_address",
-            hint="check that `ray start --head` runs there and that the port (6379 by default) can be reached",
-        ) from None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import shutil
 import socket
 import sys
@@ -21,6 +22,7 @@ from fallow.session import Cause
 from fallow_worker.engine.frames import FrameError, from_json
 from fallow_worker.engine.protocol import clipped_reason
 from fallow_worker.executor import WorkFailed
+from fallow_worker.executor.ray_head import HeadAnswer, ask_head, silent
 from fallow_worker.executor.ray_messages import (
     STREAM_BYTES,
     CancelWork,
@@ -38,13 +40,18 @@ from fallow_worker.executor.ray_messages import (
     work_of,
 )
 from fallow_worker.executor.ray_nodes import Nodes
-from fallow_worker.executor.ray_settings import RaySettings
+from fallow_worker.executor.ray_settings import TOKEN_PATH_VARIABLE, RaySettings
 
 END_SECONDS_MAX: Final = 8.0
 """Between the end of the control socket and the end of this process."""
 PROGRESS_SECONDS: Final = 2.0
 EXIT_DAEMON_GONE: Final = 71
 EXIT_NO_RAY: Final = 72
+HEAD_LOOK_SECONDS: Final = 2.0
+HEAD_SILENT_SECONDS_MAX: Final = 12.0
+"""A head of the owner's cluster that answers nothing for so long is taken for dead; Ray itself would wait a minute."""
+_VERSIONS: Final = re.compile(r"Ray: (\S+)\s+Python: (\S+)")
+_SIDES: Final = 2
 
 
 def main() -> None:
@@ -55,7 +62,7 @@ def main() -> None:
     try:
         processes = start_ray(arguments.settings, arguments.folder)
     except BaseException as error:  # whatever Ray raises: the daemon tells it to the owner
-        _say_at_once(control, Down(clipped_reason(f"Ray did not start: {error}")))
+        _say_at_once(control, Down(clipped_reason(words_of_start(error, arguments.settings))))
         shutil.rmtree(arguments.folder, ignore_errors=True)
         os._exit(EXIT_NO_RAY)
     try:
@@ -64,6 +71,20 @@ def main() -> None:
         _stop_ray()
         shutil.rmtree(arguments.folder, ignore_errors=True)
     os._exit(0)
+
+
+def words_of_start(error: BaseException, settings: RaySettings) -> str:
+    """Why Ray did not start, and what to do where that is known."""
+    if settings.is_local:
+        return f"Ray did not start: {error}"
+    versions = _VERSIONS.findall(str(error))
+    if len(versions) == _SIDES:
+        (theirs, their_python), (ours, our_python) = versions
+        return (
+            f"the Ray cluster at {settings.address} runs Ray {theirs} on Python {their_python}, this worker Ray {ours}"
+            f" on Python {our_python}: install ray=={theirs} on Python {their_python} here, or ours on every node"
+        )
+    return f"Ray at {settings.address} did not let this worker join: {error}"
 
 
 def start_ray(settings: RaySettings, folder: str) -> dict[str, int]:
@@ -168,6 +189,8 @@ class Driver:
         """Works until the daemon or Ray is gone."""
         reader, self._writer = await asyncio.open_connection(sock=self._control, limit=STREAM_BYTES)
         self._watch_processes()
+        if not self._settings.is_local:
+            threading.Thread(target=self._watch_head, name="head", daemon=True).start()
         try:
             facts = await self._nodes.start()
         except WorkFailed as failed:
@@ -245,6 +268,23 @@ class Driver:
             except (OSError, AttributeError):
                 continue
             loop.add_reader(descriptor, self._process_died, name, descriptor)
+
+    def _watch_head(self) -> None:
+        """Ends this process when the head of the owner's cluster is gone, with words for the owner.
+
+        A thread: calls into Ray hold the event loop up while the head is away.
+        """
+        address, token_path = self._settings.address, os.environ.get(TOKEN_PATH_VARIABLE, "")
+        answered = time.monotonic()
+        while True:
+            time.sleep(HEAD_LOOK_SECONDS)
+            if ask_head(address, token_path) is not HeadAnswer.SILENT:
+                answered = time.monotonic()
+            elif time.monotonic() - answered >= HEAD_SILENT_SECONDS_MAX:
+                # No farewell here either.
+                since = time.monotonic() - answered
+                _say_at_once(self._control.dup(), Down(clipped_reason(str(silent(address, since)))))
+                os._exit(EXIT_NO_RAY)
 
     def _process_died(self, name: str, descriptor: int) -> None:
         asyncio.get_running_loop().remove_reader(descriptor)

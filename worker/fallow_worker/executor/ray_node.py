@@ -57,6 +57,10 @@ class NodeSupervisor:
         """How far each lease is."""
         return dict(self._rows_done)
 
+    async def holds(self, lease_id: LeaseId) -> bool:
+        """Whether a lease, or this node's part of it, has arrived and is not over."""
+        return lease_id in self._running
+
     async def cancel(self, lease_id: LeaseId) -> None:
         """Stops a lease at once."""
         task = self._running.get(lease_id)

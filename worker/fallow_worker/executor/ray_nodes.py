@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any, Final
 
 import ray as untyped_ray
-from ray.exceptions import RayError
+from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from fallow.errors import FallowError
 from fallow.ids import LeaseId
-from fallow.limits import MIB
+from fallow.limits import MIB, NODE_RUNS_PER_TASK_MAX
 from fallow.row_block import RowBlock
-from fallow.session import Cause, TaskKind
+from fallow.session import Cause, NodeRows, TaskKind
 from fallow_worker.engine.protocol import clipped_reason
 from fallow_worker.executor import WorkFailed
 from fallow_worker.executor.capability import NodeFacts
@@ -51,6 +51,8 @@ NODE_WAIT_SECONDS_MAX: Final = 20.0
 """Work waits so long for a node that is being restarted."""
 PART_ATTEMPTS_MAX: Final = 2
 """Tries of a part whose node died, when another node can take it."""
+ARRIVAL_SECONDS_MAX: Final = 30.0
+"""A part that has not reached its node by then waits for room there that does not come."""
 LOOK_SECONDS: Final = 5.0
 FILE_PIECE_BYTES: Final = 8 * MIB
 
@@ -60,6 +62,9 @@ class _Node:
     """A node of the cluster; `facts` is None while it has no supervisor."""
 
     node_id: str
+    ordinal: int
+    """Its number among the worker's nodes, from the first look on."""
+    address: str
     is_ours: bool
     """It shares the daemon's disk."""
     cpus: float
@@ -71,6 +76,10 @@ class _Node:
     failures: int = 0
     restarting: asyncio.Task[None] | None = None
     files: dict[tuple[bytes, str], str] | None = None
+
+
+class _NotArrivedError(Exception):
+    """A part of a lease did not reach its node."""
 
 
 class Nodes:
@@ -102,7 +111,7 @@ class Nodes:
         here = str(ray.get_runtime_context().get_node_id())
         known = {node.node_id for node in self._nodes}
         found: list[_Node] = []
-        entries: list[dict[str, Any]] = ray.nodes()
+        entries: list[dict[str, Any]] = sorted(ray.nodes(), key=_place)
         for entry in entries:
             node_id = str(entry["NodeID"])
             resources: dict[str, float] = entry.get("Resources", {})
@@ -110,6 +119,8 @@ class Nodes:
                 found.append(
                     _Node(
                         node_id=node_id,
+                        ordinal=len(known) + len(found),
+                        address=str(entry.get("NodeManagerAddress", "")),
                         is_ours=node_id == here,
                         cpus=resources["CPU"],
                         gpus=resources.get("GPU", 0.0),
@@ -122,7 +133,8 @@ class Nodes:
         """Takes in nodes that join the owner's cluster later."""
         while True:
             await asyncio.sleep(LOOK_SECONDS)
-            for node in self._new_nodes():
+            # In a thread: the question blocks while the head is away.
+            for node in await asyncio.to_thread(self._new_nodes):
                 self._nodes.append(node)
                 self._restart(node)
 
@@ -164,7 +176,7 @@ class Nodes:
         )
         if isinstance(ends, WorkFailed):
             return ends
-        outcomes = [(rows.start, end) for (_, rows, _), end in zip(parts, ends, strict=True)]
+        outcomes = [(rows, end) for (_, rows, _), end in zip(parts, ends, strict=True)]
         elapsed = int((asyncio.get_running_loop().time() - started) * 1e6)
         return _joined(work, outcomes, elapsed)
 
@@ -190,14 +202,14 @@ class Nodes:
             return self._challenged(work.challenge.device_id)
         if work.kind in {TaskKind.INSPECT, TaskKind.CHECK, TaskKind.REFEREE}:
             return alike[:1]
+        alike = alike[:NODE_RUNS_PER_TASK_MAX]
         batches = -(-work.rows // max(1, work.bundle.canonical_batch_rows))
         worth = max(1, batches // (SHARD_BATCHES_MIN * max(1, first.cores)))
         return alike[:worth]
 
     def _challenged(self, device_id: str) -> list[_Node]:
         """The node whose processor is the device: the worker numbers them in the order of its nodes."""
-        up = [node for node in self._nodes if node.facts is not None]
-        named = [node for index, node in enumerate(up) if device_id == f"cpu-{index}"]
+        named = [node for node in self._nodes if node.facts is not None and device_id == f"cpu-{node.ordinal}"]
         if not named:
             raise WorkFailed(Cause.PLATFORM, f"no node of this worker is device {device_id!r}"[:200])
         return named
@@ -231,7 +243,9 @@ class Nodes:
         actor = node.actor
         try:
             bundle = work.bundle if node.is_ours else await self._bundle_on(node, work.bundle)
-            end: Outcome | WorkFailed = await actor.run.remote(replace(work, bundle=bundle))
+            end = await self._end_of(actor, replace(work, bundle=bundle))
+        except (ObjectStoreFullError, OutOfDiskError, _NotArrivedError):
+            return WorkFailed(Cause.PLATFORM, clipped_reason(_store_full(node, work)))
         except RayError as error:
             self._lost(node, actor)
             failed = WorkFailed(Cause.PLATFORM, clipped_reason(f"a node of Ray was lost: {_words(error)}"))
@@ -244,9 +258,26 @@ class Nodes:
             raise
         finally:
             node.leases -= 1
-        if isinstance(end, Outcome):
-            node.failures = 0
-        return end
+        if not isinstance(end, Outcome):
+            return end
+        node.failures = 0
+        did = join_usage(
+            [end.usage], wall_microseconds=end.usage.wall_microseconds, nodes=[NodeRows(node.ordinal, work.rows)]
+        )
+        return replace(end, usage=did)
+
+    async def _end_of(self, actor: Any, work: Work) -> Outcome | WorkFailed:
+        """How the work ended on its node. Raises RayError, and _NotArrivedError when it does not get there."""
+        call: Any = actor.run.remote(work)
+        ended: asyncio.Future[Outcome | WorkFailed] = asyncio.ensure_future(call)
+        try:
+            done, _ = await asyncio.wait([ended], timeout=ARRIVAL_SECONDS_MAX)
+            if not done and not await actor.holds.remote(work.lease_id):
+                ray.cancel(call)
+                raise _NotArrivedError
+            return await ended
+        finally:
+            ended.cancel()
 
     async def _all_or_first_failure(
         self, parts: list[Coroutine[Any, Any, Outcome | WorkFailed]]
@@ -346,7 +377,12 @@ class Nodes:
         self._drop(node)
 
 
-def _joined(work: Work, outcomes: list[tuple[int, Outcome]], elapsed_microseconds: int) -> Outcome | WorkFailed:
+def _place(entry: dict[str, Any]) -> tuple[str, str]:
+    """The same order of the same nodes at every look, machine by machine."""
+    return str(entry.get("NodeManagerAddress", "")), str(entry["NodeID"])
+
+
+def _joined(work: Work, outcomes: list[tuple[RowRange, Outcome]], elapsed_microseconds: int) -> Outcome | WorkFailed:
     try:
         output = join([outcome.output_block for _, outcome in outcomes], work.nonce)
     except FallowError as error:
@@ -355,8 +391,12 @@ def _joined(work: Work, outcomes: list[tuple[int, Outcome]], elapsed_microsecond
         return WorkFailed(Cause.PROGRAM, f"the output takes more than the {work.output_bytes_max} bytes allowed")
     return Outcome(
         output_block=output,
-        failures=join_failures([(start, outcome.failures) for start, outcome in outcomes]),
-        usage=join_usage([outcome.usage for _, outcome in outcomes], wall_microseconds=elapsed_microseconds),
+        failures=join_failures([(rows.start, outcome.failures) for rows, outcome in outcomes]),
+        usage=join_usage(
+            [outcome.usage for _, outcome in outcomes],
+            wall_microseconds=elapsed_microseconds,
+            nodes=[NodeRows(outcome.usage.node, len(rows)) for rows, outcome in outcomes],
+        ),
         execution_class=outcomes[0][1].execution_class,
     )
 
@@ -374,6 +414,14 @@ async def _copy(actor: Any, name: str, path: str) -> str:
             if piece:
                 place = await actor.put_file.remote(name, offset, piece)
     return place
+
+
+def _store_full(node: _Node, work: Work) -> str:
+    return (
+        f"Ray has no room for the {len(work.input_block) // MIB + 1} MiB of a lease and its results on the way to node"
+        f" {node.ordinal} ({node.address}): look at `ray memory` for what fills its object stores, free disk space for"
+        " spilling, or start the nodes with more --object-store-memory"
+    )
 
 
 def _words(error: BaseException) -> str:

@@ -17,6 +17,8 @@ OBJECT_STORE_BYTES: Final = 256 * MIB
 FOLDER_VARIABLE: Final = "FALLOW_RAY_FOLDER"
 """In the environment of every process of our Ray: its private folder, by which leftovers are known."""
 
+TOKEN_PATH_VARIABLE: Final = "RAY_AUTH_TOKEN_PATH"  # noqa: S105 - where it lies, not what it is
+
 _PASSED: Final = ("PATH", "LANG", "LC_ALL", "TZ", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "PYTHONPATH", "TMPDIR")
 """What of the owner's environment a driver and its Ray see; secrets stand elsewhere."""
 
@@ -76,7 +78,7 @@ def ray_environment(settings: RaySettings, folder: str, token_path: str) -> dict
     if settings.is_local:
         environment["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     if token_path:
-        environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": token_path}
+        environment |= {"RAY_AUTH_MODE": "token", TOKEN_PATH_VARIABLE: token_path}
     return environment
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from fallow.row_block import RowBlock, pack_selection
-from fallow.session import RowFailure, Usage
+from fallow.session import NodeRows, RowFailure, Usage
 from fallow_worker.engine.protocol import ROW_FAILURES_LISTED_PER_TASK_MAX
 
 SHARDS_MAX: Final = 256
@@ -89,13 +89,26 @@ def join_failures(parts: Sequence[tuple[int, Sequence[RowFailure]]]) -> tuple[Ro
     return tuple(joined[:ROW_FAILURES_LISTED_PER_TASK_MAX])
 
 
-def join_usage(parts: Sequence[Usage], *, wall_microseconds: int, node: int = 0) -> Usage:
-    """What the parts used together in that much time on the clock."""
+def joined_runs(runs: Iterable[NodeRows]) -> tuple[NodeRows, ...]:
+    """The same rows by node, neighbours of one node as one run."""
+    joined: list[NodeRows] = []
+    for run in runs:
+        if joined and joined[-1].node == run.node:
+            joined[-1] = NodeRows(run.node, joined[-1].rows + run.rows)
+        elif run.rows:
+            joined.append(run)
+    return tuple(joined)
+
+
+def join_usage(parts: Sequence[Usage], *, wall_microseconds: int, nodes: Sequence[NodeRows] = ()) -> Usage:
+    """What the parts used together in that much time on the clock; `nodes` did the rows, else node 0."""
+    runs = joined_runs(nodes)
     return Usage(
         wall_microseconds=wall_microseconds,
         cpu_microseconds=sum(part.cpu_microseconds for part in parts),
         memory_bytes_peak=max((part.memory_bytes_peak for part in parts), default=0),
         energy_joules=sum(part.energy_joules for part in parts),
         tokens=sum(part.tokens for part in parts),
-        node=node,
+        node=runs[0].node if runs else 0,
+        nodes=runs if len(runs) > 1 else (),
     )

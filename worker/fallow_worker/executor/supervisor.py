@@ -14,6 +14,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Coroutine, Generator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 from fallow.bundle import InspectionReport
@@ -49,6 +50,7 @@ from fallow_worker.executor.lease_run import LeaseRun, Seat, Shard
 from fallow_worker.executor.loading import inspect_bundle, load_bundle, measure, referee
 from fallow_worker.executor.poison import STILL_SHARE, Isolation, ran_out_of_memory
 from fallow_worker.executor.shards import RowRange, cut, join, join_failures, join_usage, shard_ranges
+from fallow_worker.executor.tunings import Tunings, identity_of
 from fallow_worker.ports import Outcome, RefereeWork, Work
 from fallow_worker.probes.cpu import cores_usable
 from fallow_worker.probes.memory import memory_bytes_free, memory_bytes_total
@@ -84,6 +86,8 @@ class SupervisorSettings:
     allow_spinning: bool = False
     spares: int = 1
     """Children kept ready for the next bundle while nothing is at work; 0 or 1."""
+    tuning_path: str = ""
+    """A file that remembers how bundles run best here; empty: nothing is remembered for longer than this process."""
     still_share: float = STILL_SHARE
     """Part of a lease's time after which a batch that does not end is taken for stuck."""
 
@@ -96,6 +100,7 @@ class Supervisor:
         self.cores = self._settings.cores or cores_usable()
         """Cores that children may keep busy."""
         self.memory_bytes = self._settings.memory_bytes or memory_bytes_total()
+        self._tunings = Tunings(Path(self._settings.tuning_path) if self._settings.tuning_path else None)
         self._queue: deque[Shard] = deque()
         self._leases: set[LeaseRun] = set()
         self._seats: list[Seat] = []
@@ -378,6 +383,9 @@ class Supervisor:
         if block.schema_digest != schema_digest or len(block) != len(shard.rows) or block.feature_count != features:
             self._distrust(seat, lease, "its output is not of the declared schema")
             return
+        if answer.done.tuned is not None and seat.child is not None and self._ready is not None:
+            options = seat.child.options
+            self._tunings.keep(seat.bundle_digest, identity_of(self._ready, options), options, answer.done.tuned)
         shard.output, shard.failures, shard.usage = answer.output, answer.done.failures, answer.done.usage
         lease.rows_survived += len(shard.rows)
         if seat.child is not None:
@@ -540,7 +548,7 @@ class Supervisor:
             child = self._take_spare(options) or self._spawn(options, lease.cap)
             child.cap = lease.cap
             seat.child = child
-            self._ready, loaded = await load_bundle(child, lease.work.bundle, lease.manifest)
+            self._ready, loaded = await load_bundle(child, lease.work.bundle, lease.manifest, self._tunings)
         except ChildDiedError as error:
             self._seat_failed(seat, error.death.cause, error.death.reason)
         except WorkFailed as failed:
