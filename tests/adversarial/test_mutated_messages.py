@@ -32,6 +32,7 @@ from fallow.limits import MIB
 from fallow.v1 import (
     admin_service_pb2,
     blob_service_pb2,
+    certificate_service_pb2,
     enrollment_service_pb2,
     job_service_pb2,
     job_service_pb2_grpc,
@@ -60,6 +61,7 @@ SERVICES = {
     enrollment_service_pb2: "EnrollmentService",
     worker_service_pb2: "WorkerService",
     blob_service_pb2: "BlobService",
+    certificate_service_pb2: "CertificateService",
 }
 METHODS = [
     method
