@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -16,6 +17,8 @@ from fallow_coordinator.core.postings import postings_of
 from fallow_coordinator.core.questions import status_told
 from fallow_coordinator.core.state import Bundle, Job, State
 from fallow_coordinator.ports import Record
+from fallow_coordinator.store.job_index import job_of
+from fallow_coordinator.store.journal_nodes import JournalNodes
 from fallow_coordinator.store.ledger_rows import posting_rows, settlement_row
 from fallow_coordinator.store.work_events import encode_submission
 
@@ -58,6 +61,8 @@ class _Touched:
     deleted_jobs: dict[JobId, Row] = field(default_factory=dict[JobId, Row])
     postings: list[Row] = field(default_factory=list[Row])
     settlements: list[Row] = field(default_factory=list[Row])
+    job_records: list[Row] = field(default_factory=list[Row])
+    tree_nodes: list[Row] = field(default_factory=list[Row])
 
 
 class Projection:
@@ -66,18 +71,26 @@ class Projection:
     A row depends on the state alone and never on how many records were folded at once, so that rebuilt views are equal.
     """
 
-    def __init__(self, state: State | None = None) -> None:
-        """Begins with `state`, whose rows the views have; None: at the journal's beginning."""
+    def __init__(self, state: State | None = None, leaves: Sequence[bytes] = ()) -> None:
+        """Begins with `state`, whose rows the views have; None: at the journal's beginning.
+
+        `leaves` are those of the unfinished run before it (`journal_nodes.run_start`).
+        """
         self.state = State() if state is None else state
+        self._nodes = JournalNodes(self.state.sequence, leaves)
         self._touched = _Touched()
 
     def pass_over(self, record: Record) -> None:
         """Folds a record that the views have already."""
         evolve(self.state, record.event, record.at_ms)
+        self._nodes.add(record.leaf)
 
     def fold(self, record: Record) -> None:
         """Folds the next record and notes what it touches."""
         event = record.event
+        self._touched.tree_nodes += self._nodes.add(record.leaf)
+        if (found := job_of(self.state, event)) is not None:
+            self._touched.job_records.append((found.job_id, record.sequence, found.session_id))
         if type(event) in _UNSEEN:
             evolve(self.state, event, record.at_ms)
         elif isinstance(event, ev.LeaseGranted):
@@ -148,6 +161,8 @@ class Projection:
             "deleted_jobs": list(touched.deleted_jobs.values()),
             "postings": touched.postings,
             "settlements": touched.settlements,
+            "job_records": touched.job_records,
+            "tree_nodes": touched.tree_nodes,
         }
         return Changes({table: rows for table, rows in tables.items() if rows}, list(touched.deleted_jobs))
 

@@ -1,4 +1,4 @@
-"""`fallow job …`: quote, submit, list, show, explain, watch, wait, results, retry, cancel, delete."""
+"""`fallow job …`: quote, submit, list, show, explain, watch, wait, results, certificate, retry, cancel, delete."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from fallow.cli.certificates import certificate_command
 from fallow.cli.describing import (
     explanation_facts,
     explanation_text,
@@ -33,6 +34,7 @@ def job_group() -> None:
 
 job_group.add_command(submit_command)
 job_group.add_command(quote_command)
+job_group.add_command(certificate_command)
 
 
 @job_group.command("list")

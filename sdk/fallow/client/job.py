@@ -18,9 +18,12 @@ from typing import Final, Literal, get_args
 
 import pyarrow as pa
 
+from fallow.certificate import Certificate, bundle_of, compose
+from fallow.certificate_check import authority_fingerprint, check_certificate
 from fallow.client.account import new_transfer_id
 from fallow.client.blobs import BlobTransfers
 from fallow.client.connection import CALL_TIMEOUT_S, Connection
+from fallow.client.evidence import fetch_evidence, follow_checkpoint, inline_outputs, manifest_of
 from fallow.client.kept import KeptColumns
 from fallow.client.resubmission import check_retryable, resubmission, rows_without_value
 from fallow.client.results import STATUS_FAILED, ResultDecoder, ResultRows, RowResult, final_spans
@@ -36,6 +39,7 @@ from fallow.client.tables import ResultFile, ResultTables, Saved
 from fallow.credits import parse_credits
 from fallow.errors import FallowError, Reason
 from fallow.explanation import JobExplanation
+from fallow.identity import load_certificate
 from fallow.ids import JobId
 from fallow.job import JOB_STATES_FINAL, JobProgress, JobState, JobStatus, RowSpan, TaskResult, WorkerShare
 from fallow.v1 import job_service_pb2, ledger_service_pb2
@@ -250,6 +254,23 @@ class AsyncJob:
             except BaseException:
                 file.abandon()
                 raise
+
+    async def certificate(self, *, outputs: bool = True) -> Certificate:
+        """What became of the job, with all that it takes to check it offline, checked once already.
+
+        With `outputs` it carries the rows that workers signed inline (up to 64 MiB), without which those signatures
+        can't be checked later. Raises JOB_UNFINISHED, JOB_DELETED, and EVIDENCE_WRONG when the coordinator's evidence
+        does not hold.
+        """
+        connection = self._connection
+        evidence = await fetch_evidence(connection, self.id)
+        blocks = await inline_outputs(connection, self.id) if outputs else {}
+        manifest = await manifest_of(connection, bundle_of(evidence))
+        certificate = await asyncio.to_thread(compose, evidence, manifest=manifest, outputs=blocks)
+        authority = load_certificate(connection.credentials.authority_pem)
+        checked = await asyncio.to_thread(check_certificate, certificate.facts, authority_fingerprint(authority))
+        await follow_checkpoint(connection, checked.checkpoint)
+        return certificate
 
     def _seen(self, status: JobStatus) -> JobStatus:
         self._last = status
