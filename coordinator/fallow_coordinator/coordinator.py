@@ -14,10 +14,11 @@ from typing import Final
 
 import grpc
 import psutil
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from fallow.credentials import Credentials, key_of_folder, pem_of
 from fallow.errors import FallowError, Reason
-from fallow.identity import BLOBS_NAME, CONTROL_NAME, ENROLLMENT_NAME, PrivateKey, write_private
+from fallow.identity import BLOBS_NAME, CONTROL_NAME, ENROLLMENT_NAME, PrivateKey, load_certificate, write_private
 from fallow.ids import AccountId
 from fallow.limits import CONTROL_MESSAGE_BYTES_MAX
 from fallow.roles import Role, Tier
@@ -34,6 +35,7 @@ from fallow_coordinator.packing import BlobPacker
 from fallow_coordinator.service.admin import AdminService
 from fallow_coordinator.service.auth import Doorkeeper, caller_by_key
 from fallow_coordinator.service.authority import Authority
+from fallow_coordinator.service.certificates import CertificateService
 from fallow_coordinator.service.descriptors import raise_limit
 from fallow_coordinator.service.enrollment import CERTIFICATE_VALID_FOR_MS, Endpoints, EnrollmentService
 from fallow_coordinator.service.grants import Grants
@@ -59,6 +61,7 @@ from fallow_coordinator.service.server import (
 )
 from fallow_coordinator.service.workers import WorkerService
 from fallow_coordinator.state_folder import Ports, StateFolder, port_taken
+from fallow_coordinator.store.journal_prover import JournalProver
 from fallow_coordinator.store.ledger_views import SqliteLedgerViews
 from fallow_coordinator.store.snapshots import JournalSnapshots
 from fallow_coordinator.store.sqlite import SqliteStore
@@ -143,6 +146,7 @@ class Coordinator:
         self._store = SqliteStore(folder.journal)
         self._views = SqliteViews(folder.journal)
         self._ledger_views = SqliteLedgerViews(folder.journal)
+        self._prover = JournalProver(folder.journal, self._views)
         self._packer = BlobPacker(
             self._local_endpoints.blobs, self._authority.certificate_pem, self._key, self._certificate
         )
@@ -155,6 +159,7 @@ class Coordinator:
             store=self._store,
             sink=EffectSinks(self._outbox, self._collector),
             packer=self._packer,
+            single_rows=self._packer,
             views=self._views,
             snapshots=JournalSnapshots(folder.journal),
             settings=EngineSettings(measuring=options.measuring),
@@ -211,6 +216,16 @@ class Coordinator:
             doorkeeper=self._doorkeeper,
             now_ms=wall_clock_ms,
         )
+        certificates = CertificateService(
+            engine=self._engine,
+            reads=JobReads(self._engine, self._views),
+            prover=self._prover,
+            doorkeeper=self._doorkeeper,
+            key=self._key,
+            coordinator_certificate=load_certificate(self._certificate).public_bytes(Encoding.DER),
+            authority_certificate=self._authority.certificate_der,
+            now_ms=wall_clock_ms,
+        )
         enrollment = EnrollmentService(
             engine=self._engine,
             authority=self._authority,
@@ -227,12 +242,14 @@ class Coordinator:
                 self._workers.handlers(calls),
                 jobs.handlers(calls),
                 ledger.handlers(calls),
+                certificates.handlers(calls),
                 self.admin.handlers(calls),
             ),
             service_names=(
                 "fallow.v1.WorkerService",
                 "fallow.v1.JobService",
                 "fallow.v1.LedgerService",
+                "fallow.v1.CertificateService",
                 "fallow.v1.AdminService",
             ),
             message_bytes_max=CONTROL_MESSAGE_BYTES_MAX,
@@ -321,6 +338,7 @@ class Coordinator:
         await self._workers.drain()
         await self._engine.stop()
         await self._packer.close()
+        self._prover.close()
         self._store.close()
         _log.info("coordinator.stopped")
 
@@ -390,7 +408,7 @@ class Coordinator:
             "--executor",
             "process",
             "--task-kinds",
-            "inspect,check",
+            "inspect,check,referee",
         )
         log = self._folder.logs / "operator-worker.log"
         self._children.start(ChildCommand("operator-worker", "fallow_worker", arguments, log))

@@ -21,12 +21,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
+from fallow.checkpoint import Sign, signer_of
 from fallow.identity import PrivateKey
 from fallow.shown_text import log_to_stderr
 from fallow_coordinator.config import COLLECTOR_THRESHOLDS, EXIT_STORAGE_FAILED, FollowerSettings
 from fallow_coordinator.ports import StorageFailed
+from fallow_coordinator.store.journal_nodes import run_start
 from fallow_coordinator.store.journal_reader import JOURNAL_FILE, JournalReader, StoredRecord, decode_records
-from fallow_coordinator.store.journal_tree import Sign, signer_of
 from fallow_coordinator.store.projection import Projection
 from fallow_coordinator.store.sealed_segments import Sealing, SegmentShelf
 from fallow_coordinator.store.snapshots import SnapshotHeader, SnapshotShelf, state_version
@@ -196,7 +197,10 @@ class Follower:
                 applied = 0
         if found := self._snapshots.newest(self._journal.leaf, until_sequence=applied):
             header, state = found
-            self._projection = Projection(state)
+            begin = run_start(header.sequence)
+            run = self._journal.stretch(after_sequence=begin, limit=header.sequence - begin)
+            leaves = [record.leaf for record in run]
+            self._projection = Projection(state, leaves)
             self._sequence = self._snapshot_sequence = header.sequence
         while self._sequence < applied:
             stored = self._chunk(self._sequence, applied)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from fallow.credits import StatementLine
@@ -25,6 +25,27 @@ class Record:
     at_ms: int
     """The journal's clock, milliseconds since 1970; never goes back."""
     event: Event
+    leaf: bytes = field(default=b"", compare=False)
+    """Its salted leaf in the journal's tree: another one in each copy of the same events."""
+
+
+class RawRecord(Protocol):
+    """A record as it lies on disk."""
+
+    @property
+    def sequence(self) -> int: ...
+
+    @property
+    def at_ms(self) -> int: ...
+
+    @property
+    def epoch(self) -> int: ...
+
+    @property
+    def event(self) -> bytes: ...
+
+    @property
+    def salt(self) -> bytes: ...
 
 
 class Store(Protocol):
@@ -179,6 +200,38 @@ class LedgerViews(Protocol):
 
     def prices(self, *, since_ms: int) -> Mapping[str, Sequence[PricePoint]]:
         """What was paid, by class of devices, each rising by price."""
+        ...
+
+
+class Prover(Protocol):
+    """What the journal holds, with proof. Synchronous, one thread at a time; raises StorageFailed."""
+
+    def size(self) -> int:
+        """How many records the journal has now."""
+        ...
+
+    def root(self, size: int) -> Digest:
+        """The root over the first `size` records."""
+        ...
+
+    def consistency(self, old_size: int, size: int) -> list[bytes]:
+        """The proof that the first `old_size` records begin the first `size` (RFC 6962 §2.1.2)."""
+        ...
+
+    def inclusion(self, sequences: Sequence[int], size: int) -> list[bytes]:
+        """The proof that these records (rising) are among the first `size` (`fallow.journal_proof`)."""
+        ...
+
+    def has_ended(self, job_id: JobId) -> bool:
+        """Whether `job_records` knows of the job's end."""
+        ...
+
+    def job_records(self, job_id: JobId) -> tuple[int, Sequence[tuple[int, str]]]:
+        """(sequence up to which this goes, (sequence, session of a commitment or "") of each record, rising)."""
+        ...
+
+    def records(self, sequences: Sequence[int]) -> Iterator[Sequence[RawRecord]]:
+        """These records (rising), some at a time."""
         ...
 
 

@@ -38,7 +38,7 @@ WINDOW: Final = 64
 SLOTS: Final = 64
 """A worker with so many slots has as many tasks packed ahead for it as it holds."""
 PATIENCE_S: Final = 300.0
-SETTLED_BEFORE_KILL: Final = (100, 800)
+SETTLED_BEFORE_KILL: Final = (100, 500)
 ROWS_AHEAD: Final = 2 * ROWS_PER_JOB
 
 
@@ -201,14 +201,15 @@ async def _restarted(live_tasks: int, folder: Path) -> dict[str, Any]:
 async def _until_live(coordinator: RunningCoordinator, live_tasks: int) -> Any:
     deadline = time.monotonic() + PATIENCE_S
     tasks, last = 0, -1
-    while tasks < live_tasks or tasks != last:
+    while True:
         # A whole fleet that comes at once keeps it busy for a while.
         with contextlib.suppress(FallowError):
             last, status = tasks, await coordinator.status()
             tasks = status.tasks
+            if tasks >= live_tasks and tasks == last:
+                return status
         assert time.monotonic() < deadline, f"{tasks} of {live_tasks} tasks are live"
         await asyncio.sleep(1.0)
-    return await coordinator.status()
 
 
 # ---------------------------------------------------------------------------------------------- report

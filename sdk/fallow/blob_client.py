@@ -16,6 +16,8 @@ from typing import Final, Protocol, TypeVar
 import grpc
 
 from fallow import direct_transfer
+from fallow.call_ending import CallEnding
+from fallow.diagnosis import Explain
 from fallow.direct_transfer import DIRECT_BYTES_MIN, DirectFailed, DirectRequest, direct_from_message
 from fallow.errors import FallowError, Reason
 from fallow.limits import BLOB_CHUNK_BYTES, MIB
@@ -77,11 +79,14 @@ class BlobClient:
         attempts_max: int = ATTEMPTS_MAX,
         direct: bool = True,
         chance: Callable[[], float] = random.random,
+        explain: Explain | None = None,
     ) -> None:
         """`channel` is from `fallow.channel.blob_channel`; it stays the caller's. `chance` spreads retries, in 0..1.
 
-        `direct`: whether the service may name the storage behind it.
+        `direct`: whether the service may name the storage behind it. `explain` looks why the service cannot be reached;
+        what can't pass by itself is then raised at once.
         """
+        self._explain = explain
         self._put_call = channel.stream_unary(
             PUT_METHOD,
             request_serializer=encode_put_part,
@@ -230,10 +235,11 @@ class BlobClient:
         """One Put call. One try."""
         call = self._put_call(parts, timeout=STREAM_TIMEOUT_S)
         parts.let_in_by(call)
+        ending = CallEnding(call)
         try:
             response = await call
         except grpc.aio.AioRpcError as failure:
-            raise _failure(failure) from None
+            raise _failure(await ending.failure(failure)) from None
         return receipt_from_message(response.receipt)
 
     async def _download(self, grant: SignedBytes, reference: BlobReference, sink: _Sink, moved: Progress) -> None:
@@ -271,6 +277,7 @@ class BlobClient:
         """Repeats an attempt while it fails for reasons that pass, with growing, jittered pauses."""
         failures = 0
         furthest = 0
+        words: FallowError | None = None
 
         def moved(offset_bytes: int) -> None:
             nonlocal failures, furthest
@@ -283,8 +290,12 @@ class BlobClient:
                 return await attempt(moved)
             except _PassingError as passing:
                 failures += 1
+                if words is None and self._explain is not None and _is_away(passing.error):
+                    words = await self._explain(passing.error)
+                    if not _is_away(words):
+                        raise words from None
                 if failures >= self._attempts_max:
-                    raise passing.error from None
+                    raise (words if words is not None and _is_away(passing.error) else passing.error) from None
                 pause_ms = min(BACKOFF_MS_MAX, BACKOFF_MS_MIN << failures)
                 await asyncio.sleep(pause_ms / 1000 * (0.5 + self._chance() / 2))
 
@@ -573,6 +584,10 @@ def _failure(failure: grpc.aio.AioRpcError) -> FallowError | _PassingError:
     else:
         passing = failure.code() in _TRANSIENT_STATUSES
     return _PassingError(error) if passing else error
+
+
+def _is_away(error: FallowError) -> bool:
+    return error.reason is Reason.COORDINATOR_UNREACHABLE
 
 
 def _as_it_is(data: bytes) -> bytes:

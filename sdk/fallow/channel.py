@@ -14,6 +14,8 @@ from fallow.session import PoolCache
 KEEPALIVE_INTERVAL_MS = 30_000
 KEEPALIVE_TIMEOUT_MS = 10_000
 RECONNECT_BACKOFF_MS_MAX = 5_000
+CONNECT_TIME_MS_MAX = 10_000
+"""As long as the servers give a handshake."""
 
 
 def control_channel(credentials: Credentials) -> grpc.aio.Channel:
@@ -62,7 +64,8 @@ def _options(server_name: str, message_bytes_max: int, endpoint: str) -> list[tu
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.initial_reconnect_backoff_ms", 200),
-        ("grpc.min_reconnect_backoff_ms", 200),
+        # Despite its name, what one attempt to connect may take: three round trips with TLS, on a busy machine more.
+        ("grpc.min_reconnect_backoff_ms", CONNECT_TIME_MS_MAX),
         ("grpc.max_reconnect_backoff_ms", RECONNECT_BACKOFF_MS_MAX),
         ("grpc.use_local_subchannel_pool", 1),
     ]

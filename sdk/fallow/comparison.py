@@ -15,7 +15,7 @@ CEILING_PPM: Final = 4 * PPM
 by 10 at least (docs/decisions/0024)."""
 PPM_MAX: Final = 1 << 40
 """What no number can tell: values that are not numbers, lengths that differ, integers and texts."""
-UNMEASURED_FACTOR: Final = 4.0
+UNMEASURED_FACTOR: Final = 32.0
 """A bundle whose spread could not be measured is taken to have so many floors."""
 
 

@@ -10,17 +10,22 @@ import asyncio
 import datetime
 import ssl
 import time
+from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Final
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.x509.oid import NameOID
 
+from fallow.credentials import Credentials
 from fallow.errors import FallowError, Reason
-from fallow.identity import AUTHORITY_EXTENSION, load_certificate
+from fallow.identity import AUTHORITY_EXTENSION, BLOBS_NAME, CONTROL_NAME, load_certificate
 from fallow.proxy import open_socket, proxy_for
 
 CONNECT_TIMEOUT_S: Final = 10.0
+Explain = Callable[[FallowError], Awaitable[FallowError]]
+"""Gives an error in better words, when a look at the server says what is wrong."""
 _UTC = datetime.UTC
 
 
@@ -113,6 +118,28 @@ async def explained(
                 hint="set this machine's clock",
             )
     return better or error
+
+
+def explain_control(credentials: Credentials) -> Explain:
+    """Looks into failed calls of the control endpoint."""
+    return partial(
+        explained,
+        endpoint=credentials.control_endpoint,
+        server_name=CONTROL_NAME,
+        authority_pem=credentials.authority_pem,
+        certificate_pem=credentials.certificate_pem,
+    )
+
+
+def explain_blobs(credentials: Credentials) -> Explain:
+    """Looks into failed transfers: a proxy may let one endpoint pass and open another."""
+    return partial(
+        explained,
+        endpoint=credentials.blob_endpoint,
+        server_name=BLOBS_NAME,
+        authority_pem=credentials.authority_pem,
+        certificate_pem=credentials.certificate_pem,
+    )
 
 
 def _is_signed_by(leaf: x509.Certificate, authority: x509.Certificate) -> bool:

@@ -25,6 +25,7 @@ class Domain(StrEnum):
     RECEIPT = "fallow.v1/blob/receipt"
     RENEWAL = "fallow.v1/enrollment/renewal"
     ENROLLMENT = "fallow.v1/enrollment/token"
+    EVIDENCE = "fallow.v1/job/evidence"
 
 
 SESSION_METHOD = "/fallow.v1.WorkerService/Session"

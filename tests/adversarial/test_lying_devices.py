@@ -17,6 +17,7 @@ import pytest
 from fallow.blob_client import BlobClient
 from fallow.challenge import MANIFEST, OUTPUT_SCHEMA_DIGEST, ChallengeKind, ChallengePlan
 from fallow.channel import blob_channel
+from fallow.errors import Reason
 from fallow.ids import digest_of
 from fallow.limits import GIB, INLINE_PAYLOAD_BYTES_MAX
 from fallow.merkle import leaf_digest
@@ -32,9 +33,12 @@ from fallow.session import (
     DeviceKind,
     DeviceLevel,
     DeviceStanding,
+    HeldLease,
     Lease,
     LeaseReturned,
+    LeaseRevoked,
     LeaseSeen,
+    Refused,
     SandboxLevel,
     Settled,
     TaskKind,
@@ -330,3 +334,30 @@ async def test_who_refuses_challenges_stays_unmeasured_and_connected(
 
     standing = await as_liar(measuring, tmp_path, story)
     assert not standing.units_milli_per_s and "rather not" in standing.reason
+
+
+async def test_why_a_lease_was_given_back_counts_though_the_stream_broke_before_it_arrived(
+    measuring: CoordinatorService, tmp_path: Path
+) -> None:
+    credentials = await joined(measuring.worker_join_line, tmp_path / "worker")
+    async with raw_session(credentials) as session, blob_channel(credentials) as channel:
+        first = Liar(session, BlobClient(channel))
+        await first.open(CPU)
+        lease = await first.lease()
+        kinds = frozenset({TaskKind.MAP, TaskKind.CHALLENGE})
+        again = await session.reopen_hello(
+            capability=Capability(devices=(CPU,), sandbox_level=SandboxLevel.FULL, task_kinds=kinds),
+            held_leases=(HeldLease(lease.lease_id, lease.fence, committed=False),),
+        )
+    async with raw_session(credentials) as session:
+        welcome = await session.open(again)
+        assert welcome.keep_lease_ids == (lease.lease_id,), "what a worker wants to give back by name is kept for it"
+        returned = LeaseReturned(lease.lease_id, lease.fence, Cause.OWNER_PREEMPT, "my owner plays a game")
+        await session.send(returned, sign=False)
+        answer = await session.until(LeaseRevoked)
+        assert isinstance(answer, LeaseRevoked) and answer.lease_id == lease.lease_id
+        await session.send(returned, sign=False)
+        refused = await session.until(Refused)
+        assert isinstance(refused, Refused) and refused.reason == Reason.LEASE_ENDED.value, "twice is harmless"
+    explained = measuring.cli("worker", "list")
+    assert "plays a game" in str(explained), explained

@@ -185,6 +185,35 @@ async def record_door() -> list[StoredRecord]:
     return disk.records
 
 
+async def record_claims() -> list[StoredRecord]:
+    """Two accounts say that a program crashed on their rows: an operator's worker runs those of the second, twice."""
+    disk = MemoryDisk()
+    world = World(store=MemoryStore(disk))
+    await world.begin()
+    inspector = await world.operator_worker(window=1)
+    await world.inspected_bundle(inspector)
+    first, second = await world.volunteer("first"), await world.volunteer("second")
+    for crashes in (False, True):
+        await world.submit_job(ROWS, title="suspected")
+        await fail_first_lease(world, first, Cause.PROGRAM)
+        await fail_first_lease(world, second, Cause.PROGRAM)
+        while world.engine.state.tasks[world.leases_of(inspector)[0].task_id].job_id is not None:
+            await world.commit(inspector, world.leases_of(inspector)[0])
+        if not crashes:
+            # Once more with the same rows: a try that says nothing of the program.
+            await fail_first_lease(world, inspector, Cause.PLATFORM)
+            world.clock.now_ms += 60_000
+            await world.tell(c.Tick())
+            while world.engine.state.tasks[world.leases_of(inspector)[0].task_id].job_id is not None:
+                await world.commit(inspector, world.leases_of(inspector)[0])
+            await world.inspect_again(inspector)
+            await world.work_until_idle(inspector, first, second)
+        else:
+            await fail_first_lease(world, inspector, Cause.PROGRAM)
+    await world.engine.stop()
+    return disk.records
+
+
 async def record_credits() -> list[StoredRecord]:
     """A market: grants, a budget that runs out, a top-up, a release; then a quota pool and its periods."""
     disk = MemoryDisk()
@@ -242,7 +271,13 @@ async def record_nodes() -> list[StoredRecord]:
     return disk.records
 
 
-STORIES = {"all": record, "credits": record_credits, "door": record_door, "nodes": record_nodes}
+STORIES = {
+    "all": record,
+    "credits": record_credits,
+    "door": record_door,
+    "claims": record_claims,
+    "nodes": record_nodes,
+}
 
 
 async def another_bundle(world: World, inspector: WorldWorker) -> None:

@@ -8,6 +8,7 @@ import datetime
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +27,11 @@ class ConnectProxy:
 
     login: str = ""
     tls: ssl.SSLContext | None = None
+    opens: str = ""
+    """The endpoint whose connections are opened by `tls`; empty: all of them."""
     refuses: str = ""
+    delay_s: float = 0.0
+    """How much later everything arrives, each way: a far country."""
     asked: list[str] = field(default_factory=list[str])
     """Endpoints that were asked for, in order."""
     _listener: socket.socket = field(default_factory=socket.socket)
@@ -70,21 +75,23 @@ class ConnectProxy:
                 client.sendall(f"HTTP/1.1 {self.refuses}\r\n\r\n".encode())
                 return
             client.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
-            if self.tls is not None:
+            if self.tls is not None and self.opens in ("", endpoint):
                 with contextlib.suppress(ssl.SSLError), self.tls.wrap_socket(client, server_side=True) as opened:
                     opened.recv(1)
                 return
             host, _, port = endpoint.rpartition(":")
             with socket.create_connection((host.strip("[]"), int(port))) as server:
-                other = threading.Thread(target=_pump, args=(server, client), daemon=True)
+                other = threading.Thread(target=_pump, args=(server, client, self.delay_s), daemon=True)
                 other.start()
-                _pump(client, server)
+                _pump(client, server, self.delay_s)
                 other.join(5)
 
 
-def _pump(source: socket.socket, target: socket.socket) -> None:
+def _pump(source: socket.socket, target: socket.socket, delay_s: float = 0.0) -> None:
     with contextlib.suppress(OSError):
         while piece := source.recv(65536):
+            if delay_s:
+                time.sleep(delay_s)
             target.sendall(piece)
         target.shutdown(socket.SHUT_WR)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import grpc
 
+from fallow.call_ending import CallEnding
 from fallow.channel import control_channel
 from fallow.credentials import Credentials
 from fallow.enrollment import join
@@ -69,6 +70,7 @@ class RawSession:
         """What came as one with the message that was received last."""
         self.welcome: Welcome | None = None
         self._call = worker_service_pb2_grpc.WorkerServiceStub(channel).Session()
+        self._ending = CallEnding(self._call)
         self._received = 0
 
     async def send(
@@ -109,17 +111,14 @@ class RawSession:
             async with asyncio.timeout(PATIENCE_S):
                 response = await self._call.read()
                 if response is grpc.aio.EOF:
-                    await self._call.code()
-                    raise error_from_rpc(
-                        grpc.aio.AioRpcError(
-                            await self._call.code(),
-                            await self._call.initial_metadata(),
-                            await self._call.trailing_metadata(),
-                            await self._call.details(),
-                        )
+                    raise grpc.aio.AioRpcError(
+                        await self._call.code(),
+                        await self._call.initial_metadata(),
+                        await self._call.trailing_metadata(),
+                        await self._call.details(),
                     )
         except grpc.aio.AioRpcError as failure:
-            raise error_from_rpc(failure) from None
+            raise error_from_rpc(await self._ending.failure(failure)) from None
         assert isinstance(response, pb.SessionResponse)
         assert response.sequence == self._received + 1, "the coordinator counts without gaps"
         self._received = response.sequence

@@ -106,5 +106,6 @@ def test_a_client_whose_coordinator_stays_away_is_told_when_its_patience_ends(tm
         with pytest.raises(FallowError) as caught:
             client.jobs()
         assert caught.value.reason is Reason.COORDINATOR_UNREACHABLE
-        assert "is the coordinator running?" in caught.value.hint
+        # Somebody has looked: the port is known, and nobody is there.
+        assert "is it running" in caught.value.hint and "goes on without this client" in caught.value.hint
         made.restart_coordinator()

@@ -85,3 +85,23 @@ def test_a_worker_without_room_for_bundles_says_so_and_leaves_the_work_to_others
             work.check()
             assert roomy.stop() == 0
         assert cramped.stop() == 0
+
+
+@pytest.mark.slow
+def test_a_worker_whose_own_folder_is_full_says_so_and_goes_on_with_room(tmp_path: Path) -> None:
+    """Each session's resume token is kept on disk before the session is used."""
+    with (
+        rig(tmp_path, plain="--executor process") as made,
+        small_disk(tmp_path / "cramped", 4 * MIB) as disk,
+        a_worker(made, "cramped", "--executor", "process") as cramped,
+    ):
+        wait_for(lambda: made.online() == 2, PATIENCE_S, "both workers")
+        with filled(disk):
+            made.kill_coordinator()
+            made.restart_coordinator()
+            wait_for(lambda: "No space left on device" in cramped.tail(10**6), PATIENCE_S, "the words")
+            words = cramped.tail(10**6)
+            assert "start the worker with --state on another disk" in words and "it is a defect" not in words
+            assert cramped.running()
+        wait_for(lambda: made.online() == 2, PATIENCE_S, "both workers again")
+        assert cramped.stop() == 0

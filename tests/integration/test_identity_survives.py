@@ -18,6 +18,7 @@ from engine_models import FEATURES, dense_model
 from fallow.bundle_file import Bundle
 from fallow.client.blocking import connect
 from fallow.credentials import Credentials
+from fallow.errors import FallowError, Reason
 from integration.harness import CoordinatorService, coordinator, spawn, wait_for, worker
 from integration.proxies import connect_proxy, inspecting_context
 
@@ -32,7 +33,7 @@ def later(days: int) -> dict[str, str]:
     library = next(Path("/usr/lib").rglob("libfaketimeMT.so.1"))
     return {
         "LD_PRELOAD": str(library),
-        "FAKETIME": f"+{days}d",
+        "FAKETIME": f"{days:+}d",
         "FAKETIME_DONT_FAKE_MONOTONIC": "1",
         "DONT_FAKE_MONOTONIC": "1",
         "FAKETIME_NO_CACHE": "1",
@@ -90,6 +91,26 @@ def test_a_worker_comes_back_after_its_certificate_ended(tmp_path: Path, days: i
             process.wait(30)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(FAKETIME is None, reason="libfaketime is not installed")
+def test_a_worker_whose_clock_is_wrong_is_told_so_and_not_something_else(tmp_path: Path) -> None:
+    with coordinator(tmp_path / "coordinator") as service:
+        folder = tmp_path / "worker"
+        with worker(service, folder, "--executor", "process"):
+            wait_for(lambda: session_of(folder) == "online", 60, "the worker's first session")
+        log = folder / "behind.log"
+        start = ["-m", "fallow_worker", "start", "--state", str(folder), "--executor", "process"]
+        process = spawn(start, log, later(-3))
+        try:
+            wait_for(lambda: "clock" in log.read_text(), 60, "the words about the clock")
+            words = log.read_text()
+            assert "days before" in words or "before its own certificate" in words, words
+            assert "intercepts TLS" not in words and "Traceback" not in words
+        finally:
+            process.terminate()
+            process.wait(30)
+
+
 def test_everything_goes_through_a_connect_proxy(shared_coordinator: CoordinatorService, tmp_path: Path) -> None:
     with connect_proxy(login="lab:secret") as proxy:
         environment = {"https_proxy": proxy.url, "no_proxy": ""}
@@ -107,6 +128,72 @@ def test_everything_goes_through_a_connect_proxy(shared_coordinator: Coordinator
         direct = {"https_proxy": proxy.url, "no_proxy": "example.org,127.0.0.0/8"}
         listed = command("fallow.cli", "job", "list", "--login", str(tmp_path / "client"), environment=direct)
         assert listed.returncode == 0 and len(proxy.asked) == asked
+
+
+def test_blobs_travel_through_a_connect_proxy_and_who_opens_their_tls_is_named(
+    shared_coordinator: CoordinatorService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, facts = Path(shared_coordinator.facts["client_credentials"]), shared_coordinator.facts
+    monkeypatch.setenv("no_proxy", "")
+    context = inspecting_context(tmp_path, "Corporate Inspection CA")
+
+    def bundle(number: int) -> Bundle:
+        model = tmp_path / f"{number}.onnx"
+        model.write_bytes(dense_model(features=FEATURES + number))
+        return Bundle.from_onnx(model)
+
+    with connect_proxy(login="lab:secret") as proxy:
+        monkeypatch.setenv("https_proxy", proxy.url)
+        with connect(folder) as client:
+            client.register(bundle(1))
+        assert {facts["control_endpoint"], facts["blob_endpoint"]} <= set(proxy.asked)
+    # A proxy that lets the control endpoint pass and opens the other.
+    with connect_proxy(tls=context, opens=facts["blob_endpoint"]) as proxy:
+        monkeypatch.setenv("https_proxy", proxy.url)
+        with connect(folder) as client, pytest.raises(FallowError) as refused:
+            client.register(bundle(2))
+        assert refused.value.reason is Reason.CERTIFICATE_FOREIGN
+        assert "'Corporate Inspection CA'" in str(refused.value) and facts["blob_endpoint"] in str(refused.value)
+    # The same on the way to the control endpoint: at once, and not after the client's patience.
+    with connect_proxy(tls=context) as proxy:
+        monkeypatch.setenv("https_proxy", proxy.url)
+        with pytest.raises(FallowError) as refused, connect(folder):
+            pass
+        assert refused.value.reason is Reason.CERTIFICATE_FOREIGN and "Corporate" in str(refused.value)
+
+
+@pytest.mark.slow
+def test_rows_travel_through_connect_proxies_both_ways_and_a_worker_names_who_opens_its_tls(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tmp_path / "negate.onnx"
+    model.write_bytes(dense_model())
+    bundle = Bundle.from_onnx(model)
+    rows = np.zeros((20_000, FEATURES), np.float32)
+    with coordinator(tmp_path / "coordinator", operator_worker=True) as service:
+        folder, facts = Path(service.facts["client_credentials"]), service.facts
+        with connect_proxy(login="lab:secret") as ours, connect_proxy(login="lab:secret") as theirs:
+            monkeypatch.setenv("https_proxy", ours.url)
+            monkeypatch.setenv("no_proxy", "")
+            through = {"https_proxy": theirs.url, "no_proxy": ""}
+            with (
+                worker(service, tmp_path / "worker", "--executor", "process", environment=through),
+                connect(folder) as client,
+            ):
+                assert len(client.map(bundle, rows, data="public").table()) == len(rows)
+            for proxy in (ours, theirs):
+                assert {facts["control_endpoint"], facts["blob_endpoint"]} <= set(proxy.asked)
+            monkeypatch.delenv("https_proxy")
+        context = inspecting_context(tmp_path, "Corporate Inspection CA")
+        with connect_proxy(tls=context, opens=facts["blob_endpoint"]) as proxy:
+            inspected = {"https_proxy": proxy.url, "no_proxy": ""}
+            with (
+                worker(service, tmp_path / "worker-2", "--executor", "process", environment=inspected) as second,
+                connect(folder) as client,
+            ):
+                job = client.map(bundle, rows + 2, data="public")
+                wait_for(lambda: "Corporate Inspection CA" in second.tail(100_000), 60, "the worker's word of it")
+                job.cancel()
 
 
 def test_who_answers_instead_of_the_coordinator_is_named(

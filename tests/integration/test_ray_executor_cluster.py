@@ -85,10 +85,14 @@ class OwnersCluster:
         """The head that was started first."""
         return self._nodes[0]
 
-    def stop(self) -> None:
+    def end_all(self) -> None:
         """Ends every node."""
         for node in self._nodes:
             end(node)
+
+    def stop(self) -> None:
+        """Ends every node, and leaves nothing."""
+        self.end_all()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _start(self, *where: str) -> subprocess.Popen[bytes]:

@@ -298,6 +298,24 @@ async def test_a_failure_of_the_executor_is_told_with_cause_and_words(bench: Ben
     assert "a defect" in failed.reason
 
 
+async def test_why_a_lease_failed_is_told_again_when_the_stream_breaks_before_the_answer(bench: Bench) -> None:
+    daemon = await bench.starts()
+    conversation = await bench.coordinator.session()
+    lease = bench.lease([b"row"])
+    bench.executor.failures[lease.lease_id] = WorkFailed(Cause.PROGRAM, "it divides by zero")
+    conversation.say(lease)
+    failed = await conversation.hears(TaskFailed)
+    conversation.end()
+    conversation = await bench.coordinator.session()
+    assert [held.lease_id for held in conversation.hello.held_leases] == [lease.lease_id]
+    assert await conversation.hears(TaskFailed) == failed
+    conversation.say(LeaseRevoked(lease.lease_id, lease.fence, "it divides by zero"))
+    await eventually(lambda: not daemon.world.leases)
+    conversation.end()
+    conversation = await bench.coordinator.session()
+    assert conversation.hello.held_leases == ()
+
+
 async def test_expired_grants_are_renewed_while_the_lease_waits(bench: Bench) -> None:
     await bench.starts()
     conversation = await bench.coordinator.session()
@@ -356,6 +374,7 @@ async def test_a_drain_delivers_what_runs_gives_back_the_rest_and_ends(bench: Be
     await conversation.hears(Draining)
     returned = await conversation.hears(LeaseReturned)
     assert (returned.lease_id, returned.cause) == (waiting.lease_id, Cause.OWNER_PREEMPT)
+    conversation.say(LeaseRevoked(waiting.lease_id, waiting.fence, "returned"))
     bench.executor.gate.set()
     await settle(conversation, running)
     await conversation.ends()
@@ -373,6 +392,7 @@ async def test_what_runs_beyond_the_grace_is_given_back(bench: Bench) -> None:
     daemon.drain("stop", 100)
     returned = await conversation.hears(LeaseReturned)
     assert returned.cause is Cause.OWNER_PREEMPT
+    conversation.say(LeaseRevoked(lease.lease_id, lease.fence, "returned"))
     assert await bench.ends() is None
 
 

@@ -10,13 +10,14 @@ from fallow.errors import FallowError, Reason
 from fallow.ids import JobId, PartyId
 from fallow.job import JobOptions, JobRowFailure, JobState, WorkerShare
 from fallow.limits import NODE_RUNS_PER_TASK_MAX, ROW_FAILURES_LISTED_PER_TASK_MAX, TASK_ATTEMPTS_MAX
-from fallow.session import BlobReference, Cause, NodeRows, RowFailure, Usage
+from fallow.session import BlobReference, Cause, NodeRows, RowFailure, TaskKind, Usage
 from fallow_coordinator.core import commands as c
 from fallow_coordinator.core import effects as f
 from fallow_coordinator.core import events as e
 from fallow_coordinator.core import questions
 from fallow_coordinator.core.holding import CLEARANCES_MAX
-from fallow_coordinator.core.limits import COOL_DOWN_MS_MAX, TASK_LOSSES_MAX
+from fallow_coordinator.core.limits import COOL_DOWN_MS_MAX, INSPECTION_RUNTIME_MS, TASK_LOSSES_MAX
+from fallow_coordinator.core.questions import lease_to_send
 from fallow_coordinator.core.state import Lease
 from simulation.core_world import World, digest, of_kind
 
@@ -315,7 +316,8 @@ def suspected_world() -> tuple[World, JobId, Lease]:
     turn = world.take(world.fail_command(lease, Cause.PROGRAM, "segfault"))
     assert [type(event) for event in turn.events][:2] == [e.BundleCrashed, e.LeaseEnded]
     turn = world.take(world.fail_command(world.leases_of(other_id)[0], Cause.PROGRAM, "segfault"))
-    assert [type(event) for event in turn.events][:3] == [e.BundleCrashed, e.TaskCreated, e.LeaseEnded]
+    kinds = [type(event) for event in turn.events]
+    assert kinds[:4] == [e.BundleCrashed, e.TaskCreated, e.InspectionRowsGiven, e.LeaseEnded]
     (inspection,) = [held for held in world.leases_of(inspector) if world.state.tasks[held.task_id].job_id is None]
     return world, job_id, inspection
 
@@ -334,6 +336,35 @@ def test_claims_of_two_accounts_hold_nothing_before_an_operators_worker_finds_th
     assert world.state.bundles[world.bundle_digest].crashed_accounts == {}
     assert world.submit(4, key="after") != job_id
     assert world.take(c.ReleaseBundle(world.bundle_digest)).events == ()
+
+
+def test_an_inspection_on_claims_runs_the_rows_of_the_last_and_keeps_them_until_it_ends() -> None:
+    world = World().start().ready_bundle()
+    first_id, other_id, inspector = world.volunteer("v", window=1), world.volunteer("other"), world.inspector()
+    world.submit(10_000)
+    for task_id in [task_id for lane in world.state.lanes.values() for task_id in lane.packing]:
+        world.pack(task_id, inline=False)
+    lease = world.leases_of(first_id)[0]
+    world.take(world.fail_command(lease, Cause.PROGRAM, "segfault"))
+    claimed = world.leases_of(other_id)[0]
+    task = world.state.tasks[claimed.task_id]
+    block, rows, runtime_ms = task.input, task.rows, claimed.runtime_max_ms
+    turn = world.take(world.fail_command(claimed, Cause.PROGRAM, "segfault"))
+    dropped = [effect.input for effect in turn.effects if isinstance(effect, f.DropInput)]
+    assert block is not None and block.digest not in dropped
+    for _ in range(2):
+        (inspection,) = [held for held in world.leases_of(inspector) if not world.state.tasks[held.task_id].job_id]
+        told = lease_to_send(world.state, inspection.lease_id)
+        assert told is not None and told.kind is TaskKind.INSPECT
+        assert (told.input, told.rows) == (block, rows)
+        assert told.runtime_max_ms == INSPECTION_RUNTIME_MS + runtime_ms
+        # It is tried again, with the same rows.
+        turn = world.take(world.fail_command(inspection, Cause.PLATFORM, "no child"))
+        assert block.digest not in [effect.input for effect in turn.effects if isinstance(effect, f.DropInput)]
+        world.pass_time(10_000)
+    inspection = next(held for held in world.state.leases.values() if not world.state.tasks[held.task_id].job_id)
+    turn = world.take(world.fail_command(inspection, Cause.PROGRAM, "segfault"))
+    assert block.digest in [effect.input for effect in turn.effects if isinstance(effect, f.DropInput)]
 
 
 def test_a_bundle_that_is_inspected_well_is_cleared_of_what_was_claimed() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from fallow.checkpoint import signer_of
 from fallow.identity import PrivateKey
 from fallow.ids import Digest, digest_of
 from fallow_coordinator.blob_folder import BlobFiles
@@ -20,7 +21,6 @@ from fallow_coordinator.ports import StorageFailed
 from fallow_coordinator.store import sqlite
 from fallow_coordinator.store.check import check_journal
 from fallow_coordinator.store.encoding import leaf_of
-from fallow_coordinator.store.journal_tree import signer_of
 from fallow_coordinator.store.sealed_segments import SegmentShelf, read_header, read_records, root_of_records
 from fallow_coordinator.store.segment import encode_segment
 from fallow_coordinator.store.snapshots import SnapshotShelf, decode_snapshot, encode_snapshot

@@ -161,6 +161,7 @@ def test_numbers_of_kinds_are_for_ever() -> None:
         "worker_warmed": 41,
         "account_admitted": 75,
         "account_expelled": 76,
+        "inspection_rows_given": 77,
         "bundle_cleared": 85,
         "bundle_released": 86,
         "pool_mode_changed": 50,

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fallow.checkpoint import Checkpoint, CheckpointUnusable, read_checkpoint, sign_checkpoint, signer_of
 from fallow.identity import PrivateKey
 from fallow.ids import AccountId, digest_of
 from fallow.merkle import inclusion_proof, root_of, verify_inclusion
@@ -22,14 +23,7 @@ from fallow_coordinator.follower import Follower
 from fallow_coordinator.ports import StorageFailed, WriterFenced
 from fallow_coordinator.store import sqlite
 from fallow_coordinator.store.journal_reader import JOURNAL_FILE, JournalReader
-from fallow_coordinator.store.journal_tree import (
-    Checkpoint,
-    CheckpointUnusable,
-    JournalTree,
-    read_checkpoint,
-    sign_checkpoint,
-    signer_of,
-)
+from fallow_coordinator.store.journal_tree import JournalTree
 from fallow_coordinator.store.sealed_segments import (
     FULL_SEGMENTS_MAX,
     Segment,

@@ -94,6 +94,11 @@ def lease(number: int, *, fence: int = 1, kind: TaskKind = TaskKind.MAP, latency
     )
 
 
+def over(of: Lease) -> LeaseRevoked:
+    """How the coordinator answers what ended a lease."""
+    return LeaseRevoked(of.lease_id, of.fence, "over")
+
+
 def commitment(of: Lease, *, inline: bytes = b"") -> Commitment:
     return Commitment(
         of.lease_id,
@@ -331,7 +336,8 @@ def test_fetches_are_tried_again_with_growing_pauses_and_then_given_back(worker:
     actions = worker.after(FetchFailed(granted.lease_id, FetchTrouble.TRY_AGAIN, "network", 0.5))
     returned = LeaseReturned(granted.lease_id, 1, Cause.PLATFORM, "network")
     forget = Forget(granted.lease_id)
-    assert actions == [forget, Say(CapabilityChanged(None, 0)), Say(returned), forget]
+    assert actions == [forget, Say(CapabilityChanged(None, 0)), Say(returned)]
+    assert worker.hears(over(granted)) == [forget]
     assert not worker.world.leases
 
 
@@ -352,9 +358,35 @@ def test_a_program_that_fails_is_told_and_nothing_else_is_hurt(worker: Worker) -
     actions = worker.after(RunFailed(granted.lease_id, Cause.PROGRAM, "it crashed", 0.0))
     assert actions == [
         Say(TaskFailed(granted.lease_id, 1, Cause.PROGRAM, "it crashed")),
-        Forget(granted.lease_id),
         Run(without_offer(other), OFFER),
     ]
+    assert worker.hears(over(granted)) == [Forget(granted.lease_id)]
+
+
+@pytest.mark.parametrize("worth_it", [True, False])
+def test_why_a_lease_was_given_up_is_told_until_it_is_answered(worker: Worker, worth_it: bool) -> None:
+    granted = lease(1)
+    worker.runs(granted)
+    failed = Say(TaskFailed(granted.lease_id, 1, Cause.PROGRAM, "it crashed"))
+    assert worker.after(RunFailed(granted.lease_id, Cause.PROGRAM, "it crashed", 0.0)) == [failed]
+    worker.loses_session()
+    assert [held.lease_id for held in worker.world.held_leases()] == [granted.lease_id]
+    assert worker.opens(granted) == [failed], "the stream may have broken before it arrived"
+    assert failed not in worker.later(limits.ANSWER_WAIT_MS - 1)
+    assert failed in worker.later(1)
+    if worth_it:
+        worker.hears(Refused(1, granted.lease_id, Reason.OVERLOADED.value, "not now"))
+        assert failed in worker.later(limits.ANSWER_WAIT_MS)
+    assert worker.hears(Refused(1, granted.lease_id, Reason.LEASE_ENDED.value, "over")) == [Forget(granted.lease_id)]
+
+
+def test_what_was_taken_in_before_the_stream_broke_is_not_told_again(worker: Worker) -> None:
+    granted = lease(1)
+    worker.runs(granted)
+    worker.after(RunFailed(granted.lease_id, Cause.PROGRAM, "it crashed", 0.0))
+    worker.loses_session()
+    assert worker.opens() == [Forget(granted.lease_id)]
+    assert not worker.world.leases
 
 
 def test_an_executor_in_trouble_pauses_closes_the_window_and_gives_leases_back() -> None:
@@ -413,13 +445,13 @@ def test_draining_finishes_what_runs_returns_the_rest_and_leaves_when_all_is_set
         Forget(waiting.lease_id),
         Say(Draining("the owner stops this worker")),
         Say(LeaseReturned(waiting.lease_id, 1, Cause.OWNER_PREEMPT, "the owner stops this worker")),
-        Forget(waiting.lease_id),
     ]
+    assert worker.hears(over(waiting)) == [Forget(waiting.lease_id)]
     late = lease(3)
     assert worker.hears(late) == [
         Say(LeaseReturned(late.lease_id, 1, Cause.OWNER_PREEMPT, "the owner stops this worker")),
-        Forget(late.lease_id),
     ]
+    assert worker.hears(over(late)) == [Forget(late.lease_id)]
     committed = commitment(running, inline=b"output")
     assert Say(committed) in worker.after(Ran(running.lease_id, committed))
     assert worker.hears(Settled(running.lease_id, 1, 0)) == [Forget(running.lease_id), Leave()]
@@ -434,9 +466,8 @@ def test_what_still_runs_after_the_grace_is_cancelled_and_returned(worker: Worke
     assert Cancel(granted.lease_id) in worker.later(30_000)
     assert worker.after(RunFailed(granted.lease_id, Cause.WORKER, "cancelled", 0.0)) == [
         Say(LeaseReturned(granted.lease_id, 1, Cause.OWNER_PREEMPT, "stop")),
-        Forget(granted.lease_id),
-        Leave(),
     ]
+    assert worker.hears(over(granted)) == [Forget(granted.lease_id), Leave()]
 
 
 def test_a_challenge_is_given_back_when_the_machine_goes_on_battery() -> None:
@@ -449,8 +480,8 @@ def test_a_challenge_is_given_back_when_the_machine_goes_on_battery() -> None:
     assert [action for action in actions if isinstance(action, Cancel)] == [Cancel(challenge.lease_id)]
     assert worker.after(RunFailed(challenge.lease_id, Cause.OWNER_PREEMPT, "cancelled", 0.0)) == [
         Say(LeaseReturned(challenge.lease_id, 1, Cause.OWNER_PREEMPT, "the machine runs on its battery")),
-        Forget(challenge.lease_id),
     ]
+    assert worker.hears(over(challenge)) == [Forget(challenge.lease_id)]
 
 
 def test_a_drain_without_a_coordinator_ends_all_the_same(worker: Worker) -> None:
@@ -481,8 +512,7 @@ def test_a_worker_that_never_ran_releases_nothing(worker: Worker) -> None:
 def test_kinds_and_programs_that_are_not_taken_go_back_with_the_reason(worker: Worker) -> None:
     inspect = lease(1, kind=TaskKind.INSPECT)
     assert worker.hears(inspect) == [
-        Say(LeaseReturned(inspect.lease_id, 1, Cause.PLATFORM, "this worker does not take inspect tasks")),
-        Forget(inspect.lease_id),
+        Say(LeaseReturned(inspect.lease_id, 1, Cause.PLATFORM, "this worker does not take inspect tasks"))
     ]
     worker.world = replace(worker.world, terms=replace(worker.world.terms, refusal="sandbox too weak"))
     granted = lease(2)

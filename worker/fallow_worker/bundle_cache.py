@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import logging
 import os
 import secrets
 from collections import Counter
-from collections.abc import Generator
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -19,6 +17,7 @@ from fallow.ids import Digest, LeaseId, digest_of
 from fallow.limits import GIB, MIB
 from fallow.session import BlobReference, BundleOffer, SignedBytes
 from fallow.wire.bundle import decode_manifest
+from fallow_worker.full_disk import told_when_full
 from fallow_worker.ports import LoadedBundle
 
 _log = logging.getLogger(__name__)
@@ -162,7 +161,7 @@ class BundleCache:
     async def _fetch(self, file: BundleFile, grant: SignedBytes, blobs: BlobReader) -> None:
         self._make_room(file.length_bytes)
         path = self._path(file.digest)
-        with _disk_errors(path):
+        with told_when_full(path):
             path.parent.mkdir(mode=0o700, exist_ok=True)
             await blobs.get_to_file(grant, BlobReference(file.digest, file.length_bytes), path)
         self._kept[file.digest] = file.length_bytes
@@ -228,19 +227,3 @@ class BundleCache:
     def _path(self, digest: Digest) -> Path:
         name = digest.hex()
         return self._folder / name[:2] / name
-
-
-@contextlib.contextmanager
-def _disk_errors(path: Path) -> Generator[None]:
-    """A full disk in words for people."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}:
-            raise
-        raise FallowError(
-            Reason.STORAGE_FULL,
-            f"{path} cannot be written: {error.strerror}",
-            field=str(path),
-            hint="free some space, or start the worker with --state on another disk",
-        ) from None

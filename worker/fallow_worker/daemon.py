@@ -34,6 +34,7 @@ from fallow.session import (
     Welcome,
     WorkerMessage,
 )
+from fallow_worker.claimed_rows import run_claimed_rows
 from fallow_worker.core.actions import (
     Action,
     Cancel,
@@ -519,6 +520,8 @@ class Daemon:
         def progress(rows_done: int) -> None:
             self._rows_done[lease.lease_id] = rows_done
 
+        if work.kind is TaskKind.INSPECT and work.input_block:
+            work = await run_claimed_rows(self._executor, work, progress)
         if lease.kind is TaskKind.REFEREE:
             return await refereed(self._executor, work, lease, candidates, progress, self._spreads)
         return await self._executor.run(work, progress)

@@ -13,11 +13,12 @@ from typing import Final
 
 import grpc
 
-from fallow import diagnosis
+from fallow.call_ending import CallEnding
 from fallow.channel import control_channel
 from fallow.credentials import Credentials
+from fallow.diagnosis import explain_control
 from fallow.errors import FallowError, Reason
-from fallow.identity import CONTROL_NAME, write_private
+from fallow.identity import write_private
 from fallow.ids import SessionId
 from fallow.limits import (
     LEASES_PER_WORKER_MAX,
@@ -43,6 +44,7 @@ from fallow.v1 import worker_service_pb2 as pb
 from fallow.v1 import worker_service_pb2_grpc
 from fallow.wire.errors import error_from_rpc
 from fallow.wire.session import decode_coordinator_messages, encode_worker_message
+from fallow_worker.full_disk import told_when_full
 
 _log = logging.getLogger(__name__)
 
@@ -129,6 +131,7 @@ class Session:
         self._credentials = credentials
         self._channel = channel
         self._call = call
+        self._ending = CallEnding(call)
         self._session_id = NO_SESSION
         self._said = 0
         self._heard = 0
@@ -224,13 +227,7 @@ class Session:
 
     async def _looked_into(self, error: FallowError) -> FallowError:
         """A failed connection in better words, where a look at the server gives them."""
-        return await diagnosis.explained(
-            error,
-            endpoint=self._credentials.control_endpoint,
-            server_name=CONTROL_NAME,
-            authority_pem=self._credentials.authority_pem,
-            certificate_pem=self._credentials.certificate_pem,
-        )
+        return await explain_control(self._credentials)(error)
 
     async def _read(self) -> CoordinatorMessage:
         if self._unread:
@@ -238,7 +235,8 @@ class Session:
         try:
             response = await self._call.read()
         except grpc.aio.AioRpcError as failure:
-            raise await self._looked_into(explained(failure, self._credentials)) from None
+            told = await self._ending.failure(failure)
+            raise await self._looked_into(explained(told, self._credentials)) from None
         except asyncio.CancelledError:
             if not self._call.cancelled():
                 raise
@@ -280,7 +278,7 @@ class Session:
             await self._call.trailing_metadata(),
             await self._call.details(),
         )
-        return explained(failure, self._credentials)
+        return explained(await self._ending.failure(failure), self._credentials)
 
 
 async def open_session(
@@ -306,7 +304,8 @@ async def open_session(
         welcome = await session.greet(hello)
         _check_protocol(welcome)
         # Before anything of this session is used: losing the newest token would make this worker a stranger to itself.
-        await asyncio.to_thread(token.save, welcome.resume_token)
+        with told_when_full(credentials.folder):
+            await asyncio.to_thread(token.save, welcome.resume_token)
     except BaseException:
         await session.abandon()
         raise

@@ -62,7 +62,7 @@ class Work:
     kind: TaskKind
     bundle: LoadedBundle
     input_block: bytes
-    """Empty for inspections."""
+    """Empty for inspections, unless their rows are still to be run."""
     rows: int
     nonce: bytes
     """16 fresh bytes for the output block's header."""

@@ -11,6 +11,7 @@ from typing import Final
 from fallow.credentials import Credentials
 from fallow.enrollment import renew
 from fallow_worker.core.limits import backoff_ms
+from fallow_worker.full_disk import told_when_full
 
 RENEW_AT: Final = 0.5
 RENEW_JITTER: Final = 0.1
@@ -45,8 +46,9 @@ class Renewal:
             await asyncio.sleep(min(left_ms / 1000, LOOK_EVERY_S))
 
     async def renew(self, credentials: Credentials) -> Credentials:
-        """Fresh credentials, on disk. Raises FallowError."""
-        fresh = await self._renew(credentials)
+        """Fresh credentials, on disk. Raises FallowError, STORAGE_FULL when there is no room for them."""
+        with told_when_full(credentials.folder):
+            fresh = await self._renew(credentials)
         self._failures = 0
         return fresh
 

@@ -12,6 +12,7 @@ from typing import Final, Protocol
 from fallow.blob_client import BlobClient
 from fallow.channel import blob_channel
 from fallow.credentials import Credentials
+from fallow.diagnosis import explain_blobs
 from fallow.errors import FallowError, Reason
 from fallow.ids import LeaseId, digest_of
 from fallow.session import BlobReference, BundleOffer, Candidate, Lease, SignedBytes
@@ -31,6 +32,7 @@ _TROUBLES: Final[dict[Reason, FetchTrouble]] = {
     Reason.LIMIT_EXCEEDED: FetchTrouble.GIVE_UP,
     Reason.STORAGE_FULL: FetchTrouble.GIVE_UP,
     Reason.ROOT_MISMATCH: FetchTrouble.GIVE_UP,
+    Reason.CERTIFICATE_FOREIGN: FetchTrouble.GIVE_UP,
 }
 
 
@@ -52,7 +54,7 @@ class ChannelBlobs:
     def __init__(self, credentials: Credentials) -> None:
         """Dials on first use."""
         self._channel = blob_channel(credentials)
-        self._client = BlobClient(self._channel)
+        self._client = BlobClient(self._channel, explain=explain_blobs(credentials))
 
     async def get(self, grant: SignedBytes, reference: BlobReference) -> bytes:
         """As `BlobClient.get`."""
@@ -77,7 +79,7 @@ class Inputs:
 
     bundle: LoadedBundle
     block: bytes
-    """Empty for inspections."""
+    """Empty for inspections, but those that claims of a crash brought about."""
     candidates: tuple[bytes, ...] = ()
     """Of a referee's lease: the blocks to compare with."""
 

@@ -46,7 +46,7 @@ from fallow_coordinator.blobs.direct import DirectTransfers
 from fallow_coordinator.blobs.service import BlobService
 from fallow_coordinator.blobs.storage import BlobStorage, FolderStorage, S3Storage
 from fallow_coordinator.service.descriptors import connections_max
-from fallow_coordinator.service.server import HANDSHAKE_TIMEOUT_MS
+from fallow_coordinator.service.server import HANDSHAKE_TIMEOUT_MS, assert_fast_protobuf
 from fallow_coordinator.service.side_calls import SideCallLimit
 
 _log = logging.getLogger(__name__)
@@ -94,6 +94,7 @@ def _options() -> argparse.ArgumentParser:
 
 
 async def _serve(options: argparse.Namespace) -> None:
+    assert_fast_protobuf()
     state: Path = options.state
     limits = replace(
         BlobLimits(),

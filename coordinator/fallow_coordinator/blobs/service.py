@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Final, ParamSpec, TypeVar
 
 import grpc
+from google.protobuf.message import Message
 
 from fallow.errors import FallowError, Reason
 from fallow.grant_check import checked_grant
 from fallow.identity import PrivateKey, fingerprint_of
 from fallow.ids import KeyFingerprint
-from fallow.limits import BLOB_CHUNK_BYTES, BLOCK_BYTES_MAX, MIB
+from fallow.limits import BLOB_CHUNK_BYTES, BLOCK_BYTES_MAX, KIB, MIB
 from fallow.row_block import Span
 from fallow.session import BlobReference, SignedBytes
 from fallow.v1 import blob_service_pb2
@@ -53,11 +54,14 @@ _T = TypeVar("_T")
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 _A = TypeVar("_A")
+_M = TypeVar("_M", bound=Message)
 
 _SERVICE: Final = blob_service_pb2.DESCRIPTOR.services_by_name["BlobService"]
 _READ_AHEAD_BYTES: Final = 4 * MIB
 """Read from storage at once; the next piece is read while this one is sent."""
 _DRAIN_S: Final = 2.0
+_GRANT_REQUEST_BYTES_MAX: Final = 4 * KIB
+"""Longest request that holds a grant and a number or two."""
 _PAGE_SIZE_DEFAULT: Final = 1_000
 _PEERS_REMEMBERED_MAX: Final = 10_000
 
@@ -148,7 +152,7 @@ class BlobService:
 
     async def _get_upload(self, raw: bytes, context: Context) -> bytes:
         peer = self._peer(context)
-        request = decoded(raw, blob_service_pb2.GetUploadRequest)
+        request = _request_with_grant(raw, blob_service_pb2.GetUploadRequest)
         grant = self._checked(grant_from_message(request.grant), BlobOperation.PUT, peer)
         receipt = await self._found(grant)
         if receipt is None and request.arrived and self._direct is not None:
@@ -168,7 +172,7 @@ class BlobService:
 
     async def _locate(self, raw: bytes, context: Context) -> bytes:
         peer = self._peer(context)
-        request = decoded(raw, blob_service_pb2.LocateBlobRequest)
+        request = _request_with_grant(raw, blob_service_pb2.LocateBlobRequest)
         grant = self._checked(grant_from_message(request.grant), BlobOperation.GET, peer)
         response = blob_service_pb2.LocateBlobResponse()
         if self._direct is not None:
@@ -186,7 +190,7 @@ class BlobService:
 
     async def _get(self, raw: bytes, context: Context) -> None:
         peer = self._peer(context)
-        request = decoded(raw, blob_service_pb2.GetRequest)
+        request = _request_with_grant(raw, blob_service_pb2.GetRequest)
         grant = self._checked(grant_from_message(request.grant), BlobOperation.GET, peer)
         length = grant.blob.length_bytes
         if request.offset_bytes > length:
@@ -497,6 +501,18 @@ class BlobService:
         except asyncio.CancelledError:
             await asyncio.wait([running])
             raise
+
+
+def _request_with_grant(raw: bytes, request_type: type[_M]) -> _M:
+    """A request whose size is checked before it is parsed. Raises LIMIT_EXCEEDED or MALFORMED_MESSAGE."""
+    if len(raw) > _GRANT_REQUEST_BYTES_MAX:
+        raise FallowError(
+            Reason.LIMIT_EXCEEDED,
+            f"a {request_type.DESCRIPTOR.name} of {len(raw)} bytes",
+            field=request_type.DESCRIPTOR.name,
+            limit=f"{_GRANT_REQUEST_BYTES_MAX} bytes",
+        )
+    return decoded(raw, request_type)
 
 
 def _ended_well(method: str, answer: Callable[[_R, Context], Awaitable[_A]]) -> Callable[[_R, Context], Awaitable[_A]]:

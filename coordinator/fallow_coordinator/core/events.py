@@ -306,6 +306,16 @@ class BundleCleared:
 
 
 @dataclass(frozen=True, slots=True)
+class InspectionRowsGiven:
+    """An inspection that claims brought about also runs these rows: the block of the lease that the last one names."""
+
+    task_id: TaskId
+    input: BlobReference
+    inline: bool
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
 class BundleReleased:
     """An operator lets jobs use it, whatever was claimed."""
 
@@ -397,6 +407,10 @@ class PackedCandidate:
 
     block: BlobReference
     inline: bool
+    rows: tuple[int, ...]
+    """Rows of the task that the block's rows answer, rising."""
+    class_numbers: tuple[int, ...]
+    """The execution class of each: its place in the event's `execution_classes`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -406,7 +420,8 @@ class TaskInputPacked:
     input: BlobReference
     inline: bool
     candidates: tuple[PackedCandidate, ...] = ()
-    """Of a referee's task."""
+    """Of a referee's task, as is the next one."""
+    execution_classes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -668,6 +683,7 @@ Event = (
     | BundleCostLearned
     | BundleCleared
     | BundleReleased
+    | InspectionRowsGiven
     | JobSubmitted
     | JobStateChanged
     | JobArchived

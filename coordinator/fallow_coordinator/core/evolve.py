@@ -98,7 +98,9 @@ def evolve_posted(state: State, event: e.Event, at_ms: int, postings: tuple[Post
             | e.WorkerReleased()
         ):
             evolve_identity.evolve_identity(state, event, at_ms)
-        case e.AccountAdmitted() | e.AccountExpelled() | e.BundleCleared() | e.BundleReleased():
+        case (
+            e.AccountAdmitted() | e.AccountExpelled() | e.BundleCleared() | e.BundleReleased() | e.InspectionRowsGiven()
+        ):
             evolve_door.evolve_door(state, event)
         case (
             e.PoolModeChanged()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import assert_never
 
+from fallow.session import TaskKind
 from fallow_coordinator.core import events as e
 from fallow_coordinator.core.state import State
 
-DoorEvent = e.AccountAdmitted | e.AccountExpelled | e.BundleCleared | e.BundleReleased
+DoorEvent = e.AccountAdmitted | e.AccountExpelled | e.BundleCleared | e.BundleReleased | e.InspectionRowsGiven
 
 
 def evolve_door(state: State, event: DoorEvent) -> None:
@@ -23,6 +24,10 @@ def evolve_door(state: State, event: DoorEvent) -> None:
             assert bundle.inspection_task_id == event.task_id, "an open inspection clears"
             bundle.crashed_accounts = {}
             bundle.clearances += 1
+        case e.InspectionRowsGiven():
+            task = state.tasks[event.task_id]
+            assert task.kind is TaskKind.INSPECT and task.lease_id is None, "rows are given before anybody inspects"
+            task.input, task.input_inline, task.rows = event.input, event.inline, event.rows
         case e.BundleReleased():
             bundle = state.bundles[event.bundle_digest]
             bundle.held_reason, bundle.crashed_accounts, bundle.clearances = "", {}, 0

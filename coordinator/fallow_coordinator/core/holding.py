@@ -1,7 +1,7 @@
 """Decisions about programs that crash: what workers claim, what an operator's inspection confirms, what is let go.
 
 Claims of two accounts alone hold nothing, for whoever has two accounts could hold any bundle of anybody: they bring
-about one more inspection, and its outcome counts.
+about one more inspection, which also runs the rows of the second claim, and its outcome counts.
 """
 
 from __future__ import annotations
@@ -39,17 +39,21 @@ def blame_program(state: State, draft: Draft, lease: Lease, task: Task, reason: 
     if worker.tier is Tier.OPERATOR:
         _hold(draft, bundle, f"it crashed workers of {accounts} accounts, an operator's among them, last: {reason}")
     elif bundle.inspection_task_id is None:
+        inspection = TaskId(names.new("task"))
         draft.events.append(
             e.TaskCreated(
-                task_id=TaskId(names.new("task")),
+                task_id=inspection,
                 kind=TaskKind.INSPECT,
                 job_id=None,
                 bundle_digest=bundle.bundle_digest,
                 pool_id=state.default_pool_id,
                 spans=(),
-                unit_micros=0,
+                # What its rows cost: they are run as well.
+                unit_micros=task.unit_micros,
             )
         )
+        if task.input is not None:
+            draft.events.append(e.InspectionRowsGiven(inspection, task.input, task.input_inline, task.rows))
 
 
 def confirmed(state: State, lease: Lease, task: Task, report: InspectionReport) -> Decision:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from fallow.ids import AccountId, Digest, PartyId, PoolId, TaskId
 from fallow.journal.v1 import journal_pb2 as pb
 from fallow_coordinator.core import events as ev
+from fallow_coordinator.store import values
 from fallow_coordinator.store.event_kind import AnyKind, Kind
 
 KINDS: tuple[AnyKind, ...] = (
@@ -28,6 +29,16 @@ KINDS: tuple[AnyKind, ...] = (
         ),
         lambda message: ev.BundleCleared(
             Digest(message.bundle_digest), TaskId(message.task_id), PartyId(message.worker_id)
+        ),
+    ),
+    Kind(
+        "inspection_rows_given",
+        ev.InspectionRowsGiven,
+        lambda event: pb.InspectionRowsGiven(
+            task_id=event.task_id, input=values.blob_to_message(event.input), inline=event.inline, rows=event.rows
+        ),
+        lambda message: ev.InspectionRowsGiven(
+            TaskId(message.task_id), values.blob_from_message(message.input), message.inline, message.rows
         ),
     ),
     Kind(

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import struct
 from typing import Any, get_args
 
 from google.protobuf.message import DecodeError
 
-from fallow.ids import Digest
 from fallow.journal.v1 import journal_pb2 as pb
+from fallow.journal_proof import SALT_BYTES, leaf_of
 from fallow_coordinator.core.events import Event
 from fallow_coordinator.store import (
     carbon_events,
@@ -25,9 +23,7 @@ from fallow_coordinator.store import (
 )
 from fallow_coordinator.store.event_kind import AnyKind
 
-SALT_BYTES = 16
-_LEAF_NUMBERS = struct.Struct(">QQQ")
-_LEAF_PREFIX = b"\x00"
+__all__ = ["KINDS", "SALT_BYTES", "EventUnreadable", "decode_event", "encode_event", "leaf_of"]
 
 KINDS: tuple[AnyKind, ...] = (
     *identity_events.KINDS,
@@ -51,18 +47,6 @@ assert set(_BY_NAME) == set(pb.Event.DESCRIPTOR.fields_by_name), "each kind of t
 
 class EventUnreadable(Exception):  # named like WriterFenced and StorageFailed, beside which it is raised
     """Bytes of the journal that are no event this software knows: damaged, or written by a newer version."""
-
-
-def leaf_of(*, salt: bytes, sequence: int, at_ms: int, epoch: int, event: bytes) -> Digest:
-    """The leaf of a record: SHA-256(0x00 ‖ salt ‖ sequence ‖ at_ms ‖ epoch ‖ event bytes), numbers as u64 big-endian.
-
-    0x00 is the leaf domain of RFC 6962 §2.1; everything before the event has a fixed length, so no two records share an
-    input.
-    """
-    assert len(salt) == SALT_BYTES, "a salt has 16 bytes"
-    return Digest(
-        hashlib.sha256(b"".join((_LEAF_PREFIX, salt, _LEAF_NUMBERS.pack(sequence, at_ms, epoch), event))).digest()
-    )
 
 
 def encode_event(event: Event) -> bytes:

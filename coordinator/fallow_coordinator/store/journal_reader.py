@@ -68,6 +68,16 @@ class JournalReader:
             self._segments.forget()
         return list(map(StoredRecord._make, rows))
 
+    def stretch(self, *, after_sequence: int, limit: int) -> list[StoredRecord]:
+        """As `stored`, and never fewer than `limit` while there are more, wherever they lie."""
+        records: list[StoredRecord] = []
+        while len(records) < limit:
+            found = self.stored(after_sequence=after_sequence + len(records), limit=limit - len(records))
+            if not found:
+                break
+            records += found
+        return records
+
     def leaf(self, sequence: int) -> bytes | None:
         """The leaf of a record, or None where there is none."""
         found = self.stored(after_sequence=sequence - 1, limit=1) if sequence > 0 else []
@@ -126,7 +136,7 @@ def decode_records(stored: Sequence[StoredRecord], after_sequence: int, path: Pa
             raise StorageFailed(
                 f"{path}: record {sequence}: {error}; start the version of fallow that wrote it, or a newer one"
             ) from error
-        records.append(Record(sequence, record.at_ms, event))
+        records.append(Record(sequence, record.at_ms, event, record.leaf))
     return records
 
 

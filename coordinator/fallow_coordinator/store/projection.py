@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -10,12 +11,15 @@ from fallow.ids import AccountId, Digest, JobId, PartyId, PoolId, SessionId, Tas
 from fallow.job import JOB_STATES_FINAL, JobStatus, TaskResult
 from fallow.wire.job import result_to_message, status_to_message
 from fallow_coordinator.core import events as ev
+from fallow_coordinator.core import verification_events as v
 from fallow_coordinator.core.evolve import evolve, evolve_posted
 from fallow_coordinator.core.limits import RETENTION_MS_DEFAULT
 from fallow_coordinator.core.postings import postings_of
 from fallow_coordinator.core.questions import status_told
 from fallow_coordinator.core.state import Bundle, Job, State
 from fallow_coordinator.ports import Record
+from fallow_coordinator.store.job_index import job_of
+from fallow_coordinator.store.journal_nodes import JournalNodes
 from fallow_coordinator.store.ledger_rows import posting_rows, settlement_row
 from fallow_coordinator.store.work_events import encode_submission
 
@@ -24,6 +28,18 @@ _UNSEEN = frozenset({ev.TaskCreated, ev.PackRequested, ev.TaskInputPacked, ev.Co
 
 Row = tuple[object, ...]
 """Values in the order of the table's columns."""
+
+
+_COUNTED = (
+    v.DrawSecretSet,
+    v.AuditsDrawn,
+    v.AuditCompared,
+    v.VerdictReached,
+    v.RowsCorrected,
+    v.PayVoided,
+    v.AssuranceAccepted,
+)
+"""Events that change what a job's row says of its checks, rows or pay."""
 
 
 @dataclass(slots=True)
@@ -58,6 +74,8 @@ class _Touched:
     deleted_jobs: dict[JobId, Row] = field(default_factory=dict[JobId, Row])
     postings: list[Row] = field(default_factory=list[Row])
     settlements: list[Row] = field(default_factory=list[Row])
+    job_records: list[Row] = field(default_factory=list[Row])
+    tree_nodes: list[Row] = field(default_factory=list[Row])
 
 
 class Projection:
@@ -66,18 +84,26 @@ class Projection:
     A row depends on the state alone and never on how many records were folded at once, so that rebuilt views are equal.
     """
 
-    def __init__(self, state: State | None = None) -> None:
-        """Begins with `state`, whose rows the views have; None: at the journal's beginning."""
+    def __init__(self, state: State | None = None, leaves: Sequence[bytes] = ()) -> None:
+        """Begins with `state`, whose rows the views have; None: at the journal's beginning.
+
+        `leaves` are those of the unfinished run before it (`journal_nodes.run_start`).
+        """
         self.state = State() if state is None else state
+        self._nodes = JournalNodes(self.state.sequence, leaves)
         self._touched = _Touched()
 
     def pass_over(self, record: Record) -> None:
         """Folds a record that the views have already."""
         evolve(self.state, record.event, record.at_ms)
+        self._nodes.add(record.leaf)
 
     def fold(self, record: Record) -> None:
         """Folds the next record and notes what it touches."""
         event = record.event
+        self._touched.tree_nodes += self._nodes.add(record.leaf)
+        if (found := job_of(self.state, event)) is not None:
+            self._touched.job_records.append((found.job_id, record.sequence, found.session_id))
         if type(event) in _UNSEEN:
             evolve(self.state, event, record.at_ms)
         elif isinstance(event, ev.LeaseGranted):
@@ -88,11 +114,17 @@ class Projection:
         else:
             # Work that was given up is delivered, too.
             job_id = self.state.tasks[event.task_id].job_id if isinstance(event, ev.TaskAbandoned) else None
+            marked = self._results_marked(event)
             self._before(event)
             if isinstance(event, ev.LateLeaseSettled):
                 self._note_settlement(record, event)
             self._fold_posted(record)
             self._after(event, record.at_ms)
+            if isinstance(event, _COUNTED):
+                self._touched.jobs[event.job_id] = None
+            if marked is not None:
+                job, cursor, rows_failed = marked
+                self._touched.results.append(_result_row(job, job.results[cursor - 1], rows_failed))
             if job_id is not None and isinstance(event, ev.TaskAbandoned):
                 self._note_result(job_id, event.rows)
 
@@ -111,7 +143,8 @@ class Projection:
         self._touch_task(event.task_id)
         self._note_settlement(record, event)
         self._fold_posted(record)
-        if job_id is not None:
+        if job_id is not None and event.cursor:
+            # What only checks rows has no number, and delivers nothing.
             self._note_result(job_id, event.rows_failed)
 
     def _note_settlement(self, record: Record, event: ev.TaskSettled | ev.LateLeaseSettled) -> None:
@@ -148,6 +181,8 @@ class Projection:
             "deleted_jobs": list(touched.deleted_jobs.values()),
             "postings": touched.postings,
             "settlements": touched.settlements,
+            "job_records": touched.job_records,
+            "tree_nodes": touched.tree_nodes,
         }
         return Changes({table: rows for table, rows in tables.items() if rows}, list(touched.deleted_jobs))
 
@@ -242,6 +277,18 @@ class Projection:
             self._touched.jobs[task.job_id] = None
         elif task.bundle_digest in self.state.bundles:
             self._touched.bundles[task.bundle_digest] = None
+
+    def _results_marked(self, event: ev.Event) -> tuple[Job, int, int] | None:
+        """(job, cursor, failed rows) of the result whose status this event changes, which has not happened yet."""
+        if isinstance(event, v.AuditsDrawn) and event.trust is not v.Trust.NONE:
+            facts = self.state.ended_leases[event.lease_id].commitment
+            assert facts is not None, "what settled was committed"
+            return self.state.jobs[event.job_id], event.cursor, facts.rows_failed
+        if isinstance(event, v.EvidenceReleased):
+            evidence = self.state.verifications[event.job_id].evidences.get(event.lease_id)
+            if evidence is not None:
+                return self.state.jobs[event.job_id], evidence.cursor, evidence.rows_failed
+        return None
 
 
 def _pool_row(state: State, pool_id: PoolId) -> Row:

@@ -17,12 +17,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
+from fallow.checkpoint import Checkpoint, CheckpointUnusable, Sign, read_checkpoint
 from fallow.ids import Digest
 from fallow_coordinator.ports import StorageFailed
 from fallow_coordinator.store.durable_file import remove_unfinished, write_durably
 from fallow_coordinator.store.encoding import EventUnreadable
 from fallow_coordinator.store.failures import storage_failures
-from fallow_coordinator.store.journal_tree import Checkpoint, CheckpointUnusable, JournalTree, Sign, read_checkpoint
+from fallow_coordinator.store.journal_tree import JournalTree
 from fallow_coordinator.store.segment import decode_segment, encode_segment
 from fallow_coordinator.store.stored_record import StoredRecord
 

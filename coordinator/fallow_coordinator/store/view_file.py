@@ -10,7 +10,7 @@ from fallow_coordinator.store.failures import storage_failures
 from fallow_coordinator.store.projection import Changes
 
 VIEWS_FILE = "views.db"
-VIEWS_VERSION = 6
+VIEWS_VERSION = 7
 """Another version in the file: the views are built anew from the journal."""
 LOCK_WAIT_S = 5.0
 
@@ -48,10 +48,20 @@ _TABLES: dict[str, str] = {
         unit_micros INTEGER, price_microcredits_per_unit INTEGER, microcredits INTEGER,
         contribution_microcredits INTEGER, energy_millijoules INTEGER""",
     "deleted_jobs": "job_id TEXT PRIMARY KEY, account_id TEXT, deleted_at_ms INTEGER, reason TEXT",
+    "job_records": "job_id TEXT, sequence INTEGER, session_id TEXT, PRIMARY KEY (job_id, sequence)",
+    "tree_nodes": "number INTEGER PRIMARY KEY, root BLOB",
 }
 """Columns of each table; a row of `Changes` has its values in this order. Whatever belongs to somebody says to whom."""
 
-_GONE_WITH_THEIR_JOB = ("results", "result_nodes", "job_blobs", "job_submissions", "job_payloads", "retained_jobs")
+_GONE_WITH_THEIR_JOB = (
+    "results",
+    "result_nodes",
+    "job_blobs",
+    "job_submissions",
+    "job_payloads",
+    "retained_jobs",
+    "job_records",
+)
 
 _EXTRAS = (
     "CREATE INDEX outputs_of_jobs ON results (output_digest)",

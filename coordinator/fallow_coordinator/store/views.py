@@ -7,6 +7,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Final
 
 from fallow.errors import Reason
 from fallow.ids import AccountId, Digest, JobId
@@ -24,6 +25,10 @@ _JOBS = f"{_STATUS} WHERE jobs.account_id = ? ORDER BY submitted_at_ms DESC, job
 _JOBS_BEFORE = f"""{_STATUS} WHERE jobs.account_id = ? AND (submitted_at_ms, job_id) < (?, ?)
     ORDER BY submitted_at_ms DESC, job_id DESC LIMIT ?"""
 
+_JOB_RECORDS = """SELECT sequence, coalesce(session_id, '') FROM job_records WHERE job_id = ?
+    ORDER BY sequence LIMIT ?"""
+JOB_RECORDS_MAX: Final = 1_000_000
+"""Records of one job that are told of: ten for each of the most tasks that a job has."""
 _SEQUENCE = "SELECT value FROM view_meta WHERE name = 'applied_sequence'"
 _REFERRED = """SELECT 1 FROM results WHERE output_digest = ?
     UNION ALL SELECT 1 FROM job_blobs WHERE blob_digest = ?
@@ -111,6 +116,30 @@ class SqliteViews:
         """What the job was submitted as; None for one that is deleted or not there."""
         rows = self._rows("SELECT submission FROM job_submissions WHERE job_id = ?", (job_id,))
         return decode_submission(rows[0][0]) if rows else None
+
+    def job_records(self, job_id: JobId) -> tuple[int, Sequence[tuple[int, str]]]:
+        """(view_sequence, (sequence, session of a commitment or "") of each record of the job, rising), of one moment.
+
+        Of a job that is deleted or not there: none.
+        """
+        with self._lock, storage_failures(self._path):
+            connection = self._connected()
+            if connection is None:
+                return 0, ()
+            connection.execute("BEGIN")
+            try:
+                sequence = self._ask(connection, _SEQUENCE, ())
+                rows = self._ask(connection, _JOB_RECORDS, (job_id, JOB_RECORDS_MAX + 1))
+            finally:
+                connection.execute("COMMIT")
+        return (int(sequence[0][0]) if sequence else 0), [(int(number), str(session)) for number, session in rows]
+
+    def run_roots(self, first: int, count: int) -> Sequence[tuple[int, bytes]]:
+        """(number, root) of those of the journal's full runs of records that the views have, from `first` on."""
+        rows = self._rows(
+            "SELECT number, root FROM tree_nodes WHERE number >= ? AND number < ?", (first, first + count)
+        )
+        return [(int(number), bytes(root)) for number, root in rows]
 
     def close(self) -> None:
         """Gives the file back."""

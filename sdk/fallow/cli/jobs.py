@@ -1,4 +1,4 @@
-"""`fallow job …`: quote, submit, list, show, explain, watch, wait, results, retry, cancel, delete."""
+"""`fallow job …`: quote, submit, list, show, watch, wait, results, certificate, retry, cancel, accept, delete."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from fallow.cli.certificates import certificate_command
 from fallow.cli.describing import (
     explanation_facts,
     explanation_text,
@@ -33,6 +34,7 @@ def job_group() -> None:
 
 job_group.add_command(submit_command)
 job_group.add_command(quote_command)
+job_group.add_command(certificate_command)
 
 
 @job_group.command("list")
@@ -164,6 +166,22 @@ def cancel_command(job_id: str, login: Path | None, as_json: bool) -> None:
     async def work() -> None:
         async with await connect_async(login) as client:
             status = await (await client.job(job_id)).cancel()
+        output.result(status_facts(status), f"job {job_id}: {status.state.value}")
+
+    run(output, work())
+
+
+@job_group.command("accept")
+@click.argument("job_id")
+@login_option
+@json_option
+def accept_command(job_id: str, login: Path | None, as_json: bool) -> None:
+    """Take a verifying job's rows with the checks made by now, without waiting for the rest."""
+    output = Output(as_json=as_json)
+
+    async def work() -> None:
+        async with await connect_async(login) as client:
+            status = await (await client.job(job_id)).accept()
         output.result(status_facts(status), f"job {job_id}: {status.state.value}")
 
     run(output, work())

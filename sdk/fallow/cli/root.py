@@ -12,6 +12,7 @@ import click
 
 from fallow.cli.accounts import account_group
 from fallow.cli.bundles import bundle_group
+from fallow.cli.certificates import checkpoint_command, verify_command
 from fallow.cli.jobs import job_group
 from fallow.cli.options import json_option, run
 from fallow.cli.output import Output
@@ -58,3 +59,5 @@ fallow.add_command(map_command)
 fallow.add_command(job_group)
 fallow.add_command(account_group)
 fallow.add_command(bundle_group)
+fallow.add_command(verify_command)
+fallow.add_command(checkpoint_command)

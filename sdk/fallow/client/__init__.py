@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from fallow.bundle import Precision
 from fallow.bundle_file import Bundle
+from fallow.certificate import Certificate
 from fallow.client.blocking import Client, Job, connect
 from fallow.client.client import AsyncClient, BundleState, Session, connect_async
 from fallow.client.job import AsyncJob, Order
@@ -32,6 +33,7 @@ __all__ = [
     "AsyncJob",
     "Bundle",
     "BundleState",
+    "Certificate",
     "Client",
     "DataClass",
     "FallowError",

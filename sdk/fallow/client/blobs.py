@@ -98,7 +98,7 @@ class BlobTransfers:
             if grant is None:
                 grant = await ask()
             try:
-                return await attempt(BlobClient(self._connection.blobs), grant)
+                return await attempt(self._connection.blob_client(), grant)
             except FallowError as error:
                 if error.reason is Reason.GRANT_EXPIRED and renewals < GRANTS_RENEWED_MAX:
                     renewals += 1

@@ -17,6 +17,8 @@ from typing import Unpack
 import pyarrow as pa
 
 from fallow.bundle_file import Bundle
+from fallow.certificate import Certificate
+from fallow.checkpoint import Checkpoint
 from fallow.client.account import Balances, Statement
 from fallow.client.client import JOBS_PER_PAGE, AsyncClient, BundleState, Session, connect_async
 from fallow.client.job import AsyncJob, Order
@@ -127,6 +129,10 @@ class Client:
         """The account's jobs, newest first, at most `limit`."""
         return self._loop.run(self._client.jobs(limit))
 
+    def checkpoint(self) -> Checkpoint:
+        """The coordinator's signed word on its journal now; see `AsyncClient.checkpoint`."""
+        return self._loop.run(self._client.checkpoint())
+
     def balances(self) -> Balances:
         """What the account has now."""
         return self._loop.run(self._client.balances())
@@ -186,6 +192,10 @@ class Job:
         """Ends the job; rows that are done stay readable. Cancelling a finished job changes nothing."""
         return self._loop.run(self._job.cancel())
 
+    def accept(self) -> JobStatus:
+        """Takes a verifying job's rows with the checks made by now; see `AsyncJob.accept`."""
+        return self._loop.run(self._job.accept())
+
     def top_up(self, amount: str | int) -> JobStatus:
         """Adds so many credits to the budget; a job that was out of it goes on."""
         return self._loop.run(self._job.top_up(amount))
@@ -218,6 +228,10 @@ class Job:
         """Writes all rows to a file once the job has succeeded; see `AsyncJob.save`."""
         with self._detaching():
             return self._loop.run(self._job.save(path, partial=partial))
+
+    def certificate(self, *, outputs: bool = True) -> Certificate:
+        """What became of the job, with all that it takes to check it offline; see `AsyncJob.certificate`."""
+        return self._loop.run(self._job.certificate(outputs=outputs))
 
     @contextmanager
     def _detaching(self) -> Generator[None, None, None]:

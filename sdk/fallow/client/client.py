@@ -20,9 +20,11 @@ from typing import Final, Unpack
 
 from fallow.bundle import InspectionReport
 from fallow.bundle_file import Bundle, bundle_file
+from fallow.checkpoint import Checkpoint
 from fallow.client.account import Balances, Statement, balances_from, lines_from
 from fallow.client.blobs import BlobTransfers, Upload
 from fallow.client.connection import CALL_TIMEOUT_S, Connection
+from fallow.client.evidence import follow_checkpoint
 from fallow.client.job import AsyncJob
 from fallow.client.kept import KeptColumns
 from fallow.client.quoting import FP32_FORM, agreed_options, best_quote, check_forms, size_bins
@@ -346,6 +348,13 @@ class AsyncClient:
             if not token:
                 break
         return found
+
+    async def checkpoint(self) -> Checkpoint:
+        """The coordinator's signed word on its journal now, which goes on from the one that was seen here last.
+
+        Raises EVIDENCE_WRONG when it does not: the coordinator shows another history than before.
+        """
+        return await follow_checkpoint(self._connection)
 
     async def balances(self) -> Balances:
         """What the account has now."""

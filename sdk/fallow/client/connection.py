@@ -11,15 +11,18 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 import grpc
 
+from fallow.blob_client import BlobClient
 from fallow.channel import blob_channel, control_channel
 from fallow.client.retry import PATIENCE_S, TRANSIENT_REASONS, Backoff, is_transient
 from fallow.credentials import Credentials
+from fallow.diagnosis import explain_blobs, explain_control
 from fallow.enrollment import renew
 from fallow.errors import FallowError, Reason
-from fallow.v1 import job_service_pb2_grpc, ledger_service_pb2_grpc
+from fallow.v1 import certificate_service_pb2_grpc, job_service_pb2_grpc, ledger_service_pb2_grpc
 from fallow.wire.errors import error_from_rpc
 
 if TYPE_CHECKING:
+    from fallow.v1.certificate_service_pb2_grpc import CertificateServiceAsyncStub
     from fallow.v1.job_service_pb2_grpc import JobServiceAsyncStub
     from fallow.v1.ledger_service_pb2_grpc import LedgerServiceAsyncStub
 
@@ -47,28 +50,37 @@ class Connection:
         """A secret of this client, from its key, for nonces that only it can foretell."""
         self._open()
 
-    @property
-    def blobs(self) -> grpc.aio.Channel:
-        """The channel to the blob service."""
-        return self._blobs
+    def blob_client(self) -> BlobClient:
+        """Transfers through the channel to the blob service that is open now."""
+        return BlobClient(self._blobs, explain=explain_blobs(self.credentials))
 
     @property
     def jobs(self) -> JobServiceAsyncStub:
         """The stub of the job service."""
         return self._jobs
 
+    @property
+    def certificates(self) -> CertificateServiceAsyncStub:
+        """The stub of the certificate service."""
+        return self._certificates
+
     async def call(self, make: Callable[[JobServiceAsyncStub], Awaitable[Answer]]) -> Answer:
         """The answer to a unary call that is safe to repeat; it is repeated while the coordinator is away.
 
         Raises what the coordinator answers, and COORDINATOR_UNREACHABLE when patience is over.
         """
-        return await self._repeated(lambda: make(self._jobs))
+        return await self.repeated(lambda: make(self._jobs))
 
     async def call_ledger(self, make: Callable[[LedgerServiceAsyncStub], Awaitable[Answer]]) -> Answer:
         """As `call`, for the ledger service."""
-        return await self._repeated(lambda: make(self._ledger))
+        return await self.repeated(lambda: make(self._ledger))
 
-    async def _repeated(self, make: Callable[[], Awaitable[Answer]]) -> Answer:
+    async def call_certificates(self, make: Callable[[CertificateServiceAsyncStub], Awaitable[Answer]]) -> Answer:
+        """As `call`, for the certificate service."""
+        return await self.repeated(lambda: make(self._certificates))
+
+    async def repeated(self, make: Callable[[], Awaitable[Answer]]) -> Answer:
+        """What `make` gives; it is made again while the coordinator is away. Raises what `call` raises."""
         backoff = self.backoff()
         while True:
             await self.keep_fresh()
@@ -108,6 +120,11 @@ class Connection:
         """Makes the failed call worth repeating, after a pause, or raises what the failure means."""
         error = error_from_rpc(failure)
         if is_transient(failure):
+            if error.reason is Reason.COORDINATOR_UNREACHABLE:
+                # Once for each absence: a proxy that opens TLS will do so for ever, and the words are better.
+                error = backoff.words = backoff.words or await explain_control(self.credentials)(error)
+                if error.reason not in TRANSIENT_REASONS:
+                    raise error
             await backoff.pause(error)
             await self._follow()
         else:
@@ -164,4 +181,7 @@ class Connection:
         self._blobs = blob_channel(self.credentials)
         self._jobs = job_service_pb2_grpc.JobServiceStub(self._control)
         self._ledger: LedgerServiceAsyncStub = ledger_service_pb2_grpc.LedgerServiceStub(self._control)
+        self._certificates: CertificateServiceAsyncStub = certificate_service_pb2_grpc.CertificateServiceStub(
+            self._control
+        )
         self._renew_at_ms = (self.credentials.not_before_ms + self.credentials.not_after_ms) / 2

@@ -18,9 +18,12 @@ from typing import Final, Literal, get_args
 
 import pyarrow as pa
 
+from fallow.certificate import Certificate, bundle_of, compose
+from fallow.certificate_check import authority_fingerprint, check_certificate
 from fallow.client.account import new_transfer_id
 from fallow.client.blobs import BlobTransfers
 from fallow.client.connection import CALL_TIMEOUT_S, Connection
+from fallow.client.evidence import fetch_evidence, follow_checkpoint, inline_outputs, manifest_of
 from fallow.client.kept import KeptColumns
 from fallow.client.resubmission import check_retryable, resubmission, rows_without_value
 from fallow.client.results import STATUS_FAILED, ResultDecoder, ResultRows, RowResult, final_spans
@@ -36,8 +39,20 @@ from fallow.client.tables import ResultFile, ResultTables, Saved
 from fallow.credits import parse_credits
 from fallow.errors import FallowError, Reason
 from fallow.explanation import JobExplanation
+from fallow.identity import load_certificate
 from fallow.ids import JobId
-from fallow.job import JOB_STATES_FINAL, JobProgress, JobState, JobStatus, RowSpan, TaskResult, WorkerShare
+from fallow.job import (
+    ACCEPTED,
+    JOB_STATES_FINAL,
+    PROVISIONAL,
+    VERIFIED,
+    JobProgress,
+    JobState,
+    JobStatus,
+    RowSpan,
+    TaskResult,
+    WorkerShare,
+)
 from fallow.v1 import job_service_pb2, ledger_service_pb2
 from fallow.wire.explanation import job_explanation_from_message
 from fallow.wire.job import shares_from_messages, status_from_message
@@ -117,6 +132,15 @@ class AsyncJob:
         """Ends the job; rows that are done stay readable. Cancelling a finished job changes nothing."""
         request = job_service_pb2.CancelJobRequest(job_id=self.id)
         answer = await self._connection.call(lambda jobs: jobs.CancelJob(request, timeout=CALL_TIMEOUT_S))
+        return self._seen(status_from_message(answer.job))
+
+    async def accept(self) -> JobStatus:
+        """Takes a verifying job's rows with the checks made by now: it succeeds. Raises JOB_UNFINISHED, FIELD_INVALID.
+
+        Accepting a finished job changes nothing.
+        """
+        request = job_service_pb2.AcceptJobRequest(job_id=self.id)
+        answer = await self._connection.call(lambda jobs: jobs.AcceptJob(request, timeout=CALL_TIMEOUT_S))
         return self._seen(status_from_message(answer.job))
 
     async def delete(self) -> JobStatus:
@@ -251,6 +275,23 @@ class AsyncJob:
                 file.abandon()
                 raise
 
+    async def certificate(self, *, outputs: bool = True) -> Certificate:
+        """What became of the job, with all that it takes to check it offline, checked once already.
+
+        With `outputs` it carries the rows that workers signed inline (up to 64 MiB), without which those signatures
+        can't be checked later. Raises JOB_UNFINISHED, JOB_DELETED, and EVIDENCE_WRONG when the coordinator's evidence
+        does not hold.
+        """
+        connection = self._connection
+        evidence = await fetch_evidence(connection, self.id)
+        blocks = await inline_outputs(connection, self.id) if outputs else {}
+        manifest = await manifest_of(connection, bundle_of(evidence))
+        certificate = await asyncio.to_thread(compose, evidence, manifest=manifest, outputs=blocks)
+        authority = load_certificate(connection.credentials.authority_pem)
+        checked = await asyncio.to_thread(check_certificate, certificate.facts, authority_fingerprint(authority))
+        await follow_checkpoint(connection, checked.checkpoint)
+        return certificate
+
     def _seen(self, status: JobStatus) -> JobStatus:
         self._last = status
         self._output_schema = self._output_schema or status.output_schema
@@ -298,7 +339,7 @@ class AsyncJob:
             if not partial:
                 self._check_end([entry.result for entry in arrived])
             tables = await self._tables()
-            results = [entry.result for entry in arrived]
+            results = [_final(entry.result, self._last) for entry in arrived]
             spans = [(span, results[index]) for span, index in final_spans(results)]
             self._shares = _shares_of(spans)
             yield tables, await stack.enter_async_context(aclosing(_batched(spans_in_order(spans, outputs), tables)))
@@ -328,6 +369,14 @@ class AsyncJob:
             # The mapping outlives the file's name.
             self._kept = KeptColumns(path)
         return self._kept
+
+
+def _final(result: TaskResult, last: JobStatus | None) -> TaskResult:
+    """A result as it stands at the end: one that came while its rows were being checked has been checked since."""
+    if result.status != PROVISIONAL or last is None or last.state is not JobState.SUCCEEDED:
+        return result
+    accepted = last.checks is not None and last.checks.accepted
+    return replace(result, status=ACCEPTED if accepted else VERIFIED)
 
 
 async def _batched(

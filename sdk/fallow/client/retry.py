@@ -42,6 +42,9 @@ def is_transient(failure: grpc.aio.AioRpcError) -> bool:
     return failure.code() in _TRANSIENT_STATUSES
 
 
+_JOBS_GO_ON: Final = "A job that was submitted goes on without this client"
+
+
 class Backoff:
     """Waits between attempts of one call; success starts it anew."""
 
@@ -52,26 +55,28 @@ class Backoff:
         self._delay_s = BACKOFF_S_MIN
         self.renewed = False
         """Whether the certificate was renewed on account of this call's failures."""
+        self.words: FallowError | None = None
+        """Why this call fails, as somebody found who looked."""
 
     def succeeded(self) -> None:
         """The call went through."""
         self._failing_since = None
         self._delay_s = BACKOFF_S_MIN
-        self.renewed = False
+        self.renewed, self.words = False, None
 
     async def pause(self, error: FallowError) -> None:
         """Waits a little on account of `error`, or raises it when patience is over."""
         now = asyncio.get_running_loop().time()
         if self._failing_since is None:
             self._failing_since = now
-            _log.warning("client.retrying reason=%s", error.reason.value)
+            _log.warning("client.retrying reason=%s %s", error.reason.value, error)
         if now - self._failing_since >= self._patience_s:
             raise FallowError(
                 error.reason,
                 f"gave up after {self._patience_s:g} s: {error.message}",
                 field=error.field,
                 limit=error.limit,
-                hint=error.hint or "is the coordinator running? A job that was submitted goes on without this client",
+                hint=f"{error.hint or 'is the coordinator running?'} {_JOBS_GO_ON}",
             ) from None
         # Half of the delay is chance, so that clients that lost the same coordinator do not come back together.
         await asyncio.sleep(self._delay_s * random.uniform(0.5, 1.0))  # noqa: S311 (no secret)

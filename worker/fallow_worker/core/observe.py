@@ -264,7 +264,7 @@ def _refused(world: World, refused: Refused, now_ms: int) -> World:
     if held is None:
         return world
     if refused.reason in _WORTH_SAYING_AGAIN:
-        if isinstance(held.phase, Telling):
+        if isinstance(held.phase, Telling | GivenUp):
             return _with_phase(world, held, replace(held.phase, said_at_ms=now_ms))
         return world
     return _unwanted(world, held)
@@ -359,6 +359,8 @@ def _upload_failed(world: World, happening: UploadFailed, now_ms: int) -> World:
     attempts = phase.attempts + 1
     if happening.trouble is FetchTrouble.GIVE_UP or attempts >= limits.UPLOAD_ATTEMPTS_MAX:
         failed = TaskFailed(held.lease_id, held.fence, Cause.PLATFORM, happening.reason)
+        # The word may have to wait for its answer; the output need not.
+        world = replace(world, forgotten=(*world.forgotten, held.lease_id))
         return _troubled(_with_phase(world, held, GivenUp(failed)), happening, now_ms)
     if happening.trouble is FetchTrouble.GRANT_EXPIRED:
         # Repeating a commitment word for word is harmless, and is answered with a fresh grant.

@@ -18,7 +18,6 @@ from fallow.session import (
     Draining,
     GrantsWanted,
     LeaseReturned,
-    TaskFailed,
     TaskKind,
 )
 from fallow_worker.core import limits
@@ -138,13 +137,13 @@ def _words(world: World, now_ms: int) -> Iterator[Action]:
     session_id = world.session.session_id
     for held in world.leases.values():
         match held.phase:
-            case GivenUp(message=message):
-                yield Say(message)
-                yield Forget(held.lease_id)
             case AwaitingGrants(said_in=said_in, said_at_ms=said_at_ms):
                 if said_in != session_id or now_ms >= said_at_ms + limits.ANSWER_WAIT_MS:
                     yield Say(GrantsWanted(held.lease_id, held.fence))
-            case Telling(message=message, said_in=said_in, said_at_ms=said_at_ms, times=times):
+            case (
+                Telling(message=message, said_in=said_in, said_at_ms=said_at_ms, times=times)
+                | GivenUp(message=message, said_in=said_in, said_at_ms=said_at_ms, times=times)
+            ):
                 if said_in != session_id:
                     yield Say(message)
                 elif now_ms >= said_at_ms + limits.ANSWER_WAIT_MS:
@@ -269,8 +268,6 @@ def _said(world: World, action: Say, now_ms: int) -> World:
     session = world.session
     assert isinstance(session, Online), "words need an open session"
     match action.message:
-        case TaskFailed() | LeaseReturned():
-            return world
         case GrantsWanted(lease_id=lease_id):
             phase = world.leases[lease_id].phase
             assert isinstance(phase, AwaitingGrants), "grants are wanted once"
@@ -286,7 +283,7 @@ def _said(world: World, action: Say, now_ms: int) -> World:
             return replace(world, session=replace(session, draining_said=True, window_said=0))
         case message:
             phase = world.leases[message.lease_id].phase
-            assert isinstance(phase, Telling), "only what waits for an answer is told"
+            assert isinstance(phase, Telling | GivenUp), "only what waits for an answer is told"
             times = phase.times + 1 if phase.said_in == session.session_id else 1
             told = replace(phase, said_in=session.session_id, said_at_ms=now_ms, times=times)
             return _with_phase(world, message.lease_id, told)
@@ -345,7 +342,9 @@ def _moments(world: World, now_ms: int) -> Iterator[int]:
         match held.phase:
             case Granted(retry_at_ms=retry_at_ms) | UploadWaiting(retry_at_ms=retry_at_ms):
                 yield retry_at_ms
-            case AwaitingGrants(said_at_ms=said_at_ms) | Telling(said_at_ms=said_at_ms):
+            case (
+                AwaitingGrants(said_at_ms=said_at_ms) | Telling(said_at_ms=said_at_ms) | GivenUp(said_at_ms=said_at_ms)
+            ):
                 yield said_at_ms + limits.ANSWER_WAIT_MS
             case _:
                 pass

@@ -155,9 +155,15 @@ class UploadWaiting:
 
 @dataclass(frozen=True, slots=True)
 class GivenUp:
-    """It could not be done here; `message` is said as soon as a session is open, then the lease is forgotten."""
+    """It could not be done here; `message` is said until it is answered, in one session after the other.
+
+    Said in session `said_in` (None: not yet in any), `times` times there. The answer is that the lease is over.
+    """
 
     message: TaskFailed | LeaseReturned
+    said_in: SessionId | None = None
+    said_at_ms: int = 0
+    times: int = 0
 
 
 Phase = (

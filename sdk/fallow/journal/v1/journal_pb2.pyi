@@ -224,6 +224,7 @@ class Event(_message.Message):
     WORKER_WARMED_FIELD_NUMBER: _builtins.int
     ACCOUNT_ADMITTED_FIELD_NUMBER: _builtins.int
     ACCOUNT_EXPELLED_FIELD_NUMBER: _builtins.int
+    INSPECTION_ROWS_GIVEN_FIELD_NUMBER: _builtins.int
     BUNDLE_CLEARED_FIELD_NUMBER: _builtins.int
     BUNDLE_RELEASED_FIELD_NUMBER: _builtins.int
     POOL_MODE_CHANGED_FIELD_NUMBER: _builtins.int
@@ -335,6 +336,8 @@ class Event(_message.Message):
     @_builtins.property
     def account_expelled(self) -> Global___AccountExpelled: ...
     @_builtins.property
+    def inspection_rows_given(self) -> Global___InspectionRowsGiven: ...
+    @_builtins.property
     def bundle_cleared(self) -> Global___BundleCleared: ...
     @_builtins.property
     def bundle_released(self) -> Global___BundleReleased: ...
@@ -440,6 +443,7 @@ class Event(_message.Message):
         worker_warmed: Global___WorkerWarmed | None = ...,
         account_admitted: Global___AccountAdmitted | None = ...,
         account_expelled: Global___AccountExpelled | None = ...,
+        inspection_rows_given: Global___InspectionRowsGiven | None = ...,
         bundle_cleared: Global___BundleCleared | None = ...,
         bundle_released: Global___BundleReleased | None = ...,
         pool_mode_changed: Global___PoolModeChanged | None = ...,
@@ -473,11 +477,11 @@ class Event(_message.Message):
         audit_given_up: Global___AuditGivenUp | None = ...,
         deviations_learned: Global___DeviationsLearned | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["account_admitted", b"account_admitted", "account_created", b"account_created", "account_expelled", b"account_expelled", "allotment_renewed", b"allotment_renewed", "allotment_set", b"allotment_set", "assurance_accepted", b"assurance_accepted", "audit_compared", b"audit_compared", "audit_given_up", b"audit_given_up", "audits_drawn", b"audits_drawn", "blob_quota_set", b"blob_quota_set", "blob_recorded", b"blob_recorded", "blobs_forgotten", b"blobs_forgotten", "bundle_cleared", b"bundle_cleared", "bundle_cost_learned", b"bundle_cost_learned", "bundle_crashed", b"bundle_crashed", "bundle_held", b"bundle_held", "bundle_inspected", b"bundle_inspected", "bundle_registered", b"bundle_registered", "bundle_released", b"bundle_released", "capability_reported", b"capability_reported", "carbon_planned", b"carbon_planned", "certificate_issued", b"certificate_issued", "challenge_answered", b"challenge_answered", "challenge_ended", b"challenge_ended", "challenge_issued", b"challenge_issued", "commitment_recorded", b"commitment_recorded", "credits_granted", b"credits_granted", "credits_released", b"credits_released", "deviations_learned", b"deviations_learned", "device_certificate_ended", b"device_certificate_ended", "device_measured", b"device_measured", "draw_secret_set", b"draw_secret_set", "evidence_released", b"evidence_released", "forecasts_recorded", b"forecasts_recorded", "job_archived", b"job_archived", "job_deferred", b"job_deferred", "job_deleted", b"job_deleted", "job_funded", b"job_funded", "job_resumed", b"job_resumed", "job_state_changed", b"job_state_changed", "job_submitted", b"job_submitted", "journal_started", b"journal_started", "kind", b"kind", "late_lease_settled", b"late_lease_settled", "lease_ended", b"lease_ended", "lease_granted", b"lease_granted", "pack_requested", b"pack_requested", "packing_failed", b"packing_failed", "party_enrolled", b"party_enrolled", "party_revoked", b"party_revoked", "pay_voided", b"pay_voided", "pool_created", b"pool_created", "pool_mode_changed", b"pool_mode_changed", "referee_reported", b"referee_reported", "restarted", b"restarted", "rows_corrected", b"rows_corrected", "session_closed", b"session_closed", "session_opened", b"session_opened", "task_abandoned", b"task_abandoned", "task_created", b"task_created", "task_dropped", b"task_dropped", "task_input_packed", b"task_input_packed", "task_settled", b"task_settled", "token_issued", b"token_issued", "token_revoked", b"token_revoked", "verdict_reached", b"verdict_reached", "worker_distrusted", b"worker_distrusted", "worker_quarantined", b"worker_quarantined", "worker_released", b"worker_released", "worker_struck", b"worker_struck", "worker_trusted", b"worker_trusted", "worker_warmed", b"worker_warmed"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["account_admitted", b"account_admitted", "account_created", b"account_created", "account_expelled", b"account_expelled", "allotment_renewed", b"allotment_renewed", "allotment_set", b"allotment_set", "assurance_accepted", b"assurance_accepted", "audit_compared", b"audit_compared", "audit_given_up", b"audit_given_up", "audits_drawn", b"audits_drawn", "blob_quota_set", b"blob_quota_set", "blob_recorded", b"blob_recorded", "blobs_forgotten", b"blobs_forgotten", "bundle_cleared", b"bundle_cleared", "bundle_cost_learned", b"bundle_cost_learned", "bundle_crashed", b"bundle_crashed", "bundle_held", b"bundle_held", "bundle_inspected", b"bundle_inspected", "bundle_registered", b"bundle_registered", "bundle_released", b"bundle_released", "capability_reported", b"capability_reported", "carbon_planned", b"carbon_planned", "certificate_issued", b"certificate_issued", "challenge_answered", b"challenge_answered", "challenge_ended", b"challenge_ended", "challenge_issued", b"challenge_issued", "commitment_recorded", b"commitment_recorded", "credits_granted", b"credits_granted", "credits_released", b"credits_released", "deviations_learned", b"deviations_learned", "device_certificate_ended", b"device_certificate_ended", "device_measured", b"device_measured", "draw_secret_set", b"draw_secret_set", "evidence_released", b"evidence_released", "forecasts_recorded", b"forecasts_recorded", "inspection_rows_given", b"inspection_rows_given", "job_archived", b"job_archived", "job_deferred", b"job_deferred", "job_deleted", b"job_deleted", "job_funded", b"job_funded", "job_resumed", b"job_resumed", "job_state_changed", b"job_state_changed", "job_submitted", b"job_submitted", "journal_started", b"journal_started", "kind", b"kind", "late_lease_settled", b"late_lease_settled", "lease_ended", b"lease_ended", "lease_granted", b"lease_granted", "pack_requested", b"pack_requested", "packing_failed", b"packing_failed", "party_enrolled", b"party_enrolled", "party_revoked", b"party_revoked", "pay_voided", b"pay_voided", "pool_created", b"pool_created", "pool_mode_changed", b"pool_mode_changed", "referee_reported", b"referee_reported", "restarted", b"restarted", "rows_corrected", b"rows_corrected", "session_closed", b"session_closed", "session_opened", b"session_opened", "task_abandoned", b"task_abandoned", "task_created", b"task_created", "task_dropped", b"task_dropped", "task_input_packed", b"task_input_packed", "task_settled", b"task_settled", "token_issued", b"token_issued", "token_revoked", b"token_revoked", "verdict_reached", b"verdict_reached", "worker_distrusted", b"worker_distrusted", "worker_quarantined", b"worker_quarantined", "worker_released", b"worker_released", "worker_struck", b"worker_struck", "worker_trusted", b"worker_trusted", "worker_warmed", b"worker_warmed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_admitted", b"account_admitted", "account_created", b"account_created", "account_expelled", b"account_expelled", "allotment_renewed", b"allotment_renewed", "allotment_set", b"allotment_set", "assurance_accepted", b"assurance_accepted", "audit_compared", b"audit_compared", "audit_given_up", b"audit_given_up", "audits_drawn", b"audits_drawn", "blob_quota_set", b"blob_quota_set", "blob_recorded", b"blob_recorded", "blobs_forgotten", b"blobs_forgotten", "bundle_cleared", b"bundle_cleared", "bundle_cost_learned", b"bundle_cost_learned", "bundle_crashed", b"bundle_crashed", "bundle_held", b"bundle_held", "bundle_inspected", b"bundle_inspected", "bundle_registered", b"bundle_registered", "bundle_released", b"bundle_released", "capability_reported", b"capability_reported", "carbon_planned", b"carbon_planned", "certificate_issued", b"certificate_issued", "challenge_answered", b"challenge_answered", "challenge_ended", b"challenge_ended", "challenge_issued", b"challenge_issued", "commitment_recorded", b"commitment_recorded", "credits_granted", b"credits_granted", "credits_released", b"credits_released", "deviations_learned", b"deviations_learned", "device_certificate_ended", b"device_certificate_ended", "device_measured", b"device_measured", "draw_secret_set", b"draw_secret_set", "evidence_released", b"evidence_released", "forecasts_recorded", b"forecasts_recorded", "job_archived", b"job_archived", "job_deferred", b"job_deferred", "job_deleted", b"job_deleted", "job_funded", b"job_funded", "job_resumed", b"job_resumed", "job_state_changed", b"job_state_changed", "job_submitted", b"job_submitted", "journal_started", b"journal_started", "kind", b"kind", "late_lease_settled", b"late_lease_settled", "lease_ended", b"lease_ended", "lease_granted", b"lease_granted", "pack_requested", b"pack_requested", "packing_failed", b"packing_failed", "party_enrolled", b"party_enrolled", "party_revoked", b"party_revoked", "pay_voided", b"pay_voided", "pool_created", b"pool_created", "pool_mode_changed", b"pool_mode_changed", "referee_reported", b"referee_reported", "restarted", b"restarted", "rows_corrected", b"rows_corrected", "session_closed", b"session_closed", "session_opened", b"session_opened", "task_abandoned", b"task_abandoned", "task_created", b"task_created", "task_dropped", b"task_dropped", "task_input_packed", b"task_input_packed", "task_settled", b"task_settled", "token_issued", b"token_issued", "token_revoked", b"token_revoked", "verdict_reached", b"verdict_reached", "worker_distrusted", b"worker_distrusted", "worker_quarantined", b"worker_quarantined", "worker_released", b"worker_released", "worker_struck", b"worker_struck", "worker_trusted", b"worker_trusted", "worker_warmed", b"worker_warmed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_admitted", b"account_admitted", "account_created", b"account_created", "account_expelled", b"account_expelled", "allotment_renewed", b"allotment_renewed", "allotment_set", b"allotment_set", "assurance_accepted", b"assurance_accepted", "audit_compared", b"audit_compared", "audit_given_up", b"audit_given_up", "audits_drawn", b"audits_drawn", "blob_quota_set", b"blob_quota_set", "blob_recorded", b"blob_recorded", "blobs_forgotten", b"blobs_forgotten", "bundle_cleared", b"bundle_cleared", "bundle_cost_learned", b"bundle_cost_learned", "bundle_crashed", b"bundle_crashed", "bundle_held", b"bundle_held", "bundle_inspected", b"bundle_inspected", "bundle_registered", b"bundle_registered", "bundle_released", b"bundle_released", "capability_reported", b"capability_reported", "carbon_planned", b"carbon_planned", "certificate_issued", b"certificate_issued", "challenge_answered", b"challenge_answered", "challenge_ended", b"challenge_ended", "challenge_issued", b"challenge_issued", "commitment_recorded", b"commitment_recorded", "credits_granted", b"credits_granted", "credits_released", b"credits_released", "deviations_learned", b"deviations_learned", "device_certificate_ended", b"device_certificate_ended", "device_measured", b"device_measured", "draw_secret_set", b"draw_secret_set", "evidence_released", b"evidence_released", "forecasts_recorded", b"forecasts_recorded", "inspection_rows_given", b"inspection_rows_given", "job_archived", b"job_archived", "job_deferred", b"job_deferred", "job_deleted", b"job_deleted", "job_funded", b"job_funded", "job_resumed", b"job_resumed", "job_state_changed", b"job_state_changed", "job_submitted", b"job_submitted", "journal_started", b"journal_started", "kind", b"kind", "late_lease_settled", b"late_lease_settled", "lease_ended", b"lease_ended", "lease_granted", b"lease_granted", "pack_requested", b"pack_requested", "packing_failed", b"packing_failed", "party_enrolled", b"party_enrolled", "party_revoked", b"party_revoked", "pay_voided", b"pay_voided", "pool_created", b"pool_created", "pool_mode_changed", b"pool_mode_changed", "referee_reported", b"referee_reported", "restarted", b"restarted", "rows_corrected", b"rows_corrected", "session_closed", b"session_closed", "session_opened", b"session_opened", "task_abandoned", b"task_abandoned", "task_created", b"task_created", "task_dropped", b"task_dropped", "task_input_packed", b"task_input_packed", "task_settled", b"task_settled", "token_issued", b"token_issued", "token_revoked", b"token_revoked", "verdict_reached", b"verdict_reached", "worker_distrusted", b"worker_distrusted", "worker_quarantined", b"worker_quarantined", "worker_released", b"worker_released", "worker_struck", b"worker_struck", "worker_trusted", b"worker_trusted", "worker_warmed", b"worker_warmed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["task_created", "pack_requested", "task_input_packed", "lease_granted", "lease_ended", "commitment_recorded", "task_settled", "task_abandoned", "task_dropped", "job_submitted", "job_state_changed", "job_archived", "blob_recorded", "packing_failed", "session_opened", "session_closed", "capability_reported", "journal_started", "restarted", "account_created", "pool_created", "token_issued", "token_revoked", "party_enrolled", "certificate_issued", "party_revoked", "worker_quarantined", "worker_released", "bundle_registered", "bundle_inspected", "bundle_held", "bundle_crashed", "job_deleted", "blobs_forgotten", "blob_quota_set", "worker_struck", "worker_warmed", "account_admitted", "account_expelled", "bundle_cleared", "bundle_released", "pool_mode_changed", "credits_granted", "credits_released", "allotment_set", "allotment_renewed", "job_funded", "challenge_issued", "challenge_answered", "device_measured", "device_certificate_ended", "challenge_ended", "forecasts_recorded", "carbon_planned", "job_deferred", "job_resumed", "bundle_cost_learned", "late_lease_settled", "draw_secret_set", "audits_drawn", "audit_compared", "referee_reported", "verdict_reached", "rows_corrected", "evidence_released", "pay_voided", "worker_distrusted", "worker_trusted", "assurance_accepted", "audit_given_up", "deviations_learned"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["task_created", "pack_requested", "task_input_packed", "lease_granted", "lease_ended", "commitment_recorded", "task_settled", "task_abandoned", "task_dropped", "job_submitted", "job_state_changed", "job_archived", "blob_recorded", "packing_failed", "session_opened", "session_closed", "capability_reported", "journal_started", "restarted", "account_created", "pool_created", "token_issued", "token_revoked", "party_enrolled", "certificate_issued", "party_revoked", "worker_quarantined", "worker_released", "bundle_registered", "bundle_inspected", "bundle_held", "bundle_crashed", "job_deleted", "blobs_forgotten", "blob_quota_set", "worker_struck", "worker_warmed", "account_admitted", "account_expelled", "inspection_rows_given", "bundle_cleared", "bundle_released", "pool_mode_changed", "credits_granted", "credits_released", "allotment_set", "allotment_renewed", "job_funded", "challenge_issued", "challenge_answered", "device_measured", "device_certificate_ended", "challenge_ended", "forecasts_recorded", "carbon_planned", "job_deferred", "job_resumed", "bundle_cost_learned", "late_lease_settled", "draw_secret_set", "audits_drawn", "audit_compared", "referee_reported", "verdict_reached", "rows_corrected", "evidence_released", "pay_voided", "worker_distrusted", "worker_trusted", "assurance_accepted", "audit_given_up", "deviations_learned"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -715,6 +719,37 @@ class BundleCleared(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___BundleCleared: _TypeAlias = BundleCleared  # noqa: Y015
+
+@_typing.final
+class InspectionRowsGiven(_message.Message):
+    """The inspection that claims of a crash brought about also runs the rows of the lease that the last claim was about."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TASK_ID_FIELD_NUMBER: _builtins.int
+    INPUT_FIELD_NUMBER: _builtins.int
+    INLINE_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    task_id: _builtins.str
+    inline: _builtins.bool
+    rows: _builtins.int
+    @_builtins.property
+    def input(self) -> _blob_pb2.BlobReference: ...
+    def __init__(
+        self,
+        *,
+        task_id: _builtins.str = ...,
+        input: _blob_pb2.BlobReference | None = ...,
+        inline: _builtins.bool = ...,
+        rows: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["inline", b"inline", "input", b"input", "rows", b"rows", "task_id", b"task_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___InspectionRowsGiven: _TypeAlias = InspectionRowsGiven  # noqa: Y015
 
 @_typing.final
 class BundleReleased(_message.Message):
@@ -1558,6 +1593,7 @@ class TaskInputPacked(_message.Message):
     INPUT_FIELD_NUMBER: _builtins.int
     INLINE_FIELD_NUMBER: _builtins.int
     CANDIDATES_FIELD_NUMBER: _builtins.int
+    EXECUTION_CLASSES_FIELD_NUMBER: _builtins.int
     task_id: _builtins.str
     pack_number: _builtins.int
     inline: _builtins.bool
@@ -1567,6 +1603,10 @@ class TaskInputPacked(_message.Message):
     def candidates(self) -> _containers.RepeatedCompositeFieldContainer[Global___PackedCandidate]:
         """Of a referee's task: the rows to put beside its own."""
 
+    @_builtins.property
+    def execution_classes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Of a referee's task: the classes that candidates name by number."""
+
     def __init__(
         self,
         *,
@@ -1575,10 +1615,11 @@ class TaskInputPacked(_message.Message):
         input: _blob_pb2.BlobReference | None = ...,
         inline: _builtins.bool = ...,
         candidates: _abc.Iterable[Global___PackedCandidate] | None = ...,
+        execution_classes: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["candidates", b"candidates", "inline", b"inline", "input", b"input", "pack_number", b"pack_number", "task_id", b"task_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["candidates", b"candidates", "execution_classes", b"execution_classes", "inline", b"inline", "input", b"input", "pack_number", b"pack_number", "task_id", b"task_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1592,18 +1633,30 @@ class PackedCandidate(_message.Message):
 
     BLOCK_FIELD_NUMBER: _builtins.int
     INLINE_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    CLASS_NUMBERS_FIELD_NUMBER: _builtins.int
     inline: _builtins.bool
     @_builtins.property
     def block(self) -> _blob_pb2.BlobReference: ...
+    @_builtins.property
+    def rows(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Rows of the task that the block's rows answer, rising."""
+
+    @_builtins.property
+    def class_numbers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The execution class of each."""
+
     def __init__(
         self,
         *,
         block: _blob_pb2.BlobReference | None = ...,
         inline: _builtins.bool = ...,
+        rows: _abc.Iterable[_builtins.int] | None = ...,
+        class_numbers: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["block", b"block"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block", b"block", "inline", b"inline"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block", b"block", "class_numbers", b"class_numbers", "inline", b"inline", "rows", b"rows"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -2608,6 +2661,8 @@ class AuditsDrawn(_message.Message):
     DRAWN_FIELD_NUMBER: _builtins.int
     REFEREED_FIELD_NUMBER: _builtins.int
     TRUST_FIELD_NUMBER: _builtins.int
+    MICROCREDITS_FIELD_NUMBER: _builtins.int
+    FURTHER_ROWS_FIELD_NUMBER: _builtins.int
     lease_id: _builtins.str
     job_id: _builtins.str
     worker_id: _builtins.str
@@ -2618,6 +2673,10 @@ class AuditsDrawn(_message.Message):
     execution_class: _builtins.str
     rate_ppm: _builtins.int
     trust: Global___Trust.ValueType
+    microcredits: _builtins.int
+    """The lease's pay, where it waits for the checks."""
+    further_rows: _builtins.int
+    """It is released once so many checked rows of the worker's later leases of the job stand, and all drawn of its own."""
     @_builtins.property
     def drawn(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Rows of the block, rising; in a later event those that are new."""
@@ -2639,10 +2698,12 @@ class AuditsDrawn(_message.Message):
         drawn: _abc.Iterable[_builtins.int] | None = ...,
         refereed: _abc.Iterable[_builtins.int] | None = ...,
         trust: Global___Trust.ValueType = ...,
+        microcredits: _builtins.int = ...,
+        further_rows: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cursor", b"cursor", "drawn", b"drawn", "execution_class", b"execution_class", "job_id", b"job_id", "lease_id", b"lease_id", "rate_ppm", b"rate_ppm", "refereed", b"refereed", "rows", b"rows", "trust", b"trust", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cursor", b"cursor", "drawn", b"drawn", "execution_class", b"execution_class", "further_rows", b"further_rows", "job_id", b"job_id", "lease_id", b"lease_id", "microcredits", b"microcredits", "rate_ppm", b"rate_ppm", "refereed", b"refereed", "rows", b"rows", "trust", b"trust", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -2688,26 +2749,27 @@ Global___AuditCompared: _TypeAlias = AuditCompared  # noqa: Y015
 
 @_typing.final
 class AuditGivenUp(_message.Message):
-    """Nobody could audit the task's rows: a referee checks them."""
+    """Nobody can audit these rows: a referee checks them."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    TASK_ID_FIELD_NUMBER: _builtins.int
     JOB_ID_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
-    task_id: _builtins.str
     job_id: _builtins.str
     reason: _builtins.str
+    @_builtins.property
+    def rows(self) -> _containers.RepeatedCompositeFieldContainer[Global___EvidenceRow]: ...
     def __init__(
         self,
         *,
-        task_id: _builtins.str = ...,
         job_id: _builtins.str = ...,
+        rows: _abc.Iterable[Global___EvidenceRow] | None = ...,
         reason: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id", "reason", b"reason", "task_id", b"task_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id", "reason", b"reason", "rows", b"rows"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
