@@ -159,6 +159,7 @@ class Coordinator:
             store=self._store,
             sink=EffectSinks(self._outbox, self._collector),
             packer=self._packer,
+            single_rows=self._packer,
             views=self._views,
             snapshots=JournalSnapshots(folder.journal),
             settings=EngineSettings(measuring=options.measuring),
@@ -407,7 +408,7 @@ class Coordinator:
             "--executor",
             "process",
             "--task-kinds",
-            "inspect,check",
+            "inspect,check,referee",
         )
         log = self._folder.logs / "operator-worker.log"
         self._children.start(ChildCommand("operator-worker", "fallow_worker", arguments, log))

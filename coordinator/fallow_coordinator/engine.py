@@ -24,12 +24,22 @@ from fallow.session import BlobReference
 from fallow_coordinator.config import EXIT_BROKEN, EXIT_STORAGE_FAILED, EXIT_WRITER_FENCED, EngineSettings
 from fallow_coordinator.core import events as ev
 from fallow_coordinator.core.answers import Decision
-from fallow_coordinator.core.commands import ArchiveJobs, Command, PackFailed, Restart, TaskPacked, Tick
-from fallow_coordinator.core.effects import Effect, PackTask
+from fallow_coordinator.core.commands import (
+    ArchiveJobs,
+    Command,
+    ComparisonFailed,
+    PackFailed,
+    RecordComparison,
+    Restart,
+    TaskPacked,
+    Tick,
+)
+from fallow_coordinator.core.effects import CompareRows, Effect, PackTask
 from fallow_coordinator.core.evolve import evolve
-from fallow_coordinator.core.invariants import InvariantError, check_ledger
+from fallow_coordinator.core.invariants import check_ledger
 from fallow_coordinator.core.ledger import LedgerError
-from fallow_coordinator.core.questions import PackPlan, live_payloads, pack_plan
+from fallow_coordinator.core.questions import ComparePlan, PackPlan, compare_plan, live_payloads, pack_plan
+from fallow_coordinator.core.sound import InvariantError
 from fallow_coordinator.core.state import State
 from fallow_coordinator.core.turn import Turn, take_turn
 from fallow_coordinator.inline_packing import InlinePacker
@@ -39,18 +49,23 @@ from fallow_coordinator.ports import (
     EffectSink,
     LedgerUnsound,
     Packer,
+    SingleRows,
     Snapshots,
     StorageFailed,
     Store,
     Views,
     WriterFenced,
 )
+from fallow_coordinator.row_work import RowWork
 
 logger = logging.getLogger(__name__)
 
 ENTROPY_BYTES = 32
 ENTROPY_POOL_BYTES = 16 * 1024
 """Drawn from the system at once: a system call for each decision would cost more than the bytes."""
+COMPARISON_WAIT_S_MIN = 0.5
+COMPARISON_WAIT_S_MAX = 30.0
+"""Wait before the blob service is asked again to compare rows: doubles between these two."""
 _NO_PAYLOADS: Mapping[Digest, bytes] = {}
 _PACKING_HOPELESS = frozenset(
     {
@@ -112,8 +127,8 @@ class _Batch:
     events: list[tuple[int, ev.Event]] = field(default_factory=list[tuple[int, ev.Event]])
     payloads: dict[Digest, bytes] = field(default_factory=dict[Digest, bytes])
     effects: list[Effect] = field(default_factory=list[Effect])
-    plans: list[PackPlan] = field(default_factory=list[PackPlan])
-    """For the packer."""
+    plans: list[PackPlan | ComparePlan] = field(default_factory=list[PackPlan | ComparePlan])
+    """For the blob service."""
     answers: list[tuple[asyncio.Future[Decision], Decision | FallowError]] = field(
         default_factory=list[tuple[asyncio.Future[Decision], Decision | FallowError]]
     )
@@ -166,6 +181,7 @@ class Engine:
         store: Store,
         sink: EffectSink,
         packer: Packer,
+        single_rows: SingleRows | None = None,
         views: Views | None = None,
         snapshots: Snapshots | None = None,
         clock: Callable[[], int] = wall_clock_ms,
@@ -191,7 +207,8 @@ class Engine:
         self._idle.set()
         self._stopping = False
         self._tasks: list[asyncio.Task[None]] = []
-        self._packs: asyncio.Queue[PackPlan] = asyncio.Queue()
+        self._row_work = RowWork(single_rows)
+        self._packs: asyncio.Queue[PackPlan | ComparePlan] = asyncio.Queue()
         self._named: set[Digest] | None = None
         """Payloads that events named since a round of collecting began; None between rounds."""
         self._cache = PayloadCache(self._settings.payload_cache_bytes_max)
@@ -413,6 +430,8 @@ class Engine:
             effect = follow_ups.popleft()
             if isinstance(effect, PackTask):
                 self._start_pack(effect, batch, follow_ups)
+            elif isinstance(effect, CompareRows):
+                self._start_comparison(effect, batch, follow_ups)
             else:
                 batch.effects.append(effect)
 
@@ -494,45 +513,112 @@ class Engine:
         command: Command
         payloads = _NO_PAYLOADS
         try:
-            block = self._inline_packer.pack(
-                plan, lambda digest: batch.payloads.get(digest) or self.payload(digest), self._entropy(NONCE_BYTES)
-            )
+            command, payloads = self._packed_inline(plan, self._payloads_of(batch))
         except FallowError as error:
             command = PackFailed(plan.task_id, plan.pack_number, str(error), retryable=False)
         else:
-            digest = digest_of(block)
-            command = TaskPacked(plan.task_id, plan.pack_number, BlobReference(digest, len(block)), inline=True)
-            payloads = {digest: block}
             self._counters.packs_inline += 1
+        self._follow(command, payloads, batch, follow_ups)
+
+    def _start_comparison(self, effect: CompareRows, batch: _Batch, follow_ups: deque[Effect]) -> None:
+        """Compares inline rows at once, in the same batch; leaves the others to the blob service."""
+        plan = compare_plan(self._state, effect.job_id, effect.task_id)
+        if plan is None:
+            return
+        if not plan.inline:
+            batch.plans.append(plan)
+            return
+        command: Command
+        try:
+            equal = self._row_work.compared_inline(plan, self._payloads_of(batch))
+            command = RecordComparison(plan.job_id, plan.task_id, equal)
+        except FallowError as error:
+            command = ComparisonFailed(plan.job_id, plan.task_id, str(error))
+        self._follow(command, _NO_PAYLOADS, batch, follow_ups)
+
+    def _follow(
+        self, command: Command, payloads: Mapping[Digest, bytes], batch: _Batch, follow_ups: deque[Effect]
+    ) -> None:
+        """Takes the turn of a command that another one brought about, in the same batch."""
         outcome = self._turn(command, payloads, batch)
         if isinstance(outcome, FallowError):
             logger.warning("engine.refused command=%s error=%s", type(command).__name__, outcome)
         else:
             follow_ups.extend(outcome.effects)
 
+    def _payloads_of(self, batch: _Batch) -> Callable[[Digest], bytes | None]:
+        """Inline payloads, those of the batch among them."""
+        return lambda digest: batch.payloads.get(digest) or self.payload(digest)
+
+    def _packed_inline(
+        self, plan: PackPlan, payload: Callable[[Digest], bytes | None]
+    ) -> tuple[Command, Mapping[Digest, bytes]]:
+        block = self._inline_packer.pack(plan, payload, self._entropy(NONCE_BYTES))
+        candidates, payloads = self._row_work.packed_inline(plan.candidates, payload, self._nonce)
+        digest = digest_of(block)
+        packed = BlobReference(digest, len(block))
+        command = TaskPacked(
+            plan.task_id, plan.pack_number, packed, True, candidates, plan.execution_classes if candidates else ()
+        )
+        return command, {digest: block, **payloads}
+
+    def _nonce(self) -> bytes:
+        return self._entropy(NONCE_BYTES)
+
     async def _pack(self) -> None:
         """One of a few that call the packer."""
         while True:
             plan = await self._packs.get()
-            self._enqueue(_Waiting(await self._packed(plan), _NO_PAYLOADS, None))
+            if isinstance(plan, PackPlan):
+                command, payloads = await self._packed(plan)
+            else:
+                command, payloads = await self._compared(plan), _NO_PAYLOADS
+            self._enqueue(_Waiting(command, payloads, None))
 
-    async def _packed(self, plan: PackPlan) -> Command:
+    async def _packed(self, plan: PackPlan) -> tuple[Command, Mapping[Digest, bytes]]:
         self._counters.packs_called += 1
+        payloads: Mapping[Digest, bytes] = _NO_PAYLOADS
         try:
-            digest, length_bytes = await self._packer.pack(
-                sources=[(source.digest, source.length_bytes) for source in plan.sources],
-                spans=plan.spans,
-                nonce=self._entropy(NONCE_BYTES),
-            )
+            if plan.rows_inline:
+                block = self._inline_packer.pack(plan, self.payload, self._nonce())
+                packed = BlobReference(digest_of(block), len(block))
+                payloads = {packed.digest: block}
+            else:
+                digest, length_bytes = await self._packer.pack(
+                    sources=[(source.digest, source.length_bytes) for source in plan.sources],
+                    spans=plan.spans,
+                    nonce=self._nonce(),
+                )
+                packed = BlobReference(digest, length_bytes)
+            candidates = await self._row_work.packed(plan.candidates, self.payload, self._nonce)
         except FallowError as error:
             logger.warning("engine.pack_failed task=%s reason=%s error=%s", plan.task_id, error.reason, error)
-            return PackFailed(
-                plan.task_id, plan.pack_number, str(error), retryable=error.reason not in _PACKING_HOPELESS
-            )
+            retryable = error.reason not in _PACKING_HOPELESS
+            return PackFailed(plan.task_id, plan.pack_number, str(error), retryable=retryable), _NO_PAYLOADS
         except Exception as error:
             logger.exception("engine.pack_broken task=%s", plan.task_id)
-            return PackFailed(plan.task_id, plan.pack_number, f"packing broke off: {error!r}", retryable=True)
-        return TaskPacked(plan.task_id, plan.pack_number, BlobReference(digest, length_bytes), inline=False)
+            reason = f"packing broke off: {error!r}"
+            return PackFailed(plan.task_id, plan.pack_number, reason, retryable=True), _NO_PAYLOADS
+        command = TaskPacked(
+            plan.task_id, plan.pack_number, packed, plan.rows_inline, candidates, plan.execution_classes
+        )
+        return command, payloads
+
+    async def _compared(self, plan: ComparePlan) -> Command:
+        """The blob service's answer, however long it stays away: an audit that was done shall count."""
+        wait_s = COMPARISON_WAIT_S_MIN
+        while True:
+            try:
+                equal = await self._row_work.compared(plan, self.payload)
+                return RecordComparison(plan.job_id, plan.task_id, equal)
+            except FallowError as error:
+                logger.warning("engine.comparison_failed task=%s error=%s", plan.task_id, error)
+                if error.reason in _PACKING_HOPELESS:
+                    return ComparisonFailed(plan.job_id, plan.task_id, str(error))
+            except Exception:
+                logger.exception("engine.comparison_broken task=%s", plan.task_id)
+            await asyncio.sleep(wait_s)
+            wait_s = min(2 * wait_s, COMPARISON_WAIT_S_MAX)
 
     # --------------------------------------------------------------------------------------------- clocks
 
@@ -609,7 +695,10 @@ class Engine:
 # A table of functions has another event in each row, which no type can say.
 _PAYLOADS_NAMED: dict[type, Callable[[Any], tuple[Digest, ...]]] = {
     ev.JobSubmitted: lambda event: tuple(block.blob.digest for block in event.blocks if block.inline),
-    ev.TaskInputPacked: lambda event: (event.input.digest,) if event.inline else (),
+    ev.TaskInputPacked: lambda event: (
+        *((event.input.digest,) if event.inline else ()),
+        *(one.block.digest for one in event.candidates if one.inline),
+    ),
     ev.InspectionRowsGiven: lambda event: (event.input.digest,) if event.inline else (),
     ev.CommitmentRecorded: lambda event: (event.output.digest,) if event.inline else (),
     ev.BundleRegistered: lambda event: (event.bundle_digest,),

@@ -10,7 +10,8 @@ from __future__ import annotations
 import hmac
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from hashlib import sha256
 from typing import Final
 
@@ -21,6 +22,8 @@ PPM: Final = 1_000_000
 ROWS_MAX: Final = 10_000_000
 """No job has more rows, so no answer is larger."""
 _DRAW_DOMAIN: Final = b"fallow.v1 audit draw"
+_COUNT_DOMAIN: Final = b"fallow.v1 audit count"
+_REFEREE_DOMAIN: Final = b"fallow.v1 audit referee"
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +128,22 @@ def drawn_rows(*, secret: bytes, commitment: Digest, rows: int, count: int) -> t
     return tuple(sorted(chosen))
 
 
+def drawn_count(*, secret: bytes, commitment: Digest, rows: int, rate_ppm: int) -> int:
+    """How many of `rows` are drawn at this rate: its whole part, and one more with the probability of the rest.
+
+    So small tasks are drawn from as often as large ones, and nobody who does not know the secret can tell which.
+    """
+    whole, rest = divmod(rows * rate_ppm, PPM)
+    number = int.from_bytes(hmac.digest(secret, _COUNT_DOMAIN + commitment, sha256)[:8], "big")
+    return min(rows, whole + (number % PPM < rest))
+
+
+def goes_to_referee(*, secret: bytes, commitment: Digest, row: int, referee_share_ppm: int) -> bool:
+    """Whether a drawn row goes straight to a referee."""
+    digest = hmac.digest(secret, _REFEREE_DOMAIN + commitment + row.to_bytes(8, "big"), sha256)
+    return int.from_bytes(digest[:8], "big") % PPM < referee_share_ppm
+
+
 def _numbers(secret: bytes, commitment: Digest) -> Iterator[int]:
     counter = 0
     while True:
@@ -145,3 +164,44 @@ PRESETS: Final[dict[str, Assurance]] = {
     "strict": Assurance(1_000, 999_000, 100_000, 500_000),
 }
 """The named levels, weakest first."""
+_NAMES: Final = {
+    "error": "wrong_rows_ppm_max",
+    "confidence": "confidence_ppm",
+    "rate": "audit_rate_ppm_min",
+    "referee": "referee_share_ppm",
+}
+TEXT_BYTES_MAX: Final = 128
+
+
+@lru_cache(maxsize=256)
+def assurance_of(text: str) -> Assurance:
+    """What a job's `assurance` asks for: a level, or a level and shares that differ from it.
+
+    `standard`, or `standard,error=0.005,confidence=0.99,rate=0.05,referee=0.3`. Raises FIELD_INVALID.
+    """
+    if len(text.encode("utf-8", errors="replace")) > TEXT_BYTES_MAX:
+        raise _unreadable(text[:TEXT_BYTES_MAX])
+    level, *parts = [part.strip() for part in text.split(",")]
+    if level not in PRESETS:
+        raise _unreadable(text)
+    changes: dict[str, int] = {}
+    for part in parts:
+        name, _, value = part.partition("=")
+        try:
+            share = float(value)
+        except ValueError:
+            raise _unreadable(text) from None
+        if name not in _NAMES or not 0 <= share <= 1:
+            raise _unreadable(text)
+        changes[_NAMES[name]] = round(share * PPM)
+    return replace(PRESETS[level], **changes)
+
+
+def _unreadable(text: str) -> FallowError:
+    return FallowError(
+        Reason.FIELD_INVALID,
+        f"assurance {text!r}",
+        field="options.assurance",
+        limit=f"{', '.join(PRESETS)}; after it, if need be, shares of {', '.join(_NAMES)}",
+        hint="as in standard,error=0.005,rate=0.05",
+    )

@@ -34,13 +34,26 @@ JOB_MOVES: dict[JobState, frozenset[JobState]] = {
     JobState.RUNNING: frozenset(
         {JobState.VERIFYING, JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED, JobState.PAUSED}
     ),
-    JobState.VERIFYING: frozenset({JobState.RUNNING, JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED}),
-    JobState.PAUSED: frozenset({JobState.QUEUED, JobState.RUNNING, JobState.FAILED, JobState.CANCELLED}),
+    JobState.VERIFYING: frozenset(
+        {JobState.RUNNING, JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED, JobState.PAUSED}
+    ),
+    JobState.PAUSED: frozenset(
+        {JobState.QUEUED, JobState.RUNNING, JobState.VERIFYING, JobState.FAILED, JobState.CANCELLED}
+    ),
     JobState.SUCCEEDED: frozenset(),
     JobState.FAILED: frozenset(),
     JobState.CANCELLED: frozenset(),
 }
 """Every move that is allowed, and no other."""
+
+
+PROVISIONAL = "provisional"
+"""Status of a result whose rows wait for checks."""
+VERIFIED = "verified"
+TRUSTED = "trusted"
+"""Status of a result of the submitter's own worker, or of an operator's."""
+ACCEPTED = "accepted"
+"""Status of a result that the job's owner took as it was."""
 
 
 class Objective(StrEnum):
@@ -188,6 +201,33 @@ class JobProgress:
 
 
 @dataclass(frozen=True, slots=True)
+class RowChecks:
+    """How the rows of a job with an assurance stand, counted."""
+
+    rows_drawn: int = 0
+    """Chosen to be checked."""
+    rows_passed: int = 0
+    """Of these: checked, and they stand."""
+    rows_by_referee: int = 0
+    """Of those: upheld by a referee, whom colluders cannot buy."""
+    rows_tied: int = 0
+    """Nobody could tell: they stand, and teach nothing."""
+    rows_wrong: int = 0
+    """Proven wrong."""
+    rows_withdrawn: int = 0
+    """Delivered, taken back and done again."""
+    rows_trusted: int = 0
+    """Done by the submitter's own or an operator's worker: not checked."""
+    accepted: bool = False
+    """The job's owner took it with the checks that were made by then."""
+
+    @property
+    def rows_open(self) -> int:
+        """Drawn rows that are not decided, as far as counts tell: those of withdrawn results count too."""
+        return max(0, self.rows_drawn - self.rows_passed - self.rows_tied - self.rows_wrong)
+
+
+@dataclass(frozen=True, slots=True)
 class JobStatus:
     """A job as its owner sees it."""
 
@@ -224,5 +264,7 @@ class JobStatus:
     footprint: Footprint = Footprint()
     deferred_until_ms: int = 0
     """It waits for cleaner electricity until then, or until the plan changes; 0: it does not."""
+    checks: RowChecks | None = None
+    """None: it has no assurance."""
     shares: tuple[WorkerShare, ...] = ()
     """Who delivered its rows, the most first: told when one job is asked for, not in lists and streams."""

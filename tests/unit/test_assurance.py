@@ -15,7 +15,9 @@ from fallow.assurance import (
     PRESETS,
     Assurance,
     audit_rate_ppm,
+    drawn_count,
     drawn_rows,
+    goes_to_referee,
     rows_to_audit,
     wrong_rows_bound_ppm,
 )
@@ -121,3 +123,30 @@ def test_numbers_that_cannot_be_are_named(field: str, value: int) -> None:
     with pytest.raises(FallowError) as caught:
         Assurance(**(numbers | {field: value}))
     assert (caught.value.reason, caught.value.field) == (Reason.FIELD_INVALID, field)
+
+
+@given(st.binary(min_size=32, max_size=32), st.integers(1, 5_000), SHARES)
+def test_count_of_a_draw_is_the_rate_rounded_to_one_side_or_the_other(secret: bytes, rows: int, rate: int) -> None:
+    count = drawn_count(secret=secret, commitment=Digest(secret), rows=rows, rate_ppm=rate)
+    assert rows * rate // PPM <= count <= min(rows, rows * rate // PPM + 1)
+
+
+def test_small_tasks_are_drawn_from_as_often_as_the_rate_says_and_referees_get_their_share() -> None:
+    commitments = [Digest(sha256(b"%d" % number).digest()) for number in range(4_000)]
+    counts = [drawn_count(secret=b"s" * 32, commitment=one, rows=5, rate_ppm=30_000) for one in commitments]
+    assert set(counts) == {0, 1}
+    assert 500 < sum(counts) < 700
+    share = sum(
+        goes_to_referee(secret=b"s" * 32, commitment=one, row=3, referee_share_ppm=200_000) for one in commitments
+    )
+    assert 700 < share < 900
+
+
+@given(st.binary(min_size=32, max_size=32), st.integers(1, 300), st.data())
+def test_a_larger_draw_holds_the_smaller_one(secret: bytes, rows: int, data: st.DataObject) -> None:
+    fewer = data.draw(st.integers(0, rows))
+    more = data.draw(st.integers(fewer, rows))
+    small, large = (
+        set(drawn_rows(secret=secret, commitment=Digest(secret), rows=rows, count=count)) for count in (fewer, more)
+    )
+    assert small <= large and len(large) == more

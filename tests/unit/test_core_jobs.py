@@ -217,7 +217,7 @@ def test_wrong_submissions_name_reason_and_field() -> None:
             Reason.FIELD_INVALID,
             "options.budget_microcredits",
         ),
-        (replace(good, options=JobOptions(assurance="strict")), Reason.FIELD_INVALID, "options.assurance"),
+        (replace(good, options=JobOptions(assurance="certain")), Reason.FIELD_INVALID, "options.assurance"),
     ]
     for command, reason, field in cases:
         error = refused(world, command)

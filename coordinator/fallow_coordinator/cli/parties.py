@@ -107,14 +107,26 @@ def worker_list(state: Path, as_json: bool) -> None:
             one.name,
             identity_pb2.Tier.Name(one.tier).removeprefix("TIER_").lower(),
             one.pool_id,
-            "quarantined" if one.quarantined else "connected" if one.connected else "away",
+            _state_of(one),
             str(one.leases),
             str(one.rows_settled),
+            str(one.rows_verified),
             "; ".join(map(_standing, one.device_standings)) or "no",
         )
         for one in found.workers
     ]
-    tell(found, as_json, table(("WORKER", "NAME", "TIER", "POOL", "STATE", "LEASES", "ROWS", "MEASURED"), rows))
+    tell(
+        found,
+        as_json,
+        table(("WORKER", "NAME", "TIER", "POOL", "STATE", "LEASES", "ROWS", "VERIFIED", "MEASURED"), rows),
+    )
+
+
+def _state_of(one: pb.Worker) -> str:
+    if one.quarantined:
+        return "quarantined"
+    there = "connected" if one.connected else "away"
+    return f"{there}, distrusted" if one.distrusted_reason else there
 
 
 def _standing(device: session_pb2.DeviceStanding) -> str:

@@ -372,7 +372,8 @@ class TaskPacked:
     input: BlobReference
     inline: bool
     candidates: tuple[PackedCandidate, ...] = ()
-    """Of a referee's task, in its order."""
+    """Of a referee's task, as is the next one."""
+    execution_classes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -467,8 +468,9 @@ class ReportReferee:
 
 @dataclass(frozen=True, slots=True)
 class RecordComparison:
-    """The blob service compared an audit's rows with those that they check."""
+    """An audit's rows were compared with those that they check."""
 
+    job_id: JobId
     task_id: TaskId
     equal: tuple[bool, ...]
     """One for each row of the task, in order."""
@@ -476,11 +478,11 @@ class RecordComparison:
 
 @dataclass(frozen=True, slots=True)
 class ComparisonFailed:
-    """An audit's rows could not be compared: a block is gone, or the blob service stays away."""
+    """An audit's rows cannot be compared: a block of them is gone or broken."""
 
+    job_id: JobId
     task_id: TaskId
     reason: str
-    retryable: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -489,13 +491,6 @@ class AcceptAssurance:
 
     account_id: AccountId
     job_id: JobId
-
-
-@dataclass(frozen=True, slots=True)
-class TrustWorker:
-    """An operator lets a worker that was proven wrong begin anew."""
-
-    worker_id: PartyId
 
 
 @dataclass(frozen=True, slots=True)
@@ -584,5 +579,4 @@ Command = (
     | RecordComparison
     | ComparisonFailed
     | AcceptAssurance
-    | TrustWorker
 )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import assert_never
 
-from fallow.errors import FallowError, Reason
 from fallow_coordinator.core import (
     admission,
     blobs,
@@ -18,6 +17,7 @@ from fallow_coordinator.core import (
     sessions,
     time_passing,
     treasury,
+    verifying,
 )
 from fallow_coordinator.core import commands as c
 from fallow_coordinator.core.answers import Decision
@@ -84,8 +84,25 @@ def decide(state: State, command: c.Command, now_ms: int, entropy: bytes) -> Dec
             return _decide_identity(state, command, now_ms, entropy)
         case c.AdmitAccount() | c.ExpelAccount() | c.ReleaseBundle():
             return _decide_door(state, command)
-        case c.ReportReferee() | c.RecordComparison() | c.ComparisonFailed() | c.AcceptAssurance() | c.TrustWorker():
-            raise FallowError(Reason.FIELD_INVALID, "results are not verified yet", field="assurance")
+        case c.ReportReferee() | c.RecordComparison() | c.ComparisonFailed() | c.AcceptAssurance():
+            return _decide_verification(state, command)
+        case _:
+            assert_never(command)
+
+
+VerificationCommand = c.ReportReferee | c.RecordComparison | c.ComparisonFailed | c.AcceptAssurance
+
+
+def _decide_verification(state: State, command: VerificationCommand) -> Decision:
+    match command:
+        case c.ReportReferee():
+            return leases.report_referee(state, command)
+        case c.RecordComparison():
+            return verifying.record_comparison(state, command)
+        case c.ComparisonFailed():
+            return verifying.comparison_failed(state, command)
+        case c.AcceptAssurance():
+            return verifying.accept_assurance(state, command)
         case _:
             assert_never(command)
 

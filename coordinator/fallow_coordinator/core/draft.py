@@ -11,6 +11,7 @@ from fallow.job import JOB_STATES_FINAL, Footprint, JobState
 from fallow.limits import ROW_FAILURE_REASON_BYTES_MAX, ROW_FAILURES_LISTED_PER_TASK_MAX, TASK_ATTEMPTS_MAX
 from fallow.session import Cause, RowFailure, TaskKind
 from fallow_coordinator.core.devices import challenge_of, ended
+from fallow_coordinator.core.draws import drawn
 from fallow_coordinator.core.duplicate_events import Agreement
 from fallow_coordinator.core.events import (
     CommitmentRecorded,
@@ -31,6 +32,7 @@ from fallow_coordinator.core.learning import inspected_unit_micros, learned
 from fallow_coordinator.core.limits import TASK_LOSSES_MAX
 from fallow_coordinator.core.state import Answer, Job, Lease, State, Task
 from fallow_coordinator.core.timings import NO_TIMING, Timing
+from fallow_coordinator.core.verification_events import AuditGivenUp, Verdict, VerdictReached
 
 
 @dataclass(slots=True)
@@ -41,6 +43,15 @@ class _Tally:
     rows_done: int
     rows_failed: int
     ended: bool
+    verifying: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """What a commitment's message says beyond its rows."""
+
+    message_digest: Digest
+    execution_class: str
 
 
 class Draft:
@@ -101,6 +112,9 @@ class Draft:
             return
         self._tasks_gone.add(task.task_id)
         reason = shortened(reason)
+        if task.checks and task.job_id is not None:
+            self._leave_unchecked(task, reason)
+            return
         if task.job_id is None:
             self.events.append(TaskAbandoned(task_id=task.task_id, cursor=0, rows=0, cause=cause, reason=reason))
             if self._state.bundles[task.bundle_digest].report is None:
@@ -115,42 +129,71 @@ class Draft:
         )
         self._judge(self._state.jobs[task.job_id], tally)
 
+    def _leave_unchecked(self, task: Task, reason: str) -> None:
+        """Nobody could audit: a referee does. No referee could tell either: the rows stand, and teach nothing."""
+        assert task.job_id is not None, "what is checked is a job's"
+        verification = self._state.verifications[task.job_id]
+        held = tuple(row for row in task.checks if verification.checked_by(row, task.task_id) is not None)
+        self.events.append(TaskDropped(task_id=task.task_id))
+        if task.kind is TaskKind.MAP:
+            self.events.append(AuditGivenUp(job_id=task.job_id, rows=held, reason=reason))
+            return
+        for row in held:
+            worker_id = verification.evidences[row.lease_id].worker_id
+            self.events.append(VerdictReached(task.job_id, row.lease_id, row.row, worker_id, Verdict.TIE, LeaseId("")))
+
     def settle(
         self,
         task: Task,
         lease: Lease,
         *,
         rows_failed: int,
+        bound: Bound | None = None,
         footprint: Footprint = Footprint(),  # noqa: B008 - frozen
         timing: Timing = NO_TIMING,
     ) -> None:
-        """The lease's commitment becomes the task's result; `timing` tells what the time that it took says."""
+        """The lease's commitment becomes the task's result; `timing` tells what the time that it took says.
+
+        Rows that `bound` binds its worker to are drawn from, when the job asks for that.
+        """
         self._tasks_gone.add(task.task_id)
         self._leases_ended.add(lease.lease_id)
         cursor = 0
         tally = None
-        if task.job_id is not None:
+        if task.job_id is not None and not task.checks:
             tally = self._tally(task.job_id)
             tally.results += 1
             tally.rows_done += task.rows
             tally.rows_failed += rows_failed
             cursor = tally.results
         got = settlement(self._state, task, lease, rows_failed=rows_failed)
-        self.events.append(
-            TaskSettled(
-                task_id=task.task_id,
-                lease_id=lease.lease_id,
-                cursor=cursor,
-                rows=task.rows,
-                rows_failed=rows_failed,
-                speed_milliunits_per_s=timing.speed_milliunits_per_s,
-                worked_unit_micros=timing.worked_unit_micros,
-                microcredits=got.microcredits,
-                released=got.released,
-                contribution_microcredits=got.contribution_microcredits,
-                footprint=footprint,
-            )
+        settled = TaskSettled(
+            task_id=task.task_id,
+            lease_id=lease.lease_id,
+            cursor=cursor,
+            rows=task.rows,
+            rows_failed=rows_failed,
+            speed_milliunits_per_s=timing.speed_milliunits_per_s,
+            worked_unit_micros=timing.worked_unit_micros,
+            microcredits=got.microcredits,
+            released=got.released,
+            contribution_microcredits=got.contribution_microcredits,
+            footprint=footprint,
         )
+        self.events.append(settled)
+        if tally is not None and self._state.verifications and task.job_id in self._state.verifications:
+            assert bound is not None and task.job_id is not None, "rows of jobs are committed to"
+            job = self._state.jobs[task.job_id]
+            self.events.append(
+                drawn(
+                    self._state,
+                    job,
+                    lease,
+                    settled,
+                    commitment=bound.message_digest,
+                    execution_class=bound.execution_class,
+                )
+            )
         if task.job_id is not None and timing.worked_unit_micros:
             job, bundle = self._state.jobs[task.job_id], self._state.bundles[task.bundle_digest]
             told = learned(bundle, inspected=inspected_unit_micros(job, task), worked=timing.worked_unit_micros)
@@ -281,8 +324,18 @@ class Draft:
         for job_id in self._state.bundles[bundle_digest].jobs:
             self.finish(self._state.jobs[job_id], JobState.FAILED, reason, code)
 
-    def _judge(self, job: Job, tally: _Tally) -> None:
+    def conclude(self, job: Job) -> None:
+        """All rows of a verifying job are there and checked as far as they will be: it ends, well or not."""
+        self._judge(job, self._tally(job.job_id), checked=True)
+
+    def _judge(self, job: Job, tally: _Tally, *, checked: bool = False) -> None:
         if tally.ended:
+            return
+        if not checked and job.job_id in self._state.verifications:
+            # Who says that rows fail may lie: what fails counts once it is checked.
+            if tally.rows_done == job.rows and not tally.verifying:
+                tally.verifying = True
+                self.events.append(JobStateChanged(job.job_id, JobState.VERIFYING, "", ""))
             return
         if tally.rows_failed > job.options.failed_rows_max:
             reason = (
@@ -319,6 +372,7 @@ class Draft:
                 rows_done=len(job.done),
                 rows_failed=job.rows_failed,
                 ended=job.state in JOB_STATES_FINAL,
+                verifying=job.state is JobState.VERIFYING,
             )
         return tally
 

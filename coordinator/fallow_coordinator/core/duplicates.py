@@ -86,6 +86,9 @@ def _job_that_doubles(state: State, task: Task) -> Job | None:
     if task.duplicate_id is not None or task.duplicates >= DUPLICATES_PER_TASK_MAX:
         return None
     job = state.jobs[task.job_id]
+    if job.job_id in state.verifications:
+        # NOTE: what a late lease gives is no evidence yet, and rows that are checked anyway need none of it.
+        return None
     # Doing work twice is not what somebody wants who asks for little carbon.
     willing = job.state is JobState.RUNNING and not job.parked and job.options.objective is not Objective.CARBON
     return job if willing and job.duplicates < duplicates_allowed(job) else None

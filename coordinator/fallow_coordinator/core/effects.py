@@ -65,6 +65,7 @@ class PackTask:
 class CompareRows:
     """An audit has settled: compare its rows with those that they check, then submit RecordComparison."""
 
+    job_id: JobId
     task_id: TaskId
 
 

@@ -6,6 +6,7 @@ from fallow.errors import Reason
 from fallow.ids import Digest, LeaseId, PartyId
 from fallow_coordinator.core import effects as f
 from fallow_coordinator.core import events as e
+from fallow_coordinator.core import verification_events as v
 from fallow_coordinator.core.sessions import REPLACED
 from fallow_coordinator.core.state import EndedLease, State, TaskPhase
 
@@ -14,7 +15,7 @@ _SILENT = frozenset({e.TaskCreated, e.TaskInputPacked})
 """Frequent events from which nothing follows, told before the long way through all others."""
 
 
-def effects_of(state: State, event: e.Event) -> tuple[f.Effect, ...]:  # noqa: PLR0911 one arm each
+def effects_of(state: State, event: e.Event) -> tuple[f.Effect, ...]:  # noqa: C901, PLR0911 one arm each
     """Effects of one event, asked right after `evolve` applied it, so that `state` is the state it left behind."""
     if type(event) in _SILENT:
         return _NOTHING
@@ -48,9 +49,22 @@ def effects_of(state: State, event: e.Event) -> tuple[f.Effect, ...]:  # noqa: P
             return (f.EndParty(party_id=event.party_id),)
         case e.Restarted():
             packing = [task for task in state.tasks.values() if task.phase is TaskPhase.PACKING]
-            return tuple(f.PackTask(task_id=task.task_id, pack_number=task.pack_number) for task in packing)
+            packs = (f.PackTask(task_id=task.task_id, pack_number=task.pack_number) for task in packing)
+            return (*packs, *_comparisons(state))
+        case v.RowsCorrected() | v.EvidenceReleased() | v.AssuranceAccepted():
+            return (f.WakeWatchers(job_id=event.job_id),)
         case _:
             return _NOTHING
+
+
+def _comparisons(state: State) -> tuple[f.Effect, ...]:
+    """Audits that have settled and were not compared."""
+    return tuple(
+        f.CompareRows(job_id, audit.task_id)
+        for job_id, verification in state.verifications.items()
+        for audit in verification.audits.values()
+        if audit.lease_id is not None and not audit.compared
+    )
 
 
 def _offers(state: State, lease_ids: tuple[LeaseId, ...]) -> tuple[f.Effect, ...]:
@@ -84,8 +98,12 @@ def _settled(state: State, event: e.TaskSettled | e.LateLeaseSettled) -> tuple[f
         )
     if ended.input is not None and not _is_inspected(state, ended, ended.input):
         made.append(f.DropInput(ended.input))
+    made += map(f.DropInput, ended.candidates)
     if ended.job_id is not None:
         made.append(f.WakeWatchers(job_id=ended.job_id))
+        verification = state.verifications.get(ended.job_id)
+        if verification is not None and event.task_id in verification.audits:
+            made.append(f.CompareRows(ended.job_id, event.task_id))
     return tuple(made)
 
 
@@ -101,6 +119,7 @@ def _ended(state: State, event: e.LeaseEnded) -> tuple[f.Effect, ...]:
         )
     if ended.input is not None and not _is_inspected(state, ended, ended.input):
         made.append(f.DropInput(ended.input))
+    made += map(f.DropInput, ended.candidates)
     if ended.job_id is not None:
         made.append(f.WakeWatchers(job_id=ended.job_id))
     return tuple(made)

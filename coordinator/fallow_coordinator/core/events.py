@@ -407,6 +407,10 @@ class PackedCandidate:
 
     block: BlobReference
     inline: bool
+    rows: tuple[int, ...]
+    """Rows of the task that the block's rows answer, rising."""
+    class_numbers: tuple[int, ...]
+    """The execution class of each: its place in the event's `execution_classes`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -416,7 +420,8 @@ class TaskInputPacked:
     input: BlobReference
     inline: bool
     candidates: tuple[PackedCandidate, ...] = ()
-    """Of a referee's task."""
+    """Of a referee's task, as is the next one."""
+    execution_classes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from fallow_coordinator.core.commands import StoredBlob
 from fallow_coordinator.core.cutting import unit_nano_starts
 from fallow_coordinator.core.evolve_carbon import forget_deferral
 from fallow_coordinator.core.evolve_tasks import move_deadline
+from fallow_coordinator.core.evolve_verification import end_verification
 from fallow_coordinator.core.lanes import CUTTABLE, join_queue, lane_of, leave_queue, release_lane, wants_cutting
 from fallow_coordinator.core.limits import IDEMPOTENCY_MS, LATE_MS_MAX
 from fallow_coordinator.core.needs import needs_of_job
@@ -204,6 +205,7 @@ def _move(state: State, event: e.JobStateChanged, at_ms: int) -> None:
         account.blocks_unfinished -= len(job.blocks)
         del state.bundles[job.bundle_digest].jobs[job.job_id]
         release_lane(state, job.lane)
+        end_verification(state, job)
 
 
 def _set_cost(state: State, job: Job, cost_permille: int) -> None:

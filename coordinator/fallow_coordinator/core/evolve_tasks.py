@@ -5,12 +5,14 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from typing import assert_never
 
+from fallow.credits import PoolMode
 from fallow.ids import AccountId, LeaseId
-from fallow.job import JobRowFailure, RowSpan, TaskResult
+from fallow.job import PROVISIONAL, JobRowFailure, RowSpan, TaskResult
 from fallow.limits import ROW_FAILURES_LISTED_PER_TASK_MAX
 from fallow.session import Cause, NodeRows, RowFailure, TaskKind
 from fallow_coordinator.core import events as e
 from fallow_coordinator.core.evolve_sessions import end_grace_if_empty
+from fallow_coordinator.core.evolve_verification import begin_check, begin_redo, end_audit, give_back
 from fallow_coordinator.core.groups import hold, learns_speed
 from fallow_coordinator.core.health import recovers
 from fallow_coordinator.core.holders import forget_bundle, takes_bundle
@@ -25,6 +27,7 @@ from fallow_coordinator.core.limits import (
 )
 from fallow_coordinator.core.needs import ANY_POOL, Needs
 from fallow_coordinator.core.state import (
+    NO_DIGEST,
     Answer,
     CommitmentFacts,
     EndedLease,
@@ -78,6 +81,7 @@ def evolve_task(state: State, event: TaskEvent, at_ms: int) -> None:
             _leave_phase(state, task)
             task.pack_failures = 0
             task.input, task.input_inline = event.input, event.inline
+            task.candidates, task.execution_classes = event.candidates, event.execution_classes
             task.phase = TaskPhase.READY
             enter_lane(state, task)
         case e.PackingFailed():
@@ -105,13 +109,15 @@ def evolve_task(state: State, event: TaskEvent, at_ms: int) -> None:
             _remove(state, task)
             if task.challenge_task_id is not None:
                 state.challenges[task.challenge_task_id].checks += 1
+            elif task.checks:
+                give_back(state, task)
         case _:
             assert_never(event)
 
 
 def lane_of_task(event: e.TaskCreated, job: Job | None) -> Needs:
     """Where the task queues."""
-    return job.lane if job is not None else Needs(event.kind, ANY_POOL, None)
+    return job.lane if job is not None and event.kind is TaskKind.MAP else Needs(event.kind, ANY_POOL, None)
 
 
 def _create(state: State, event: e.TaskCreated) -> None:
@@ -132,6 +138,8 @@ def _create(state: State, event: e.TaskCreated) -> None:
         unit_micros=event.unit_micros,
         phase=TaskPhase.WAITING,
         challenge_task_id=event.challenge_task_id,
+        checks=event.checks,
+        corrects=event.corrects,
     )
     lane = lane_of(state, task.lane)
     if job is None:
@@ -144,14 +152,20 @@ def _create(state: State, event: e.TaskCreated) -> None:
             assert challenge.check_task_id is None, "an answer is checked by one worker at a time"
             challenge.check_task_id = task.task_id
     else:
-        _cut(job, task)
+        if task.checks:
+            begin_check(state, task)
+        elif task.corrects:
+            begin_redo(state, task)
+        else:
+            _cut(job, task)
+        lane.jobs += task.kind is TaskKind.REFEREE
         job.tasks[task.task_id] = None
         job.tasks_created += 1
         account = state.accounts[job.account_id]
         task.stamp = account.share_key
         if event.share_key:
             move_share(state, account, event.share_key)
-        if job.next_row == job.rows:
+        if job.next_row == job.rows and not (task.checks or task.corrects):
             leave_queue(state, job)
     enter_lane(state, task)
 
@@ -237,6 +251,7 @@ def submitter_of(state: State, task: Task) -> AccountId:
 def _commit(state: State, event: e.CommitmentRecorded, at_ms: int) -> None:
     lease = state.leases[event.lease_id]
     assert lease.commitment is None, "a lease commits once"
+    verifies = bool(state.verifications) and state.tasks[lease.task_id].job_id in state.verifications
     lease.commitment = CommitmentFacts(
         output_root=event.output_root,
         rows=event.rows,
@@ -248,6 +263,7 @@ def _commit(state: State, event: e.CommitmentRecorded, at_ms: int) -> None:
         wall_us=event.usage.wall_microseconds,
         millijoules=event.millijoules,
         energy_measured=event.energy_measured,
+        message_digest=event.message_digest if verifies else NO_DIGEST,
         nodes=event.usage.nodes,
         execution_class=event.execution_class,
     )
@@ -303,6 +319,7 @@ def _release(state: State, lease_id: LeaseId, outcome: e.LeaseOutcome | None) ->
         outcome,
         lease.commitment,
         task.input.digest if task.input is not None and not task.input_inline and other_id is None else None,
+        tuple(one.block.digest for one in task.candidates if not one.inline) if task.candidates else (),
         late=outcome is None and task.answer is not None,
     )
     state.ended_order.append(lease_id)
@@ -337,7 +354,7 @@ def _end(state: State, event: e.LeaseEnded, at_ms: int) -> None:
         return
     if task.kind is not TaskKind.INSPECT:
         # The rows of an inspection are not packed anew for each try.
-        task.input, task.input_inline = None, False
+        task.input, task.input_inline, task.candidates, task.execution_classes = None, False, (), ()
     not_before_ms = at_ms
     if counts_as_attempt(event.outcome, event.cause):
         task.attempts += 1
@@ -360,6 +377,8 @@ def _remove(state: State, task: Task) -> None:
         _forget_late(state, task)
     elif task.job_id is not None:
         del state.jobs[task.job_id].tasks[task.task_id]
+        if task.kind is TaskKind.REFEREE:
+            release_lane(state, task.lane)
     else:
         if task.kind is TaskKind.INSPECT:
             state.bundles[task.bundle_digest].inspection_task_id = None
@@ -392,11 +411,16 @@ def _settle(state: State, event: e.TaskSettled, at_ms: int) -> None:
     recovers(state, worker)
     worker.rows_settled += event.rows - event.rows_failed
     worker.footprint = worker.footprint.plus(event.footprint)
-    if task.job_id is None:
+    if task.job_id is None or task.kind is TaskKind.REFEREE:
         return
     assert commitment is not None, "what settles was committed"
     assert commitment.rows == event.rows == task.rows, "every row of the task is delivered"
     job = state.jobs[task.job_id]
+    if task.checks:
+        job.microcredits += event.microcredits
+        pending_pay = 0 if event.released or job.mode is not PoolMode.MARKET else event.microcredits
+        end_audit(state, task, lease, commitment, microcredits=pending_pay)
+        return
     outputs = state.accounts[job.account_id].outputs
     length_bytes, results = outputs.get(commitment.output.digest, (commitment.output.length_bytes, 0))
     outputs[commitment.output.digest] = (length_bytes, results + 1)
@@ -412,7 +436,8 @@ def _settle(state: State, event: e.TaskSettled, at_ms: int) -> None:
             worker_id=lease.worker_id,
             node=commitment.node,
             output_root=commitment.output_root,
-            status=job.policy,
+            status=PROVISIONAL if job.job_id in state.verifications else job.policy,
+            corrects=task.corrects,
             footprint=event.footprint,
             nodes=commitment.nodes,
         ),
@@ -498,6 +523,7 @@ def _abandon(state: State, event: e.TaskAbandoned) -> None:
             node=0,
             output_root=None,
             status=job.policy,
+            corrects=task.corrects,
         ),
     )
 

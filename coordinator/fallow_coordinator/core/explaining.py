@@ -140,6 +140,9 @@ def _waits_for(
     if job.state is JobState.PENDING:
         words, code = waiting_reason(state, job.job_id)
         return (Obstacle(code, 0, words, _ADVICE.get(code, "")),)
+    if job.state is JobState.VERIFYING:
+        words, code = waiting_reason(state, job.job_id)
+        return (Obstacle(code, 0, words),)
     made: list[Obstacle] = []
     fitting = sum(found[reason] for reason in _BUSY_OR_FREE)
     if not fitting:
@@ -190,6 +193,8 @@ def _why_idle(
     if worker.quarantined:
         return [_about(Misfit.QUARANTINED, worker.quarantine_reason)]
     reason = idle_reason(worker)
+    if worker.distrusted_reason and found[Misfit.DISTRUSTED] and not fitting:
+        return [_about(Misfit.DISTRUSTED, worker.distrusted_reason)]
     if reason is Misfit.COOLING_DOWN:
         left_s = max(0, worker.cooling_until_ms - now_ms) // SECOND_MS
         return [_about(reason, f"{worker.strikes} strikes, {left_s} seconds left")]

@@ -8,6 +8,7 @@ from fallow.credits import PoolMode, Purse, credits_text
 from fallow.ids import AccountId, JobId, PoolId
 from fallow.job import JobState
 from fallow.roles import Tier
+from fallow.session import TaskKind
 from fallow_coordinator.core.events import JobStateChanged
 from fallow_coordinator.core.ledger import allotment, held, treasury
 from fallow_coordinator.core.limits import TREASURY_MICROCREDITS_MAX
@@ -17,7 +18,8 @@ from fallow_coordinator.core.state import Job, Lease, State, Task, Worker
 BUDGET_EXHAUSTED = "BUDGET_EXHAUSTED"
 ALLOTMENT_EXHAUSTED = "ALLOTMENT_EXHAUSTED"
 _RELEASED_AT_ONCE = frozenset({Tier.MANAGED, Tier.OPERATOR})
-"""NOTE: volunteers' pay waits for the operator's word until results are verified."""
+"""Volunteers' pay waits for checks, or in jobs without an assurance for the operator's word; so does that of managed
+workers in verifying jobs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +66,8 @@ def lease_terms(state: State, task: Task, worker: Worker, runner_up_ask: int | N
     `runner_up_ask` is the cheapest ask of a feasible, free worker that does not get it, if there is one.
     """
     job = state.jobs[task.job_id] if task.job_id is not None else None
-    if job is None or job.mode is PoolMode.DONATION or is_own(job, worker):
+    if job is None or job.mode is PoolMode.DONATION or task.kind is TaskKind.REFEREE or is_own(job, worker):
+        # NOTE: referees work for nothing: they are the operator's own, who could price them in his treasury.
         return FREE
     if job.mode is PoolMode.QUOTA:
         price = QUOTA_MICROCREDITS_PER_UNIT
@@ -124,6 +127,8 @@ def is_short(job: Job) -> bool:
 
 def resumed(job: Job) -> JobStateChanged:
     """The job goes on where it stood."""
+    if len(job.done) == job.rows:
+        return JobStateChanged(job.job_id, JobState.VERIFYING, "", "")
     begun = job.results or job.rows_leased
     return JobStateChanged(job.job_id, JobState.RUNNING if begun else JobState.QUEUED, "", "")
 
@@ -142,14 +147,15 @@ def short_of_allotment(state: State, pool_id: PoolId, account_id: AccountId) -> 
 
 def settlement(state: State, task: Task, lease: Lease, *, rows_failed: int) -> Settlement:
     """What the lease's worker gets for the rows done: pay where somebody pays, else its contribution is recorded."""
-    if task.job_id is None:
+    if task.job_id is None or task.kind is TaskKind.REFEREE:
         return Settlement()
     job, worker = state.jobs[task.job_id], state.workers[lease.worker_id]
     if is_own(job, worker):
         return Settlement()
     paid = pay(lease.reserved_microcredits, rows=task.rows, rows_failed=rows_failed)
     if job.mode is PoolMode.MARKET:
-        return Settlement(paid, released=worker.tier in _RELEASED_AT_ONCE)
+        waits = job.job_id in state.verifications and worker.tier is not Tier.OPERATOR
+        return Settlement(paid, released=worker.tier in _RELEASED_AT_ONCE and not waits)
     room = TREASURY_MICROCREDITS_MAX + state.ledger.balance(treasury(Purse.CONTRIBUTION))
     return Settlement(
         paid, contribution_microcredits=min(room, pay(task.unit_micros, rows=task.rows, rows_failed=rows_failed))

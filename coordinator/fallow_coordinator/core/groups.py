@@ -29,6 +29,7 @@ def ability_of_worker(state: State, worker: Worker) -> Ability:
         tier=worker.tier,
         mode=state.pools[worker.pool_id].mode,
         measured=measured(worker),
+        distrusted=bool(worker.distrusted_reason),
     )
 
 

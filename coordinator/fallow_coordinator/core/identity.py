@@ -10,6 +10,7 @@ from fallow.roles import Role, Tier
 from fallow.session import Cause
 from fallow_coordinator.core import commands as c
 from fallow_coordinator.core import events as e
+from fallow_coordinator.core import verification_events as v
 from fallow_coordinator.core.admission import admitted_by_token
 from fallow_coordinator.core.answers import AccountMade, CertificateGranted, Decision, PoolMade, TokenMade
 from fallow_coordinator.core.draft import Draft, shortened
@@ -267,9 +268,12 @@ def quarantine_worker(state: State, command: c.QuarantineWorker) -> Decision:
 
 
 def release_worker(state: State, command: c.ReleaseWorker) -> Decision:
-    """The worker may come back. Raises WORKER_UNKNOWN."""
+    """The worker may come back; one that was proven wrong begins anew, without a record. Raises WORKER_UNKNOWN."""
     worker = _worker(state, command.worker_id)
-    return Decision((e.WorkerReleased(worker_id=worker.worker_id),)) if worker.quarantined else Decision()
+    events: list[e.Event] = [e.WorkerReleased(worker_id=worker.worker_id)] if worker.quarantined else []
+    if worker.distrusted_reason:
+        events.append(v.WorkerTrusted(worker_id=worker.worker_id))
+    return Decision(tuple(events))
 
 
 def quarantined(worker: Worker) -> FallowError:

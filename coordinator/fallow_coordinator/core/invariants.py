@@ -36,11 +36,9 @@ from fallow_coordinator.core.limits import (
 )
 from fallow_coordinator.core.needs import Ability
 from fallow_coordinator.core.postings import purse_of
+from fallow_coordinator.core.sound import must as _must
 from fallow_coordinator.core.state import NO_GROUP, Job, LaneKey, State, TaskPhase, Worker
-
-
-class InvariantError(AssertionError):
-    """The state contradicts itself: the core is wrong."""
+from fallow_coordinator.core.verification_invariants import check_verifications
 
 
 def check(state: State) -> None:
@@ -60,14 +58,10 @@ def check(state: State) -> None:
     _check_lanes(state)
     _check_own(state)
     _check_carbon(state)
+    check_verifications(state)
     _check_costs(state)
     _check_counts(state)
     check_ledger(state)
-
-
-def _must(holds: bool, what: str) -> None:
-    if not holds:
-        raise InvariantError(what)
 
 
 def _check_identity(state: State) -> None:
@@ -142,25 +136,35 @@ def _check_job(state: State, job: Job) -> None:
     _must(final != (job.job_id in state.bundles[job.bundle_digest].jobs), "a bundle knows its unfinished jobs")
     _must(not (final and job.tasks), "a finished job has no live tasks")
     _must(job.tasks_created <= JOB_TASKS_MAX, "a job has no more tasks than allowed")
-    spans = [span for task_id in job.tasks for span in state.tasks[task_id].spans]
+    working = [state.tasks[task_id] for task_id in job.tasks if not state.tasks[task_id].checks]
+    spans = [span for task in working for span in task.spans]
     delivered = [(span.job_position, span.job_position + span.rows) for result in job.results for span in result.spans]
+    verification = state.verifications.get(job.job_id)
+    withdrawn = [(start, end) for start, (end, _) in verification.redo.items()] if verification is not None else []
     deleted = bool(job.deleted_at_ms)
     _must(not deleted or (final and not job.results and not job.blocks and job.kept is None), "what is deleted is gone")
-    if not deleted:
+    corrected = any(result.corrects for result in job.results) or any(task.corrects for task in working) or withdrawn
+    if not deleted and not corrected:
         _must(sum(end - start for start, end in delivered) == len(job.done), "each delivered row is delivered once")
         _must(RangeSet(delivered) == job.done, "what is done was delivered")
+    if not deleted:
+        _must(not (job.done - RangeSet(delivered)), "what is done was delivered")
     if not final:
-        cut = RangeSet([*spans, *delivered])
+        cut = RangeSet([*spans, *withdrawn, *job.done.ranges])
         _must(cut == RangeSet.of(0, job.next_row), "live tasks and results hold the cut rows")
-        _must(sum(end - start for start, end in spans) + len(job.done) == job.next_row, "each row is in one place")
+        count = sum(end - start for start, end in [*spans, *withdrawn])
+        _must(count + len(job.done) == job.next_row, "each row is in one place")
     _must(job.state is not JobState.SUCCEEDED or len(job.done) == job.rows, "success means every row")
     _must([result.cursor for result in job.results] == list(range(1, len(job.results) + 1)), "results are counted")
     _must(not job.late or not final or job.state is JobState.SUCCEEDED, "nobody works for a job that came to nothing")
     _must(not (deleted and job.late), "nobody works for a deleted job")
     leased = sum(state.tasks[task_id].rows for task_id in job.tasks if state.tasks[task_id].lease_id is not None)
     _must(leased == job.rows_leased, "rows leased are counted")
-    _must(final or job.rows_failed <= job.options.failed_rows_max, "too many failed rows end a job")
-    _must(final or bool(job.tasks) or job.next_row < job.rows, "an unfinished job has something left to do")
+    checked = verification is not None
+    failed = final or checked or job.rows_failed <= job.options.failed_rows_max
+    _must(failed, "too many failed rows end a job")
+    left = bool(job.tasks) or job.next_row < job.rows or checked
+    _must(final or left, "an unfinished job has something left to do")
     shares: Counter[tuple[str, int]] = Counter()
     for result in job.results:
         for span in result.spans:
@@ -168,7 +172,7 @@ def _check_job(state: State, job: Job) -> None:
                 shares[result.worker_id, node] += rows
     _must(dict(shares) == job.shares, "delivered rows are counted by worker and node")
     listed = sum(len(result.failures) for result in job.results)
-    _must(listed <= job.rows_failed, "failures listed are failures counted")
+    _must(bool(corrected) or listed <= job.rows_failed, "failures listed are failures counted")
 
 
 def _check_tasks(state: State) -> None:
@@ -294,7 +298,7 @@ def _check_stays(state: State) -> None:
 
 def _check_lanes(state: State) -> None:
     jobs: Counter[LaneKey] = Counter(job.lane for job in state.jobs.values() if job.state not in JOB_STATES_FINAL)
-    jobs.update(task.lane for task in state.tasks.values() if task.job_id is None)
+    jobs.update(task.lane for task in state.tasks.values() if task.job_id is None or task.kind is TaskKind.REFEREE)
     _must(dict(jobs) == {key: lane.jobs for key, lane in state.lanes.items()}, "a lane counts its work")
     _must({key for key, lane in state.lanes.items() if lane.ready} == set(state.open_lanes), "open lanes are known")
     for key, lane in state.lanes.items():

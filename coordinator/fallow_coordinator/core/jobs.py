@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from fallow.assurance import assurance_of
 from fallow.credits import ASK_MICROCREDITS_PER_UNIT_MAX, MICROCREDITS_MAX, PoolMode
 from fallow.errors import FallowError, Reason
 from fallow.ids import Digest, JobId, PoolId, TaskId
@@ -20,6 +21,7 @@ from fallow.region import REGION_RULE, is_region
 from fallow.session import DeviceKind
 from fallow_coordinator.core import commands as c
 from fallow_coordinator.core import events as e
+from fallow_coordinator.core import verification_events as v
 from fallow_coordinator.core.admission import check_admitted
 from fallow_coordinator.core.answers import Decision, JobAccepted
 from fallow_coordinator.core.bundles import account_of, usable_bundle
@@ -50,7 +52,7 @@ from fallow_coordinator.core.limits import (
 from fallow_coordinator.core.names import Names
 from fallow_coordinator.core.needs import needs_of_job
 from fallow_coordinator.core.queueing import queued
-from fallow_coordinator.core.state import Account, Bundle, State, Task, TaskPhase
+from fallow_coordinator.core.state import Account, Bundle, Pool, State, Task, TaskPhase
 from fallow_coordinator.core.treasury import check_funds
 
 DELETED_BY_OWNER = "deleted by its owner"
@@ -116,12 +118,14 @@ def submit_map_job(state: State, command: c.SubmitMapJob, now_ms: int, names: Na
             title=command.title,
             options=options,
             kept=command.kept,
-            policy=state.pools[pool_id].policy,
+            policy=policy_of(options, state.pools[pool_id]),
             price_microcredits=0,
             held_microcredits=held_microcredits,
             block_size_sums=block_sums if bundle.size_feature_count else (),
         )
     ]
+    if options.assurance:
+        events.append(v.DrawSecretSet(job_id=job_id, secret=names.draw()))
     if bundle.report is not None:
         needs = needs_of_job(options, pool_id=pool_id, data_class=command.data_class, mode=state.pools[pool_id].mode)
         blocks, report = command.blocks, bundle.report
@@ -185,7 +189,12 @@ def task_packed(state: State, command: c.TaskPacked) -> Decision:
     if command.input.length_bytes > BLOCK_BYTES_MAX:
         return _packing_is_hopeless(state, task, f"the packed block has {command.input.length_bytes} bytes")
     event = e.TaskInputPacked(
-        task_id=command.task_id, pack_number=command.pack_number, input=command.input, inline=command.inline
+        task_id=command.task_id,
+        pack_number=command.pack_number,
+        input=command.input,
+        inline=command.inline,
+        candidates=command.candidates,
+        execution_classes=command.execution_classes,
     )
     return Decision((event,))
 
@@ -318,9 +327,18 @@ def _check_options(command: c.SubmitMapJob, now_ms: int) -> None:
             limit=f"{RETENTION_MS_MIN // SECOND_MS} second to {RETENTION_MS_MAX // DAY_MS} days",
         )
     check_needs(options, now_ms)
+    check_assurance(options)
+
+
+def check_assurance(options: JobOptions) -> None:
+    """Raises FIELD_INVALID for an assurance that there is not."""
     if options.assurance:
-        # NOTE: needs checked results; ignoring it silently would be a lie.
-        raise _not_allowed("assurance", f"assurance {options.assurance!r}", "unset: results are not checked yet")
+        assurance_of(options.assurance)
+
+
+def policy_of(options: JobOptions, pool: Pool) -> str:
+    """By what a job's rows are checked, in a few words."""
+    return f"assurance {options.assurance}" if options.assurance else pool.policy
 
 
 def check_needs(options: JobOptions, now_ms: int) -> None:

@@ -14,10 +14,10 @@ from fallow.limits import (
 from fallow.session import Cause, RowFailure, TaskKind
 from fallow_coordinator.core import commands as c
 from fallow_coordinator.core import events as e
-from fallow_coordinator.core import measuring
+from fallow_coordinator.core import measuring, verifying
 from fallow_coordinator.core.answers import Decision
 from fallow_coordinator.core.bundles import crash_report, fault_of_report, inspected
-from fallow_coordinator.core.draft import Draft, shortened
+from fallow_coordinator.core.draft import Bound, Draft, shortened
 from fallow_coordinator.core.footprints import believed_energy, footprint_of
 from fallow_coordinator.core.holding import blame_program
 from fallow_coordinator.core.names import Names
@@ -89,7 +89,8 @@ def commit(state: State, command: c.Commit, now_ms: int) -> Decision:
     elif command.inline:
         told = timing(state, task, lease, wall_us=command.usage.wall_microseconds, now_ms=now_ms)
         footprint = footprint_of(state, lease, millijoules, measured=measured, now_ms=now_ms)
-        draft.settle(task, lease, rows_failed=rows_failed, footprint=footprint, timing=told)
+        bound = Bound(command.message_digest, command.execution_class)
+        draft.settle(task, lease, rows_failed=rows_failed, bound=bound, footprint=footprint, timing=told)
     return Decision(tuple(draft.events))
 
 
@@ -119,6 +120,7 @@ def deliver(state: State, command: c.Deliver, now_ms: int) -> Decision:
             task,
             lease,
             rows_failed=command.stored.rows_failed,
+            bound=Bound(committed.message_digest, committed.execution_class),
             footprint=footprint,
             timing=told,
         )
@@ -149,6 +151,22 @@ def report_check(state: State, command: c.ReportCheck, now_ms: int, names: Names
     draft = Draft(state)
     draft.settle(task, lease, rows_failed=0)
     return Decision((*draft.events, *measuring.checked(state, command, lease, task, now_ms, names)))
+
+
+def report_referee(state: State, command: c.ReportReferee) -> Decision:
+    """What a referee found: verdicts, and what follows from them. Raises as `commit`."""
+    lease = _live_lease(state, command.session_id, command.worker_id, command.lease_id, command.fence)
+    task = state.tasks[lease.task_id]
+    if task.kind is not TaskKind.REFEREE:
+        raise FallowError(Reason.FIELD_INVALID, "this lease is no referee's", field="lease_id")
+    draft = Draft(state)
+    fault = verifying.fault_of_findings(state, task, command)
+    if fault:
+        draft.end_lease(lease, e.LeaseOutcome.FAILED, Cause.WORKER, fault)
+        return Decision(tuple(draft.events))
+    draft.settle(task, lease, rows_failed=0)
+    verifying.refereed(state, draft, task, lease, command)
+    return Decision(tuple(draft.events))
 
 
 def fail_task(state: State, command: c.FailTask, now_ms: int, names: Names) -> Decision:

@@ -238,6 +238,20 @@ LONG_TASK_UNITS = 300
 STAYERS_LOOKED_AT_MAX = 8
 """Free workers of each group that are looked at for a long task."""
 
+AUDIT_ROWS_MAX = 1_024
+"""Rows of one audit."""
+AUDIT_PATIENCE_MS = 10 * SECOND_MS
+"""How long rows wait for an auditor where none is connected, before a referee checks them."""
+AUDITS_LIVE_MAX = 64
+"""Audits of one job that are being packed or worked on."""
+AUDITORS_LOOKED_AT_MAX = 16
+"""Workers of each group that are looked at for one that may audit."""
+REFEREES_LIVE_MAX = 2
+"""Referees' tasks of one job at a time: more rows come together meanwhile."""
+TIES_MAX = 2
+"""A referee that cannot tell looks once more; then the row stands."""
+REDONE_MAX = 3
+"""How often a row is done again that nobody is guilty of; then it stands."""
 DEVIATIONS_KEPT = 64
 """Deviations remembered of each account, for one bundle and pair of classes."""
 PROFILE_ACCOUNTS_MIN = 4

@@ -17,6 +17,7 @@ from fallow.job import JobState, Objective
 from fallow.roles import Tier
 from fallow.session import TaskKind
 from fallow_coordinator.core import events as e
+from fallow_coordinator.core import verifying
 from fallow_coordinator.core.availability import stays_permille
 from fallow_coordinator.core.carbon import grams_at
 from fallow_coordinator.core.cutting import Layout, cost_of, cut_size, unit_micros
@@ -77,7 +78,9 @@ def _own_pair(state: State) -> _Pair | None:
             task = state.tasks[task_id]
             for worker_id in islice(account.own_free, OWN_WORKERS_LOOKED_AT_MAX):
                 worker = state.workers[worker_id]
-                if _may_take_own(state, task.lane, worker) and worker_id not in task.avoid:
+                if not _may_take_own(state, task.lane, worker) or worker_id in task.avoid:
+                    continue
+                if not task.checks or verifying.may_take(state, task, worker):
                     return _Pair(task, worker)
     return None
 
@@ -141,7 +144,10 @@ def _pair_of(state: State, key: Needs, lane: Lane, task: Task) -> _Pair | None:
         best = _best_in(state, key, task, fitting, limit)
     if best is not None:
         chosen_id: PartyId | None = None
-        if task.unit_micros > LONG_TASK_UNITS * UNIT_MICROS:
+        if task.checks:
+            # Nobody else was looked at who may check these rows.
+            chosen_id = best[3]
+        elif task.unit_micros > LONG_TASK_UNITS * UNIT_MICROS:
             chosen_id = _stayer(state, fitting, task, best[3])
         elif key.objective is not Objective.SPEED:
             chosen_id = _holder(state, fitting, task, best)
@@ -152,6 +158,8 @@ def _pair_of(state: State, key: Needs, lane: Lane, task: Task) -> _Pair | None:
     for group in _free_groups(state, lane):
         for _, _, worker_id in group.cheapest:
             worker = state.workers[worker_id]
+            if task.checks and not verifying.may_take(state, task, worker):
+                continue
             if worker.ask_microcredits_per_unit <= limit:
                 return _Pair(task, worker, _runner_up_ask(state, lane, worker) if key.paid else None)
             break
@@ -169,7 +177,7 @@ def _best_in(state: State, key: Needs, task: Task, fitting: int, limit: int) -> 
             if worker.ask_microcredits_per_unit > limit:
                 if entries is group.cheapest:
                     break
-            elif worker_id not in task.avoid:
+            elif worker_id not in task.avoid and (not task.checks or verifying.may_take(state, task, worker)):
                 rank = (first, second, _TIER_RANK[group.ability.tier], worker_id)
                 best = rank if best is None or rank < best else best
                 break
@@ -199,6 +207,8 @@ def _groups_wherever(state: State, key: Needs) -> int:
 
 def _somebody_else_takes_work(state: State, key: Needs, lane: Lane, task: Task) -> bool:
     """Whether a worker that fits, busy or not, has not failed at the task."""
+    if task.checks and key.kind is TaskKind.MAP:
+        return verifying.others_may_audit(state, lane, task)
     fitting, rooms = lane.groups, lane.window_total
     if lane.regions_closed:
         fitting = _groups_wherever(state, key)
@@ -263,6 +273,10 @@ def _runner_up_ask(state: State, lane: Lane, winner: Worker) -> int | None:
 
 def _prepare(state: State, now_ms: int, names: Names) -> tuple[e.Event, ...]:
     """One more packing, when workers could take more than is packed: of a task that waits, or of rows cut now."""
+    if state.verifications:
+        made = verifying.next_step(state, now_ms, names)
+        if made:
+            return made
     for account_id in state.own_wanting:
         account = state.accounts[account_id]
         for key in account.lanes:

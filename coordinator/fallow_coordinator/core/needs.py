@@ -22,6 +22,8 @@ ANY_POOL = PoolId("")
 """Stands for the pool where trust does not depend on one: inspections go to operators' workers of every pool."""
 
 _ABSENT = -1
+_OF_OPERATORS = frozenset({TaskKind.INSPECT, TaskKind.REFEREE})
+"""Kinds of tasks that go to operators' workers alone, whatever they offer else."""
 _NPU_PRECISIONS = frozenset({Precision.FP16, Precision.INT8})
 
 
@@ -44,6 +46,8 @@ class Needs(NamedTuple):
     """Paid work goes to measured workers only."""
     limit_class: int = 0
     """Bits of the highest price for a unit; 0: free work only, or a pool without prices."""
+    assured: bool = False
+    """Rows are checked: workers that were proven wrong get none."""
 
 
 class Ability(NamedTuple):
@@ -60,6 +64,8 @@ class Ability(NamedTuple):
     measured: bool
     ask_class: int
     """Bits of what it asks for a unit; 0: nothing, or a pool without prices."""
+    distrusted: bool = False
+    """A row of it was proven wrong."""
 
 
 class Misfit(StrEnum):
@@ -68,6 +74,7 @@ class Misfit(StrEnum):
     REVOKED = "revoked"
     QUARANTINED = "quarantined"
     KIND = "kind"
+    DISTRUSTED = "distrusted"
     POOL = "pool"
     TIER = "tier"
     DEVICE_KIND = "device-kind"
@@ -88,6 +95,10 @@ MISFIT_WORDS: dict[Misfit, tuple[str, str]] = {
     Misfit.QUARANTINED: ("the operator holds it back", "ask the operator why and to release it"),
     Misfit.AWAY: ("it is not connected", "start it with `fallow-worker start`"),
     Misfit.KIND: ("it was started for tasks of other kinds", "see `fallow-worker start --tasks`"),
+    Misfit.DISTRUSTED: (
+        "a row of it was proven wrong",
+        "jobs that are checked go elsewhere; `fallow-coordinator worker release` lets it begin anew",
+    ),
     Misfit.POOL: ("it serves another pool", "submit to its pool with --pool, or join it to this one"),
     Misfit.TIER: (
         "its tier may not see rows of this data class",
@@ -123,9 +134,11 @@ def misfit(needs: Needs, ability: Ability) -> Misfit | None:
     """Why a worker of this ability cannot do such work, or None when it can."""
     if needs.kind not in ability.kinds:
         return Misfit.KIND
+    if needs.assured and ability.distrusted:
+        return Misfit.DISTRUSTED
     if needs.pool_id not in (ANY_POOL, ability.pool_id):
         return Misfit.POOL
-    if needs.kind is TaskKind.INSPECT:
+    if needs.kind in _OF_OPERATORS:
         return None if ability.tier is Tier.OPERATOR else Misfit.TIER
     if needs.data_class is not None and ability.tier not in TIERS_ALLOWED[needs.data_class]:
         return Misfit.TIER
@@ -167,7 +180,9 @@ def _device_misfit(needs: Needs, ability: Ability) -> Misfit | None:
     return None
 
 
-def ability_of(capability: Capability, *, pool_id: PoolId, tier: Tier, mode: PoolMode, measured: bool) -> Ability:
+def ability_of(
+    capability: Capability, *, pool_id: PoolId, tier: Tier, mode: PoolMode, measured: bool, distrusted: bool = False
+) -> Ability:
     """What a worker offers that says this of itself in a pool of this mode."""
     classes = dict.fromkeys(DeviceKind, _ABSENT)
     for device in capability.devices:
@@ -185,6 +200,7 @@ def ability_of(capability: Capability, *, pool_id: PoolId, tier: Tier, mode: Poo
         npu_class=classes[DeviceKind.NPU],
         measured=measured,
         ask_class=price_class(capability.ask_microcredits_per_unit) if mode is PoolMode.MARKET else 0,
+        distrusted=distrusted,
     )
 
 
@@ -202,6 +218,7 @@ def needs_of_job(options: JobOptions, *, pool_id: PoolId, data_class: DataClass,
         objective=options.objective,
         paid=limit > 0,
         limit_class=price_class(limit),
+        assured=bool(options.assurance),
     )
 
 
@@ -212,3 +229,5 @@ def price_class(microcredits_per_unit: int) -> int:
 
 INSPECTION = Needs(TaskKind.INSPECT, ANY_POOL, None)
 """What an inspection asks for: an operator's worker."""
+REFEREEING = Needs(TaskKind.REFEREE, ANY_POOL, None)
+"""What a referee's task asks for: the same."""

@@ -8,6 +8,7 @@ from typing import Any
 from fallow.credits import PoolMode, Purse
 from fallow.job import JOB_STATES_FINAL
 from fallow_coordinator.core import events as e
+from fallow_coordinator.core import verification_events as v
 from fallow_coordinator.core.ledger import (
     Posting,
     allotment,
@@ -131,6 +132,15 @@ def _released(state: State, event: e.CreditsReleased) -> tuple[Posting, ...]:
     return transfer(pending(event.account_id), available(event.account_id), event.microcredits)
 
 
+def _verified(state: State, event: v.EvidenceReleased) -> tuple[Posting, ...]:
+    return transfer(pending(event.account_id), available(event.account_id), event.microcredits)
+
+
+def _voided(state: State, event: v.PayVoided) -> tuple[Posting, ...]:
+    """What a lie forfeits returns to the job that would have paid for it."""
+    return transfer(pending(event.account_id), held(event.job_id, Purse.CREDITS), event.microcredits)
+
+
 # A table of functions has another event in each row, which no type can say.
 _POSTINGS: dict[type, Callable[[State, Any], tuple[Posting, ...]]] = {
     e.JobSubmitted: _submitted,
@@ -144,4 +154,6 @@ _POSTINGS: dict[type, Callable[[State, Any], tuple[Posting, ...]]] = {
     e.AllotmentRenewed: _allotted,
     e.CreditsGranted: _granted,
     e.CreditsReleased: _released,
+    v.EvidenceReleased: _verified,
+    v.PayVoided: _voided,
 }

@@ -9,17 +9,20 @@ from heapq import nsmallest
 
 from fallow.bundle import InspectionReport, Precision
 from fallow.challenge import OUTPUT_SCHEMA_DIGEST, ChallengePlan
+from fallow.comparison import ToleranceProfile
 from fallow.credits import BUDGET_WARNING_PERCENT, PoolMode, credits_text, price_per_hour
 from fallow.errors import Reason
 from fallow.ids import AccountId, Digest, JobId, LeaseId, PartyId, PoolId, SessionId, TaskId
-from fallow.job import JOB_STATES_FINAL, JobProgress, JobState, JobStatus, TaskResult, WorkerShare
+from fallow.job import JOB_STATES_FINAL, JobProgress, JobState, JobStatus, RowChecks, TaskResult, WorkerShare
 from fallow.limits import BLOCK_BYTES_MAX, JOB_SHARES_SHOWN_MAX
 from fallow.roles import TIERS_ALLOWED, DataClass, Tier
 from fallow.session import BlobReference, Capability, DeviceStanding, TaskKind
 from fallow_coordinator.core.deferral import why_deferred
 from fallow_coordinator.core.devices import certificate_of, challenge_of
+from fallow_coordinator.core.events import PackedCandidate
+from fallow_coordinator.core.evidence import Tally, Verification
 from fallow_coordinator.core.evolve_tasks import MEASURING_KINDS
-from fallow_coordinator.core.needs import INSPECTION, Misfit, misfit
+from fallow_coordinator.core.needs import INSPECTION, REFEREEING, Misfit, misfit
 from fallow_coordinator.core.state import (
     ChallengeRecord,
     DeviceCertificate,
@@ -29,6 +32,7 @@ from fallow_coordinator.core.state import (
     Task,
     TaskPhase,
 )
+from fallow_coordinator.core.tolerances import profiles_of
 
 
 def job_status(state: State, job_id: JobId) -> JobStatus | None:
@@ -89,6 +93,20 @@ def status_told(job: Job, *, reason: str, reason_code: str, workers: int, deferr
         warnings=budget_warnings(job),
         footprint=job.footprint,
         deferred_until_ms=deferred_until_ms,
+        checks=_row_checks(job.checks) if job.checks is not None else None,
+    )
+
+
+def _row_checks(tally: Tally) -> RowChecks:
+    return RowChecks(
+        rows_drawn=tally.rows_drawn,
+        rows_passed=tally.rows_passed,
+        rows_by_referee=tally.rows_by_referee,
+        rows_tied=tally.rows_tied,
+        rows_wrong=tally.rows_wrong,
+        rows_withdrawn=tally.rows_withdrawn,
+        rows_trusted=tally.rows_trusted,
+        accepted=tally.accepted,
     )
 
 
@@ -125,7 +143,7 @@ def results_after(state: State, job_id: JobId, cursor: int, limit: int) -> Seque
     return () if job is None else tuple(job.results[max(0, cursor) : max(0, cursor) + limit])
 
 
-_WAITING = frozenset({JobState.PENDING, JobState.QUEUED, JobState.RUNNING})
+_WAITING = frozenset({JobState.PENDING, JobState.QUEUED, JobState.RUNNING, JobState.VERIFYING})
 
 NO_OPERATOR_WORKER = "NO_OPERATOR_WORKER"
 INSPECTING = "INSPECTING"
@@ -134,6 +152,9 @@ BUSY = "BUSY"
 PACKING = "PACKING"
 LIMIT_BELOW_ASKS = "LIMIT_BELOW_ASKS"
 DEFERRED = "DEFERRED"
+CHECKING = "CHECKING"
+NO_AUDITOR = "NO_AUDITOR"
+NO_REFEREE = "NO_REFEREE"
 
 
 def waiting_reason(state: State, job_id: JobId) -> tuple[str, str]:
@@ -145,12 +166,35 @@ def waiting_reason(state: State, job_id: JobId) -> tuple[str, str]:
         return "", ""
     if job.deferred_until_ms:
         return why_deferred(state, job, state.clock_ms), DEFERRED
+    if job.state is JobState.VERIFYING:
+        return _why_verifying(state, state.verifications[job_id])
     if job.rows_leased:
         return "", ""
     sentence, code = _why_waiting(state, job)
     failures = (state.tasks[task_id].last_reason for task_id in job.tasks)
     last = next((reason for reason in failures if reason), "")
     return (f"{sentence}; the last try ended: {last}" if last else sentence), code
+
+
+def _why_verifying(state: State, verification: Verification) -> tuple[str, str]:
+    """All rows are there; who checks those that were drawn."""
+    referees = any(group.window_total and misfit(REFEREEING, group.ability) is None for group in state.groups.values())
+    accept = f"`fallow job accept {verification.job_id}` takes the rows with the checks made by now"
+    waiting = sum(map(len, verification.audit_due.values()))
+    live = any(audit.lease_id is None for audit in verification.audits.values())
+    if verification.referee_due and not referees:
+        count = len(verification.referee_due)
+        return (
+            f"{count} rows wait for a referee, and no operator worker that referees is connected; {accept}",
+            NO_REFEREE,
+        )
+    if waiting and not live and not verification.refereed:
+        return (
+            f"{waiting} rows wait for an audit, and no free worker of another account, token and machine than whose "
+            f"rows they are is connected; {accept}",
+            NO_AUDITOR,
+        )
+    return f"{verification.open_rows} of the rows drawn for checks are not decided", CHECKING
 
 
 def _why_waiting(state: State, job: Job) -> tuple[str, str]:
@@ -322,6 +366,14 @@ class LeaseToSend:
     latency_ms_max: int
     challenge: ChallengePlan | None = None
     """Of a challenge or its check."""
+    slots: tuple[int, ...] = ()
+    """Of a referee's lease: where each row stood in its batch when it was done."""
+    candidates: tuple[PackedCandidate, ...] = ()
+    """Of a referee's lease."""
+    execution_classes: tuple[str, ...] = ()
+    """Of a referee's lease: those that its candidates name by number."""
+    profiles: tuple[ToleranceProfile, ...] = ()
+    """Of a referee's lease: how far classes lie apart."""
     data_class: DataClass | None = None
     """Of its job; None without one."""
 
@@ -337,6 +389,7 @@ def lease_to_send(state: State, lease_id: LeaseId) -> LeaseToSend | None:
     bundle = state.bundles[task.bundle_digest]
     job = state.jobs[task.job_id] if task.job_id is not None else None
     report = bundle.report
+    batch_rows = report.canonical_batch_rows if report is not None else 0
     return LeaseToSend(
         lease_id=lease_id,
         fence=lease.fence,
@@ -347,7 +400,7 @@ def lease_to_send(state: State, lease_id: LeaseId) -> LeaseToSend | None:
         job_id=task.job_id,
         bundle_digest=bundle.bundle_digest,
         bundle_files=bundle.files,
-        canonical_batch_rows=report.canonical_batch_rows if report is not None else 0,
+        canonical_batch_rows=batch_rows,
         slot_dependent=report.slot_dependent if report is not None else False,
         memory_bytes_peak=report.memory_bytes_peak if report is not None else 0,
         rows=task.rows,
@@ -361,6 +414,10 @@ def lease_to_send(state: State, lease_id: LeaseId) -> LeaseToSend | None:
         unit_micros=task.unit_micros,
         pool_id=task.pool_id,
         latency_ms_max=job.options.latency_ms_max if job is not None else 0,
+        slots=tuple(row.row % max(1, batch_rows) for row in task.checks) if task.kind is TaskKind.REFEREE else (),
+        candidates=task.candidates,
+        execution_classes=task.execution_classes,
+        profiles=profiles_of(state, task.bundle_digest) if task.kind is TaskKind.REFEREE else (),
         data_class=job.data_class if job is not None else None,
     )
 
@@ -451,6 +508,108 @@ class PackSource:
 
 
 @dataclass(frozen=True, slots=True)
+class RowsPlan:
+    """A candidate's block, to be packed of single rows, each as (source, row), in order."""
+
+    sources: tuple[PackSource, ...]
+    places: tuple[tuple[int, int], ...]
+    rows: tuple[int, ...]
+    """Rows of the task that they answer, rising."""
+    class_numbers: tuple[int, ...]
+    """Their execution classes, as places in the plan's list."""
+
+    @property
+    def inline(self) -> bool:
+        """Whether it can be packed from payloads alone."""
+        return all(source.inline for source in self.sources)
+
+
+@dataclass(frozen=True, slots=True)
+class ComparePlan:
+    """Rows of an audit, each beside the one that it checks, as (source, row)."""
+
+    job_id: JobId
+    task_id: TaskId
+    sources: tuple[PackSource, ...]
+    pairs: tuple[tuple[tuple[int, int], tuple[int, int]], ...]
+
+    @property
+    def inline(self) -> bool:
+        """Whether the engine can compare at once, from payloads alone."""
+        return all(source.inline for source in self.sources)
+
+
+class _Sources:
+    """Numbers blocks as they are named."""
+
+    def __init__(self) -> None:
+        self.listed: list[PackSource] = []
+        self._numbers: dict[Digest, int] = {}
+
+    def number(self, blob: BlobReference, *, inline: bool) -> int:
+        if blob.digest not in self._numbers:
+            self._numbers[blob.digest] = len(self.listed)
+            self.listed.append(PackSource(blob.digest, blob.length_bytes, inline))
+        return self._numbers[blob.digest]
+
+
+def compare_plan(state: State, job_id: JobId, task_id: TaskId) -> ComparePlan | None:
+    """What to compare for an audit that has settled, or None when nobody needs that (any more)."""
+    verification = state.verifications.get(job_id)
+    audit = verification.audits.get(task_id) if verification is not None else None
+    if verification is None or audit is None or audit.compared or audit.output is None:
+        return None
+    sources = _Sources()
+    own = sources.number(audit.output, inline=audit.inline)
+    pairs: list[tuple[tuple[int, int], tuple[int, int]]] = []
+    for index, row in enumerate(audit.checks):
+        evidence = verification.evidences.get(row.lease_id)
+        if evidence is None:
+            # Nobody needs it any more: beside itself it is equal, and that is heard by nobody.
+            pairs.append(((own, index), (own, index)))
+        else:
+            pairs.append(((own, index), (sources.number(evidence.output, inline=evidence.inline), row.row)))
+    return ComparePlan(job_id, task_id, tuple(sources.listed), tuple(pairs))
+
+
+def _candidates_of(state: State, task: Task) -> tuple[tuple[RowsPlan, ...], tuple[str, ...]]:
+    """The candidates of a referee's task: rows that it checks, and those that audits gave in their stead."""
+    assert task.job_id is not None, "referees decide about jobs' rows"
+    verification = state.verifications[task.job_id]
+    classes: dict[str, int] = {}
+    checked, differing = _Candidate(classes), _Candidate(classes)
+    for index, row in enumerate(verification.refereed[task.task_id]):
+        evidence = verification.evidences.get(row.checks.lease_id)
+        if evidence is None:
+            continue
+        checked.add(index, evidence.output, evidence.execution_class, inline=evidence.inline, row=row.checks.row)
+        audit_id = verification.audit_of.get(row.differing.lease_id) if row.differing is not None else None
+        audit = verification.audits[audit_id] if audit_id is not None else None
+        if audit is not None and audit.output is not None and row.differing is not None:
+            differing.add(index, audit.output, audit.execution_class, inline=audit.inline, row=row.differing.row)
+    return tuple(one.plan() for one in (checked, differing) if one.rows), tuple(classes)
+
+
+class _Candidate:
+    """Gathers the rows of one candidate."""
+
+    def __init__(self, classes: dict[str, int]) -> None:
+        self._classes = classes
+        self._sources = _Sources()
+        self._places: list[tuple[int, int]] = []
+        self._class_numbers: list[int] = []
+        self.rows: list[int] = []
+
+    def add(self, index: int, block: BlobReference, execution_class: str, *, inline: bool, row: int) -> None:
+        self.rows.append(index)
+        self._places.append((self._sources.number(block, inline=inline), row))
+        self._class_numbers.append(self._classes.setdefault(execution_class, len(self._classes)))
+
+    def plan(self) -> RowsPlan:
+        return RowsPlan(tuple(self._sources.listed), tuple(self._places), tuple(self.rows), tuple(self._class_numbers))
+
+
+@dataclass(frozen=True, slots=True)
 class PackPlan:
     """How a task's input is made: `spans` are (source, first row in it, rows), in packing order."""
 
@@ -460,11 +619,19 @@ class PackPlan:
     job_id: JobId
     sources: tuple[PackSource, ...]
     spans: tuple[tuple[int, int, int], ...]
+    candidates: tuple[RowsPlan, ...] = ()
+    """Of a referee's task: blocks to pack beside the input."""
+    execution_classes: tuple[str, ...] = ()
+
+    @property
+    def rows_inline(self) -> bool:
+        """Whether the rows themselves can be packed from payloads alone."""
+        return all(source.inline for source in self.sources)
 
     @property
     def inline(self) -> bool:
         """Whether the engine can pack it at once, from payloads alone."""
-        return all(source.inline for source in self.sources)
+        return self.rows_inline and all(plan.inline for plan in self.candidates)
 
 
 def pack_plan(state: State, task_id: TaskId) -> PackPlan | None:
@@ -483,7 +650,10 @@ def pack_plan(state: State, task_id: TaskId) -> PackPlan | None:
                 dataset = job.blocks[block]
                 sources.append(PackSource(dataset.blob.digest, dataset.blob.length_bytes, dataset.inline))
             spans.append((numbers[block], first, rows))
-    return PackPlan(task_id, task.pack_number, job.account_id, job.job_id, tuple(sources), tuple(spans))
+    candidates, classes = _candidates_of(state, task) if task.kind is TaskKind.REFEREE else ((), ())
+    return PackPlan(
+        task_id, task.pack_number, job.account_id, job.job_id, tuple(sources), tuple(spans), candidates, classes
+    )
 
 
 def _pieces(job: Job, start: int, end: int) -> list[tuple[int, int, int]]:
@@ -529,6 +699,10 @@ def live_payloads(state: State) -> frozenset[Digest]:
         digests.update(block.blob.digest for block in job.blocks if block.inline)
         digests.update(result.output.digest for result in job.results if result.output is not None)
     digests.update(task.input.digest for task in state.tasks.values() if task.input is not None and task.input_inline)
+    digests.update(one.block.digest for task in state.tasks.values() for one in task.candidates if one.inline)
+    for verification in state.verifications.values():
+        audits = verification.audits.values()
+        digests.update(audit.output.digest for audit in audits if audit.output is not None and audit.inline)
     digests.update(
         lease.commitment.output.digest
         for lease in state.leases.values()

@@ -18,9 +18,10 @@ from fallow_coordinator.core.bundles import account_of, usable_bundle
 from fallow_coordinator.core.carbon import grams_at, micrograms
 from fallow_coordinator.core.cutting import Layout, cost_of, unit_micros
 from fallow_coordinator.core.devices import measured, speed_measured
+from fallow_coordinator.core.draws import expected_checks_permille
 from fallow_coordinator.core.explaining import unfit
 from fallow_coordinator.core.groups import ability_of_worker
-from fallow_coordinator.core.jobs import check_needs
+from fallow_coordinator.core.jobs import check_assurance, check_needs, policy_of
 from fallow_coordinator.core.limits import (
     QUOTE_MS_MAX,
     TASK_UNITS_TARGET,
@@ -88,6 +89,7 @@ def quote(state: State, account_id: AccountId, request: QuoteRequest, now_ms: in
         )
     pool = _pool_of(state, request)
     check_needs(request.options, now_ms)
+    check_assurance(request.options)
     _check_bins(bundle, request.bins)
     rows = sum(group.rows for group in request.bins)
     units = estimated_unit_micros(bundle, bundle.report, request.bins)
@@ -95,7 +97,10 @@ def quote(state: State, account_id: AccountId, request: QuoteRequest, now_ms: in
     order = sorted(fleet.offers, key=_speed_order if request.options.objective is Objective.SPEED else _cost_order)
     used = _used(order, units)
     price = _price_per_unit(pool, order, used, request.options.limit_microcredits_per_unit)
-    total = ceil_div(price * units, UNIT_MICROS)
+    asked = request.options.assurance
+    shared = ((state.workers[offer.worker_id], offer.own) for offer in used)
+    checking = expected_checks_permille(asked, shared, rows) if asked else 0
+    total = ceil_div(price * units * (1_000 + checking), 1_000 * UNIT_MICROS)
     wait_ms, run_ms = _times(state, account_id, fleet, units)
     # Who leaves on the way does less: on the mean, as much as those who are still there half-way.
     staying = replace(fleet, offers=_staying(state, fleet.offers, now_ms, (wait_ms + run_ms) // 2))
@@ -110,7 +115,7 @@ def quote(state: State, account_id: AccountId, request: QuoteRequest, now_ms: in
         learned_permille=bundle.cost_permille,
         pool_id=pool.pool_id,
         pool_mode=pool.mode.value,
-        policy=pool.policy,
+        policy=policy_of(request.options, pool),
         price_microcredits_per_unit=price,
         price_microcredits_per_1000_rows=ceil_div(total * 1_000, rows),
         price_microcredits=total,
@@ -122,7 +127,7 @@ def quote(state: State, account_id: AccountId, request: QuoteRequest, now_ms: in
         energy_source=source,
         micrograms=emitted,
         carbon_known=known,
-        checking_permille=0,
+        checking_permille=checking,
         workers_considered=fleet.considered,
         workers_fitting=len(fleet.offers),
         workers_free=sum(offer.free for offer in fleet.offers),

@@ -10,8 +10,8 @@ def referenced_blobs(state: State, candidates: frozenset[Digest], *, now_ms: int
     """Those of `candidates` to which something in the state refers.
 
     Datasets, kept columns and outputs of all jobs that are here, files of all bundles, inputs of all live tasks,
-    outputs that live leases are bound to, and uploads that an account recorded or claimed less than `grace_ms` ago. Of
-    jobs that have left the state the views know.
+    outputs that live leases are bound to, outputs of audits that are not decided, and uploads that an account recorded
+    or claimed less than `grace_ms` ago. Of jobs that have left the state the views know.
     """
     # NOTE: looks at the whole state once for each page of candidates, some 50 ns a reference; with many millions of
     # them, counts kept beside the state would be needed.
@@ -35,7 +35,11 @@ def referenced_blobs(state: State, candidates: frozenset[Digest], *, now_ms: int
     for task in state.tasks.values():
         if task.input is not None and task.input.digest in candidates:
             found.add(task.input.digest)
+        found.update(one.block.digest for one in task.candidates if one.block.digest in candidates)
     for lease in state.leases.values():
         if lease.commitment is not None and lease.commitment.output.digest in candidates:
             found.add(lease.commitment.output.digest)
+    for verification in state.verifications.values():
+        outputs = (audit.output.digest for audit in verification.audits.values() if audit.output is not None)
+        found.update(digest for digest in outputs if digest in candidates)
     return frozenset(found)

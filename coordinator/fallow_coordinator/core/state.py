@@ -16,14 +16,17 @@ from fallow.roles import DataClass, Role, Tier
 from fallow.session import BlobReference, Capability, Cause, NodeRows, RowFailure, TaskKind
 from fallow_coordinator.core.carbon import Forecast
 from fallow_coordinator.core.commands import StoredBlob
-from fallow_coordinator.core.events import LeaseOutcome
+from fallow_coordinator.core.events import LeaseOutcome, PackedCandidate
+from fallow_coordinator.core.evidence import Tally, Verification
 from fallow_coordinator.core.ledger import Ledger
 from fallow_coordinator.core.limits import STAYS_BUCKETS
 from fallow_coordinator.core.needs import INSPECTION, Ability, Needs
+from fallow_coordinator.core.verification_events import EvidenceRow
 
 LaneKey = Needs
 """Tasks with the same needs stand in one lane."""
 NO_GROUP = -1
+NO_DIGEST = Digest(b"")
 
 
 @dataclass(slots=True)
@@ -65,6 +68,8 @@ class Account:
     """Those of them with free window."""
     own_ahead: int = 0
     """Tasks worth keeping packed for its own workers."""
+    microcredits_unverified: int = 0
+    """The part of what is pending that waits for checks."""
 
 
 @dataclass(slots=True)
@@ -238,6 +243,14 @@ class Worker:
     """Of the tasks it settled."""
     rows_settled: int = 0
     tasks_settled: int = 0
+    rows_verified: int = 0
+    """Its record of correctness: rows that were checked and stand, since it was last proven wrong."""
+    rows_unverified: int = 0
+    """Rows of its settled leases that are not verified yet: what it would lose by a lie."""
+    record_class: str = ""
+    """The execution class of its newest evidence; another one halves the record."""
+    distrusted_reason: str = ""
+    """Why it gets no work of verifying jobs; empty: it does."""
     free_since_ms: int = 0
     """Since when it has held no lease in its open session; 0 while it holds one, or never had a session."""
     certificates: dict[str, DeviceCertificate] = field(default_factory=dict[str, DeviceCertificate])
@@ -417,6 +430,8 @@ class Job:
     """Where its tasks queue: what it asked for in the pool as it was then."""
     due_ms: int = 0
     """Its place among the jobs of its account, the earliest first; 0: first come, first served."""
+    checks: Tally | None = None
+    """How its rows stand; None: it has no assurance."""
 
 
 class TaskPhase(StrEnum):
@@ -487,6 +502,13 @@ class Task:
     """Its account's share key when it was cut: its place among what stands ready."""
     stock_group: int = NO_GROUP
     """The group for which it is kept in stock while it is packed or ready."""
+    checks: tuple[EvidenceRow, ...] = ()
+    """Of an audit, and of a referee's task: the rows that it checks, one for each of its own."""
+    corrects: int = 0
+    """Of rows that are done again: the result that it corrects."""
+    candidates: tuple[PackedCandidate, ...] = ()
+    """Of a referee's task that is packed, as is the next one."""
+    execution_classes: tuple[str, ...] = ()
 
     @property
     def lease_ids(self) -> tuple[LeaseId, ...]:
@@ -513,6 +535,8 @@ class CommitmentFacts:
     """What the worker says it took."""
     millijoules: int = 0
     energy_measured: bool = False
+    message_digest: Digest = NO_DIGEST
+    """Of verifying jobs: what the draw is made from."""
     nodes: tuple[NodeRows, ...] = ()
     """Runs of the rows by node; empty: `node` did them all."""
     execution_class: str = ""
@@ -550,6 +574,8 @@ class EndedLease:
     input: Digest | None = None
     """Its input in the blob service, which nobody needs any more; None when it was inline, had none, or another lease
     still needs it."""
+    candidates: tuple[Digest, ...] = ()
+    """The same of a referee's candidates."""
     late: bool = False
     """True: another lease had delivered the rows when this one committed."""
 
@@ -670,4 +696,6 @@ class State:
     """(until, job) of every job that waits for clean electricity, sorted."""
     carbon_planned_at_ms: int = 0
     """When waiting for clean electricity was last planned."""
+    verifications: dict[JobId, Verification] = field(default_factory=dict[JobId, Verification])
+    """Of unfinished jobs with an assurance."""
     tasks_created: int = 0

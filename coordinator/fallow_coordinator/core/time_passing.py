@@ -14,6 +14,7 @@ from fallow_coordinator.core.limits import DUE_PER_TICK_MAX, PACK_PATIENCE_MS
 from fallow_coordinator.core.names import Names
 from fallow_coordinator.core.state import State
 from fallow_coordinator.core.treasury import renewals_due
+from fallow_coordinator.core.verifying import given_up
 
 
 def restart(state: State, command: c.Restart) -> Decision:
@@ -50,6 +51,9 @@ def tick(state: State, command: c.Tick, now_ms: int, names: Names) -> Decision:
                 break
             if task_id not in gone:
                 draft.events.append(e.PackRequested(task_id=task_id, pack_number=task.pack_number + 1))
+    if state.verifications:
+        # A lease that ends now may end its task: audits are given up by the next tick then.
+        draft.events.extend(given_up(state, now_ms) if not draft.events else ())
     draft.events.extend(renewals_due(state, now_ms))
     ended = {event.job_id for event in draft.events if isinstance(event, e.JobStateChanged)}
     draft.events += [event for event in planned(state, now_ms) if event.job_id not in ended]

@@ -78,7 +78,9 @@ def release_credits(state: State, command: c.ReleaseCredits) -> Decision:
     known = state.ledger.transfers.get(command.transfer_id)
     if known is not None and not command.microcredits and (known.kind, known.owner) == ("release", command.account_id):
         return Decision(answer=Moved(known.microcredits, repeated=True))
-    waiting = state.ledger.balance(pending(command.account_id))
+    # What waits for checks is released by them alone.
+    unverified = state.accounts[command.account_id].microcredits_unverified
+    waiting = state.ledger.balance(pending(command.account_id)) - unverified
     event = e.CreditsReleased(command.account_id, command.microcredits or waiting, command.note, command.transfer_id)
     repeated = _repeated(state, command.transfer_id, transfer_facts(event))
     if repeated is not None:

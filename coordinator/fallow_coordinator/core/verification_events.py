@@ -74,6 +74,11 @@ class AuditsDrawn:
     """Those of `drawn` that go straight to a referee."""
     trust: Trust = Trust.NONE
     """Why nothing is drawn."""
+    microcredits: int = 0
+    """The lease's pay, where it waits for the checks."""
+    further_rows: int = 0
+    """It is released once so many checked rows of the worker's later leases of the job stand, and all that were drawn
+    of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,10 +97,10 @@ class AuditCompared:
 
 @dataclass(frozen=True, slots=True)
 class AuditGivenUp:
-    """Nobody could audit these rows: a referee checks them."""
+    """Nobody can audit these rows: a referee checks them."""
 
-    task_id: TaskId
     job_id: JobId
+    rows: tuple[EvidenceRow, ...]
     reason: str
 
 

@@ -345,6 +345,9 @@ def _worker(state: State, worker: Worker) -> pb.Worker:
             standing_to_message(device_standing(state, worker.worker_id, device_id))
             for device_id in dict.fromkeys((*worker.certificates, *worker.challenged))
         ],
+        distrusted_reason=worker.distrusted_reason,
+        rows_verified=worker.rows_verified,
+        rows_unverified=worker.rows_unverified,
     )
 
 

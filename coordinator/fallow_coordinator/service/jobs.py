@@ -51,6 +51,7 @@ from fallow_coordinator.config import CollectionSettings
 from fallow_coordinator.core.answers import JobAccepted
 from fallow_coordinator.core.blobs import check_blob_quota, record_is_old
 from fallow_coordinator.core.commands import (
+    AcceptAssurance,
     CancelJob,
     ClaimBlobs,
     DeleteJob,
@@ -159,6 +160,7 @@ class JobService:
                     handler("ExplainJob", pb.ExplainJobRequest, self.explain_job),
                     handler("ListJobs", pb.ListJobsRequest, self.list_jobs),
                     handler("CancelJob", pb.CancelJobRequest, self.cancel_job),
+                    handler("AcceptJob", pb.AcceptJobRequest, self.accept_job),
                     handler("DeleteJob", pb.DeleteJobRequest, self.delete_job),
                     handler("GetJobSubmission", pb.GetJobSubmissionRequest, self.get_job_submission),
                     (
@@ -365,6 +367,16 @@ class JobService:
             await self._engine.submit(CancelJob(caller.account_id, job_id))
             status = await self._reads.status(caller.account_id, job_id)
         return pb.CancelJobResponse(job=status_to_message(status))
+
+    async def accept_job(self, call: Call[pb.AcceptJobRequest]) -> pb.AcceptJobResponse:
+        """The job, ended with the checks that were made by now."""
+        caller = await self._caller(call.peer)
+        job_id = JobId(call.request.job_id)
+        status = await self._reads.status(caller.account_id, job_id)
+        if status.state not in JOB_STATES_FINAL:
+            await self._engine.submit(AcceptAssurance(caller.account_id, job_id))
+            status = await self._reads.status(caller.account_id, job_id)
+        return pb.AcceptJobResponse(job=status_to_message(status))
 
     async def get_job_submission(self, call: Call[pb.GetJobSubmissionRequest]) -> pb.GetJobSubmissionResponse:
         """A page of the job's dataset, and how it was to be run."""

@@ -10,9 +10,10 @@ from fallow import challenge
 from fallow.bundle import BundleManifest
 from fallow.ids import Digest, KeyFingerprint, LeaseId, PartyId, SessionId
 from fallow.roles import DataClass
-from fallow.session import BundleOffer, DeviceStanding, GrantsRenewed, Lease, SignedBytes, UploadOffer
+from fallow.session import BundleOffer, Candidate, DeviceStanding, GrantsRenewed, Lease, SignedBytes, UploadOffer
 from fallow.wire.blob import BlobKind
 from fallow.wire.bundle import decode_manifest, encode_manifest
+from fallow_coordinator.core.events import PackedCandidate
 from fallow_coordinator.core.questions import LeaseToSend, device_standing, lease_to_send, upload_to_offer
 from fallow_coordinator.engine import Engine
 from fallow_coordinator.service.grants import Grants, Holder
@@ -61,6 +62,10 @@ class LeaseMessages:
             pool_id=facts.pool_id,
             latency_ms_max=facts.latency_ms_max,
             challenge=facts.challenge,
+            slots=facts.slots,
+            candidates=tuple(self._candidate(facts, packed, worker) for packed in facts.candidates),
+            execution_classes=facts.execution_classes,
+            profiles=facts.profiles,
         )
 
     def standing(self, worker_id: PartyId, device_id: str) -> DeviceStanding:
@@ -105,11 +110,22 @@ class LeaseMessages:
         holder = Holder(worker, facts.account_id, facts.pool_id if facts.data_class is DataClass.PUBLIC else None)
         return self._grants.get(facts.input, holder, now_ms=self._now_ms(), kind=BlobKind.ROW_BLOCK)
 
+    def _candidate(self, facts: LeaseToSend, packed: PackedCandidate, worker: KeyFingerprint) -> Candidate:
+        """A block of workers' rows, as bytes when it is small, else with a grant to read it."""
+        inline = self._payload(packed.block.digest) if packed.inline else b""
+        holder = Holder(worker, facts.account_id)
+        now_ms = self._now_ms()
+        grant = None if inline else self._grants.get(packed.block, holder, now_ms=now_ms, kind=BlobKind.ROW_BLOCK)
+        return Candidate(packed.block, grant, inline, packed.class_numbers, packed.rows)
+
     def _inline_input(self, facts: LeaseToSend) -> bytes:
         if facts.input is None or not facts.input_inline:
             return b""
-        payload = self._engine.payload(facts.input.digest)
-        assert payload is not None, "inline inputs of live leases are kept"
+        return self._payload(facts.input.digest)
+
+    def _payload(self, digest: Digest) -> bytes:
+        payload = self._engine.payload(digest)
+        assert payload is not None, "inline blocks of live leases are kept"
         return payload
 
     def _manifest(self, bundle_digest: Digest) -> tuple[bytes, BundleManifest]:

@@ -221,7 +221,9 @@ class WorkerSession:
                 if isinstance(item, Regrant):
                     return self._leases.renewed(facts, self.caller.key_fingerprint)
                 fresh = facts.bundle_digest not in self._offered
-                self._offered.add(facts.bundle_digest)
+                if facts.kind is not TaskKind.INSPECT:
+                    # What inspection finds, such as the canonical batch, is not in the offer that comes with it.
+                    self._offered.add(facts.bundle_digest)
                 return self._leases.lease(facts, self.caller.key_fingerprint, with_offer=fresh)
             case SendUploadOffer(_, lease_id):
                 return self._leases.upload_offer(self.session_id, lease_id, self.caller.key_fingerprint)

@@ -52,6 +52,7 @@ from fallow_coordinator.core.commands import (
     OpenSession,
     ReportCheck,
     ReportInspection,
+    ReportReferee,
     ReturnLease,
     StoredBlob,
 )
@@ -359,8 +360,23 @@ class WorkerService:
                 return self._engine.submit_soon(ReturnLease(session_id, worker_id, lease_id, fence, cause, reason))
             case Checked(lease_id, fence, verdict):
                 return self._engine.submit_soon(ReportCheck(session_id, worker_id, lease_id, fence, verdict))
-            case Refereed(lease_id):
-                raise FallowError(Reason.LEASE_UNKNOWN, f"{lease_id} is no lease of a referee", field="lease_id")
+            case Refereed():
+                refereed = incoming.message
+                return self._engine.submit_soon(
+                    ReportReferee(
+                        session_id=session_id,
+                        worker_id=worker_id,
+                        lease_id=refereed.lease_id,
+                        fence=refereed.fence,
+                        own_root=refereed.own_root,
+                        findings=refereed.rows,
+                        execution_class=refereed.execution_class,
+                        usage=refereed.usage,
+                        message_digest=digest_of(incoming.payload),
+                        signature=incoming.signature,
+                        sequence=incoming.sequence,
+                    )
+                )
             case LeaseSeen(lease_id, _):
                 session.lease_seen(lease_id)
             case GrantsWanted():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from fallow.credits import PoolMode, Purse
 from fallow.ids import JobId
 from fallow_coordinator.core import events as ev
+from fallow_coordinator.core import verification_events as v
 from fallow_coordinator.core.ledger import BookKind, Posting
 from fallow_coordinator.core.prices import device_class
 from fallow_coordinator.core.state import State
@@ -23,6 +24,8 @@ _WHAT: dict[type, str] = {
     ev.LateLeaseSettled: "work",
     ev.AllotmentSet: "allotment",
     ev.AllotmentRenewed: "allotment",
+    v.EvidenceReleased: "verified",
+    v.PayVoided: "forfeited",
 }
 
 
@@ -99,6 +102,8 @@ def _job_and_worker(state: State, event: ev.Event) -> tuple[str, str]:
     match event:
         case ev.JobSubmitted() | ev.JobFunded() | ev.JobStateChanged():
             return event.job_id, ""
+        case v.EvidenceReleased() | v.PayVoided():
+            return event.job_id, event.worker_id
         case ev.LeaseGranted():
             return state.tasks[event.task_id].job_id or "", ""
         case ev.LeaseEnded():

@@ -11,6 +11,7 @@ from fallow.ids import AccountId, Digest, JobId, PartyId, PoolId, SessionId, Tas
 from fallow.job import JOB_STATES_FINAL, JobStatus, TaskResult
 from fallow.wire.job import result_to_message, status_to_message
 from fallow_coordinator.core import events as ev
+from fallow_coordinator.core import verification_events as v
 from fallow_coordinator.core.evolve import evolve, evolve_posted
 from fallow_coordinator.core.limits import RETENTION_MS_DEFAULT
 from fallow_coordinator.core.postings import postings_of
@@ -27,6 +28,18 @@ _UNSEEN = frozenset({ev.TaskCreated, ev.PackRequested, ev.TaskInputPacked, ev.Co
 
 Row = tuple[object, ...]
 """Values in the order of the table's columns."""
+
+
+_COUNTED = (
+    v.DrawSecretSet,
+    v.AuditsDrawn,
+    v.AuditCompared,
+    v.VerdictReached,
+    v.RowsCorrected,
+    v.PayVoided,
+    v.AssuranceAccepted,
+)
+"""Events that change what a job's row says of its checks, rows or pay."""
 
 
 @dataclass(slots=True)
@@ -101,11 +114,17 @@ class Projection:
         else:
             # Work that was given up is delivered, too.
             job_id = self.state.tasks[event.task_id].job_id if isinstance(event, ev.TaskAbandoned) else None
+            marked = self._results_marked(event)
             self._before(event)
             if isinstance(event, ev.LateLeaseSettled):
                 self._note_settlement(record, event)
             self._fold_posted(record)
             self._after(event, record.at_ms)
+            if isinstance(event, _COUNTED):
+                self._touched.jobs[event.job_id] = None
+            if marked is not None:
+                job, cursor, rows_failed = marked
+                self._touched.results.append(_result_row(job, job.results[cursor - 1], rows_failed))
             if job_id is not None and isinstance(event, ev.TaskAbandoned):
                 self._note_result(job_id, event.rows)
 
@@ -124,7 +143,8 @@ class Projection:
         self._touch_task(event.task_id)
         self._note_settlement(record, event)
         self._fold_posted(record)
-        if job_id is not None:
+        if job_id is not None and event.cursor:
+            # What only checks rows has no number, and delivers nothing.
             self._note_result(job_id, event.rows_failed)
 
     def _note_settlement(self, record: Record, event: ev.TaskSettled | ev.LateLeaseSettled) -> None:
@@ -257,6 +277,18 @@ class Projection:
             self._touched.jobs[task.job_id] = None
         elif task.bundle_digest in self.state.bundles:
             self._touched.bundles[task.bundle_digest] = None
+
+    def _results_marked(self, event: ev.Event) -> tuple[Job, int, int] | None:
+        """(job, cursor, failed rows) of the result whose status this event changes, which has not happened yet."""
+        if isinstance(event, v.AuditsDrawn) and event.trust is not v.Trust.NONE:
+            facts = self.state.ended_leases[event.lease_id].commitment
+            assert facts is not None, "what settled was committed"
+            return self.state.jobs[event.job_id], event.cursor, facts.rows_failed
+        if isinstance(event, v.EvidenceReleased):
+            evidence = self.state.verifications[event.job_id].evidences.get(event.lease_id)
+            if evidence is not None:
+                return self.state.jobs[event.job_id], evidence.cursor, evidence.rows_failed
+        return None
 
 
 def _pool_row(state: State, pool_id: PoolId) -> Row:

@@ -31,14 +31,24 @@ def rows_from_message(messages: Iterable[pb.EvidenceRow]) -> tuple[ev.EvidenceRo
 def candidates_to_message(candidates: Iterable[PackedCandidate]) -> list[pb.PackedCandidate]:
     """What a referee compares with."""
     return [
-        pb.PackedCandidate(block=values.blob_to_message(candidate.block), inline=candidate.inline)
+        pb.PackedCandidate(
+            block=values.blob_to_message(candidate.block),
+            inline=candidate.inline,
+            rows=candidate.rows,
+            class_numbers=candidate.class_numbers,
+        )
         for candidate in candidates
     ]
 
 
 def candidates_from_message(messages: Iterable[pb.PackedCandidate]) -> tuple[PackedCandidate, ...]:
     """What a referee compares with."""
-    return tuple(PackedCandidate(values.blob_from_message(message.block), message.inline) for message in messages)
+    return tuple(
+        PackedCandidate(
+            values.blob_from_message(message.block), message.inline, tuple(message.rows), tuple(message.class_numbers)
+        )
+        for message in messages
+    )
 
 
 def _finding_to_message(found: RowFinding) -> session_pb2.RowFinding:
@@ -77,6 +87,8 @@ def _drawn_to(event: ev.AuditsDrawn) -> pb.AuditsDrawn:
         drawn=event.drawn,
         refereed=event.refereed,
         trust=_TRUSTS.number(event.trust),
+        microcredits=event.microcredits,
+        further_rows=event.further_rows,
     )
 
 
@@ -92,6 +104,8 @@ def _drawn_from(message: pb.AuditsDrawn) -> ev.AuditsDrawn:
         drawn=tuple(message.drawn),
         refereed=tuple(message.refereed),
         trust=_TRUSTS.member(message.trust),
+        microcredits=message.microcredits,
+        further_rows=message.further_rows,
     )
 
 
@@ -226,8 +240,8 @@ KINDS: tuple[AnyKind, ...] = (
     Kind(
         "audit_given_up",
         ev.AuditGivenUp,
-        lambda event: pb.AuditGivenUp(task_id=event.task_id, job_id=event.job_id, reason=event.reason),
-        lambda message: ev.AuditGivenUp(TaskId(message.task_id), JobId(message.job_id), message.reason),
+        lambda event: pb.AuditGivenUp(job_id=event.job_id, rows=rows_to_message(event.rows), reason=event.reason),
+        lambda message: ev.AuditGivenUp(JobId(message.job_id), rows_from_message(message.rows), message.reason),
     ),
     Kind("referee_reported", ev.RefereeReported, _reported_to, _reported_from),
     Kind("verdict_reached", ev.VerdictReached, _verdict_to, _verdict_from),

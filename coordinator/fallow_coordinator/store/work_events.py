@@ -327,6 +327,7 @@ KINDS: tuple[AnyKind, ...] = (
             input=values.blob_to_message(event.input),
             inline=event.inline,
             candidates=verification_events.candidates_to_message(event.candidates) if event.candidates else None,
+            execution_classes=event.execution_classes,
         ),
         lambda message: ev.TaskInputPacked(
             task_id=TaskId(message.task_id),
@@ -334,6 +335,7 @@ KINDS: tuple[AnyKind, ...] = (
             input=values.blob_from_message(message.input),
             inline=message.inline,
             candidates=verification_events.candidates_from_message(message.candidates) if message.candidates else (),
+            execution_classes=tuple(message.execution_classes),
         ),
     ),
     Kind(

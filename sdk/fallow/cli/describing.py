@@ -11,7 +11,7 @@ from fallow.cli.output import counted
 from fallow.client.tables import Saved
 from fallow.credits import PoolMode, credits_text
 from fallow.explanation import JobExplanation
-from fallow.job import JobStatus, WorkerShare
+from fallow.job import JobStatus, RowChecks, WorkerShare
 
 
 def saved_facts(saved: Saved) -> dict[str, Any]:
@@ -59,6 +59,7 @@ def status_facts(status: JobStatus) -> dict[str, Any]:
         "deleted_at_ms": status.deleted_at_ms,
         "energy": energy_facts(status),
         "deferred_until_ms": status.deferred_until_ms,
+        "checks": status.checks,
         "shares": status.shares,
     }
 
@@ -119,6 +120,7 @@ def status_text(status: JobStatus) -> str:
         "account": status.account_id,
         "pool": status.pool_id,
         "policy": status.policy,
+        "checks": checks_text(status.checks) if status.checks is not None else "",
         "energy": _energy_text(status),
         "waits": f"for cleaner electricity until {_moment(status.deferred_until_ms)}"
         if status.deferred_until_ms
@@ -143,6 +145,19 @@ def share_lines(shares: Sequence[WorkerShare]) -> list[str]:
         if len(nodes) > 1 or nodes[0].node:
             lines += [f"  {node.rows:>14,}  node {node.node}" for node in nodes]
     return lines
+
+
+def checks_text(checks: RowChecks) -> str:
+    """How a job's rows stand, for people."""
+    parts = [
+        f"{checks.rows_passed:,} of {checks.rows_drawn:,} drawn rows stand, {checks.rows_by_referee:,} by a referee",
+        f"{checks.rows_trusted:,} trusted" if checks.rows_trusted else "",
+        f"{checks.rows_tied:,} undecided" if checks.rows_tied else "",
+        f"{checks.rows_wrong:,} proven wrong" if checks.rows_wrong else "",
+        f"{checks.rows_withdrawn:,} done again" if checks.rows_withdrawn else "",
+        "accepted by you as it was" if checks.accepted else "",
+    ]
+    return ", ".join(part for part in parts if part)
 
 
 def explanation_facts(told: JobExplanation) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`fallow job …`: quote, submit, list, show, explain, watch, wait, results, certificate, retry, cancel, delete."""
+"""`fallow job …`: quote, submit, list, show, watch, wait, results, certificate, retry, cancel, accept, delete."""
 
 from __future__ import annotations
 
@@ -166,6 +166,22 @@ def cancel_command(job_id: str, login: Path | None, as_json: bool) -> None:
     async def work() -> None:
         async with await connect_async(login) as client:
             status = await (await client.job(job_id)).cancel()
+        output.result(status_facts(status), f"job {job_id}: {status.state.value}")
+
+    run(output, work())
+
+
+@job_group.command("accept")
+@click.argument("job_id")
+@login_option
+@json_option
+def accept_command(job_id: str, login: Path | None, as_json: bool) -> None:
+    """Take a verifying job's rows with the checks made by now, without waiting for the rest."""
+    output = Output(as_json=as_json)
+
+    async def work() -> None:
+        async with await connect_async(login) as client:
+            status = await (await client.job(job_id)).accept()
         output.result(status_facts(status), f"job {job_id}: {status.state.value}")
 
     run(output, work())

@@ -93,6 +93,12 @@ def terms_options(command: Command) -> Command:
                 help="Among your own jobs; each step is an hour's head start. [default: 0]",
             ),
             click.option(
+                "--assurance",
+                metavar="LEVEL",
+                help="How sure results shall be: basic, standard or strict, or as in standard,error=0.005. "
+                "[default: unchecked]",
+            ),
+            click.option(
                 "--accept",
                 metavar="FORMS",
                 help=f"Forms of the program that may stand in, with commas: {', '.join(VariantForm)}. [default: none]",
@@ -105,7 +111,8 @@ def terms_options(command: Command) -> Command:
 
 def terms_given(given: Mapping[str, Any]) -> JobTerms:
     """The terms that were stated on the command line."""
-    terms = {name: given[name] for name in ("limit", "budget", "deadline", "objective", "device", "region", "priority")}
+    names = ("limit", "budget", "deadline", "objective", "device", "region", "priority", "assurance")
+    terms = {name: given[name] for name in names}
     terms["memory_bytes"] = given["memory"]
     terms["accept"] = split_names(given["accept"]) or None
     return cast(JobTerms, {name: value for name, value in terms.items() if value is not None})

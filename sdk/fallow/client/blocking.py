@@ -192,6 +192,10 @@ class Job:
         """Ends the job; rows that are done stay readable. Cancelling a finished job changes nothing."""
         return self._loop.run(self._job.cancel())
 
+    def accept(self) -> JobStatus:
+        """Takes a verifying job's rows with the checks made by now; see `AsyncJob.accept`."""
+        return self._loop.run(self._job.accept())
+
     def top_up(self, amount: str | int) -> JobStatus:
         """Adds so many credits to the budget; a job that was out of it goes on."""
         return self._loop.run(self._job.top_up(amount))

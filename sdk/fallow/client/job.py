@@ -41,7 +41,18 @@ from fallow.errors import FallowError, Reason
 from fallow.explanation import JobExplanation
 from fallow.identity import load_certificate
 from fallow.ids import JobId
-from fallow.job import JOB_STATES_FINAL, JobProgress, JobState, JobStatus, RowSpan, TaskResult, WorkerShare
+from fallow.job import (
+    ACCEPTED,
+    JOB_STATES_FINAL,
+    PROVISIONAL,
+    VERIFIED,
+    JobProgress,
+    JobState,
+    JobStatus,
+    RowSpan,
+    TaskResult,
+    WorkerShare,
+)
 from fallow.v1 import job_service_pb2, ledger_service_pb2
 from fallow.wire.explanation import job_explanation_from_message
 from fallow.wire.job import shares_from_messages, status_from_message
@@ -121,6 +132,15 @@ class AsyncJob:
         """Ends the job; rows that are done stay readable. Cancelling a finished job changes nothing."""
         request = job_service_pb2.CancelJobRequest(job_id=self.id)
         answer = await self._connection.call(lambda jobs: jobs.CancelJob(request, timeout=CALL_TIMEOUT_S))
+        return self._seen(status_from_message(answer.job))
+
+    async def accept(self) -> JobStatus:
+        """Takes a verifying job's rows with the checks made by now: it succeeds. Raises JOB_UNFINISHED, FIELD_INVALID.
+
+        Accepting a finished job changes nothing.
+        """
+        request = job_service_pb2.AcceptJobRequest(job_id=self.id)
+        answer = await self._connection.call(lambda jobs: jobs.AcceptJob(request, timeout=CALL_TIMEOUT_S))
         return self._seen(status_from_message(answer.job))
 
     async def delete(self) -> JobStatus:
@@ -319,7 +339,7 @@ class AsyncJob:
             if not partial:
                 self._check_end([entry.result for entry in arrived])
             tables = await self._tables()
-            results = [entry.result for entry in arrived]
+            results = [_final(entry.result, self._last) for entry in arrived]
             spans = [(span, results[index]) for span, index in final_spans(results)]
             self._shares = _shares_of(spans)
             yield tables, await stack.enter_async_context(aclosing(_batched(spans_in_order(spans, outputs), tables)))
@@ -349,6 +369,14 @@ class AsyncJob:
             # The mapping outlives the file's name.
             self._kept = KeptColumns(path)
         return self._kept
+
+
+def _final(result: TaskResult, last: JobStatus | None) -> TaskResult:
+    """A result as it stands at the end: one that came while its rows were being checked has been checked since."""
+    if result.status != PROVISIONAL or last is None or last.state is not JobState.SUCCEEDED:
+        return result
+    accepted = last.checks is not None and last.checks.accepted
+    return replace(result, status=ACCEPTED if accepted else VERIFIED)
 
 
 async def _batched(

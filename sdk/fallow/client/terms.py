@@ -9,6 +9,7 @@ from decimal import Decimal
 from enum import StrEnum
 from typing import Final, TypedDict, TypeVar
 
+from fallow.assurance import assurance_of
 from fallow.bundle import Precision, VariantForm
 from fallow.credits import MICROCREDITS_MAX, parse_credits
 from fallow.errors import FallowError, Reason
@@ -49,6 +50,9 @@ class JobTerms(TypedDict, total=False):
     """0 to 9: among the account's own jobs, each step is an hour's head start."""
     precision: Precision | str
     """Coarsest arithmetic that is accepted. The bundle's own, when left out."""
+    assurance: str
+    """How sure results shall be: `basic`, `standard` or `strict`, or one of them and shares that differ from it, as in
+    `standard,error=0.005`. Nothing is checked, when left out."""
     accept: Sequence[VariantForm | str]
     """Forms of the bundle's program that may stand in for the fp32 form, such as `["fp16", "int8"]`."""
 
@@ -70,6 +74,9 @@ def terms_of(given: JobTerms, options: JobOptions, *, now: datetime.datetime) ->
     changes: dict[str, object] = {}
     if "deadline" in given:
         changes["deadline_ms"] = _deadline_ms(given["deadline"], now)
+    if "assurance" in given:
+        assurance_of(given["assurance"])
+        changes["assurance"] = given["assurance"]
     if "objective" in given:
         changes["objective"] = _member(Objective, given["objective"], "objective")
     if "device" in given:

@@ -523,6 +523,9 @@ class Worker(_message.Message):
     ROWS_SETTLED_FIELD_NUMBER: _builtins.int
     CERTIFICATE_NOT_AFTER_FIELD_NUMBER: _builtins.int
     DEVICE_STANDINGS_FIELD_NUMBER: _builtins.int
+    DISTRUSTED_REASON_FIELD_NUMBER: _builtins.int
+    ROWS_VERIFIED_FIELD_NUMBER: _builtins.int
+    ROWS_UNVERIFIED_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     account_id: _builtins.str
     pool_id: _builtins.str
@@ -532,6 +535,12 @@ class Worker(_message.Message):
     quarantined: _builtins.bool
     leases: _builtins.int
     rows_settled: _builtins.int
+    distrusted_reason: _builtins.str
+    """Which row of it was proven wrong: it gets no work of verifying jobs; unset: none."""
+    rows_verified: _builtins.int
+    """Rows of it that were checked and stand, since one was last proven wrong."""
+    rows_unverified: _builtins.int
+    """Rows of it that are not verified yet."""
     @_builtins.property
     def capability(self) -> _capability_pb2.Capability: ...
     @_builtins.property
@@ -555,10 +564,13 @@ class Worker(_message.Message):
         rows_settled: _builtins.int = ...,
         certificate_not_after: _timestamp_pb2.Timestamp | None = ...,
         device_standings: _abc.Iterable[_session_pb2.DeviceStanding] | None = ...,
+        distrusted_reason: _builtins.str = ...,
+        rows_verified: _builtins.int = ...,
+        rows_unverified: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["capability", b"capability", "certificate_not_after", b"certificate_not_after"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_id", b"account_id", "capability", b"capability", "certificate_not_after", b"certificate_not_after", "connected", b"connected", "device_standings", b"device_standings", "leases", b"leases", "name", b"name", "pool_id", b"pool_id", "quarantined", b"quarantined", "rows_settled", b"rows_settled", "tier", b"tier", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_id", b"account_id", "capability", b"capability", "certificate_not_after", b"certificate_not_after", "connected", b"connected", "device_standings", b"device_standings", "distrusted_reason", b"distrusted_reason", "leases", b"leases", "name", b"name", "pool_id", b"pool_id", "quarantined", b"quarantined", "rows_settled", b"rows_settled", "rows_unverified", b"rows_unverified", "rows_verified", b"rows_verified", "tier", b"tier", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -263,7 +263,7 @@ class TaskResult(_message.Message):
     output_root: _builtins.bytes
     """Root of the accepted commitment; unset for rows that nobody computed."""
     status: _builtins.str
-    """`unverified` until the pool checks results."""
+    """`unverified`, or `assurance` and what was asked for."""
     corrects: _builtins.int
     """Cursor of the earlier result that this one corrects; 0: none."""
     @_builtins.property
@@ -461,6 +461,7 @@ class JobStatus(_message.Message):
     WARNINGS_FIELD_NUMBER: _builtins.int
     FOOTPRINT_FIELD_NUMBER: _builtins.int
     DEFERRED_UNTIL_FIELD_NUMBER: _builtins.int
+    CHECKS_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     account_id: _builtins.str
     pool_id: _builtins.str
@@ -473,7 +474,7 @@ class JobStatus(_message.Message):
     title: _builtins.str
     data_class: Global___DataClass.ValueType
     policy: _builtins.str
-    """`unverified` until the pool checks results."""
+    """`unverified`, or `assurance` and what was asked for."""
     price_microcredits: _builtins.int
     output_schema: _builtins.bytes
     """Schema of the output rows, exact bytes; unset until the bundle is known."""
@@ -513,6 +514,10 @@ class JobStatus(_message.Message):
     def deferred_until(self) -> _timestamp_pb2.Timestamp:
         """It waits for cleaner electricity until then, or until the plan changes; unset: it does not."""
 
+    @_builtins.property
+    def checks(self) -> Global___RowChecks:
+        """How its rows stand; unset: it has no assurance."""
+
     def __init__(
         self,
         *,
@@ -541,11 +546,62 @@ class JobStatus(_message.Message):
         warnings: _abc.Iterable[_builtins.str] | None = ...,
         footprint: Global___Footprint | None = ...,
         deferred_until: _timestamp_pb2.Timestamp | None = ...,
+        checks: Global___RowChecks | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["deferred_until", b"deferred_until", "deleted_at", b"deleted_at", "finished_at", b"finished_at", "footprint", b"footprint", "kept", b"kept", "progress", b"progress", "submitted_at", b"submitted_at"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["checks", b"checks", "deferred_until", b"deferred_until", "deleted_at", b"deleted_at", "finished_at", b"finished_at", "footprint", b"footprint", "kept", b"kept", "progress", b"progress", "submitted_at", b"submitted_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_id", b"account_id", "budget_microcredits", b"budget_microcredits", "bundle_digest", b"bundle_digest", "data_class", b"data_class", "deferred_until", b"deferred_until", "deleted_at", b"deleted_at", "finished_at", b"finished_at", "footprint", b"footprint", "job_id", b"job_id", "kept", b"kept", "output_schema", b"output_schema", "policy", b"policy", "pool_id", b"pool_id", "pool_mode", b"pool_mode", "price_microcredits", b"price_microcredits", "progress", b"progress", "reason", b"reason", "reason_code", b"reason_code", "reserved_microcredits", b"reserved_microcredits", "results", b"results", "spent_microcredits", b"spent_microcredits", "state", b"state", "submitted_at", b"submitted_at", "title", b"title", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account_id", b"account_id", "budget_microcredits", b"budget_microcredits", "bundle_digest", b"bundle_digest", "checks", b"checks", "data_class", b"data_class", "deferred_until", b"deferred_until", "deleted_at", b"deleted_at", "finished_at", b"finished_at", "footprint", b"footprint", "job_id", b"job_id", "kept", b"kept", "output_schema", b"output_schema", "policy", b"policy", "pool_id", b"pool_id", "pool_mode", b"pool_mode", "price_microcredits", b"price_microcredits", "progress", b"progress", "reason", b"reason", "reason_code", b"reason_code", "reserved_microcredits", b"reserved_microcredits", "results", b"results", "spent_microcredits", b"spent_microcredits", "state", b"state", "submitted_at", b"submitted_at", "title", b"title", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___JobStatus: _TypeAlias = JobStatus  # noqa: Y015
+
+@_typing.final
+class RowChecks(_message.Message):
+    """How the rows of a job with an assurance stand, counted."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROWS_DRAWN_FIELD_NUMBER: _builtins.int
+    ROWS_PASSED_FIELD_NUMBER: _builtins.int
+    ROWS_BY_REFEREE_FIELD_NUMBER: _builtins.int
+    ROWS_TIED_FIELD_NUMBER: _builtins.int
+    ROWS_WRONG_FIELD_NUMBER: _builtins.int
+    ROWS_WITHDRAWN_FIELD_NUMBER: _builtins.int
+    ROWS_TRUSTED_FIELD_NUMBER: _builtins.int
+    ACCEPTED_FIELD_NUMBER: _builtins.int
+    rows_drawn: _builtins.int
+    """Chosen to be checked."""
+    rows_passed: _builtins.int
+    """Of these: checked, and they stand."""
+    rows_by_referee: _builtins.int
+    """Of those: upheld by a referee."""
+    rows_tied: _builtins.int
+    """Nobody could tell: they stand, and teach nothing."""
+    rows_wrong: _builtins.int
+    """Proven wrong."""
+    rows_withdrawn: _builtins.int
+    """Delivered, taken back and done again."""
+    rows_trusted: _builtins.int
+    """Done by the submitter's own or an operator's worker: not checked."""
+    accepted: _builtins.bool
+    """The job's owner took it with the checks that were made by then."""
+    def __init__(
+        self,
+        *,
+        rows_drawn: _builtins.int = ...,
+        rows_passed: _builtins.int = ...,
+        rows_by_referee: _builtins.int = ...,
+        rows_tied: _builtins.int = ...,
+        rows_wrong: _builtins.int = ...,
+        rows_withdrawn: _builtins.int = ...,
+        rows_trusted: _builtins.int = ...,
+        accepted: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "rows_by_referee", b"rows_by_referee", "rows_drawn", b"rows_drawn", "rows_passed", b"rows_passed", "rows_tied", b"rows_tied", "rows_trusted", b"rows_trusted", "rows_withdrawn", b"rows_withdrawn", "rows_wrong", b"rows_wrong"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RowChecks: _TypeAlias = RowChecks  # noqa: Y015

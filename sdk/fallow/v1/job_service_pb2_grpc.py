@@ -102,6 +102,11 @@ class JobServiceStub(object):
                 request_serializer=fallow_dot_v1_dot_job__service__pb2.CancelJobRequest.SerializeToString,
                 response_deserializer=fallow_dot_v1_dot_job__service__pb2.CancelJobResponse.FromString,
                 _registered_method=True)
+        self.AcceptJob = channel.unary_unary(
+                '/fallow.v1.JobService/AcceptJob',
+                request_serializer=fallow_dot_v1_dot_job__service__pb2.AcceptJobRequest.SerializeToString,
+                response_deserializer=fallow_dot_v1_dot_job__service__pb2.AcceptJobResponse.FromString,
+                _registered_method=True)
         self.DeleteJob = channel.unary_unary(
                 '/fallow.v1.JobService/DeleteJob',
                 request_serializer=fallow_dot_v1_dot_job__service__pb2.DeleteJobRequest.SerializeToString,
@@ -248,6 +253,19 @@ class JobServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def AcceptJob(self, request, context):
+        """Ends a verifying job with the checks that were made by now: it succeeds, and its certificate says so. Repeating it
+        is harmless.
+
+        Statuses:
+        NOT_FOUND            not in this account.
+        FAILED_PRECONDITION  rows are still missing: wait until it verifies.
+        INVALID_ARGUMENT     the job was submitted without an assurance.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def DeleteJob(self, request, context):
         """Lets go of a finished job's results, dataset and kept columns, for good. Its status stays, without them. Repeating
         it is harmless.
@@ -342,6 +360,11 @@ def add_JobServiceServicer_to_server(servicer, server):
                     servicer.CancelJob,
                     request_deserializer=fallow_dot_v1_dot_job__service__pb2.CancelJobRequest.FromString,
                     response_serializer=fallow_dot_v1_dot_job__service__pb2.CancelJobResponse.SerializeToString,
+            ),
+            'AcceptJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.AcceptJob,
+                    request_deserializer=fallow_dot_v1_dot_job__service__pb2.AcceptJobRequest.FromString,
+                    response_serializer=fallow_dot_v1_dot_job__service__pb2.AcceptJobResponse.SerializeToString,
             ),
             'DeleteJob': grpc.unary_unary_rpc_method_handler(
                     servicer.DeleteJob,
@@ -691,6 +714,33 @@ class JobService(object):
             '/fallow.v1.JobService/CancelJob',
             fallow_dot_v1_dot_job__service__pb2.CancelJobRequest.SerializeToString,
             fallow_dot_v1_dot_job__service__pb2.CancelJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AcceptJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fallow.v1.JobService/AcceptJob',
+            fallow_dot_v1_dot_job__service__pb2.AcceptJobRequest.SerializeToString,
+            fallow_dot_v1_dot_job__service__pb2.AcceptJobResponse.FromString,
             options,
             channel_credentials,
             insecure,

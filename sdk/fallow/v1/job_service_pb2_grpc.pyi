@@ -111,6 +111,15 @@ class JobServiceStub:
 
     Statuses: NOT_FOUND: not in this account.
     """
+    AcceptJob: _grpc.UnaryUnaryMultiCallable[_job_service_pb2.AcceptJobRequest, _job_service_pb2.AcceptJobResponse]
+    """Ends a verifying job with the checks that were made by now: it succeeds, and its certificate says so. Repeating it
+    is harmless.
+
+    Statuses:
+      NOT_FOUND            not in this account.
+      FAILED_PRECONDITION  rows are still missing: wait until it verifies.
+      INVALID_ARGUMENT     the job was submitted without an assurance.
+    """
     DeleteJob: _grpc.UnaryUnaryMultiCallable[_job_service_pb2.DeleteJobRequest, _job_service_pb2.DeleteJobResponse]
     """Lets go of a finished job's results, dataset and kept columns, for good. Its status stays, without them. Repeating
     it is harmless.
@@ -214,6 +223,15 @@ class JobServiceAsyncStub(JobServiceStub):
     """Ends a job; settled rows stay readable. Cancelling a finished job changes nothing.
 
     Statuses: NOT_FOUND: not in this account.
+    """
+    AcceptJob: _aio.UnaryUnaryMultiCallable[_job_service_pb2.AcceptJobRequest, _job_service_pb2.AcceptJobResponse]  # type: ignore[assignment]
+    """Ends a verifying job with the checks that were made by now: it succeeds, and its certificate says so. Repeating it
+    is harmless.
+
+    Statuses:
+      NOT_FOUND            not in this account.
+      FAILED_PRECONDITION  rows are still missing: wait until it verifies.
+      INVALID_ARGUMENT     the job was submitted without an assurance.
     """
     DeleteJob: _aio.UnaryUnaryMultiCallable[_job_service_pb2.DeleteJobRequest, _job_service_pb2.DeleteJobResponse]  # type: ignore[assignment]
     """Lets go of a finished job's results, dataset and kept columns, for good. Its status stays, without them. Repeating
@@ -387,6 +405,21 @@ class JobServiceServicer(metaclass=_abc_1.ABCMeta):
         """Ends a job; settled rows stay readable. Cancelling a finished job changes nothing.
 
         Statuses: NOT_FOUND: not in this account.
+        """
+
+    @_abc_1.abstractmethod
+    def AcceptJob(
+        self,
+        request: _job_service_pb2.AcceptJobRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_job_service_pb2.AcceptJobResponse, _abc.Awaitable[_job_service_pb2.AcceptJobResponse]]:
+        """Ends a verifying job with the checks that were made by now: it succeeds, and its certificate says so. Repeating it
+        is harmless.
+
+        Statuses:
+          NOT_FOUND            not in this account.
+          FAILED_PRECONDITION  rows are still missing: wait until it verifies.
+          INVALID_ARGUMENT     the job was submitted without an assurance.
         """
 
     @_abc_1.abstractmethod

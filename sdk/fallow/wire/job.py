@@ -15,6 +15,7 @@ from fallow.job import (
     JobRowFailure,
     JobStatus,
     Objective,
+    RowChecks,
     RowSpan,
     TaskResult,
     WorkerShare,
@@ -197,6 +198,33 @@ def status_to_message(status: JobStatus) -> job_pb2.JobStatus:
         warnings=status.warnings,
         footprint=footprint_to_message(status.footprint),
         deferred_until=moment_to_message(status.deferred_until_ms) if status.deferred_until_ms else None,
+        checks=_checks_to_message(status.checks) if status.checks else None,
+    )
+
+
+def _checks_to_message(checks: RowChecks) -> job_pb2.RowChecks:
+    return job_pb2.RowChecks(
+        rows_drawn=checks.rows_drawn,
+        rows_passed=checks.rows_passed,
+        rows_by_referee=checks.rows_by_referee,
+        rows_tied=checks.rows_tied,
+        rows_wrong=checks.rows_wrong,
+        rows_withdrawn=checks.rows_withdrawn,
+        rows_trusted=checks.rows_trusted,
+        accepted=checks.accepted,
+    )
+
+
+def _checks_from_message(message: job_pb2.RowChecks) -> RowChecks:
+    return RowChecks(
+        rows_drawn=message.rows_drawn,
+        rows_passed=message.rows_passed,
+        rows_by_referee=message.rows_by_referee,
+        rows_tied=message.rows_tied,
+        rows_wrong=message.rows_wrong,
+        rows_withdrawn=message.rows_withdrawn,
+        rows_trusted=message.rows_trusted,
+        accepted=message.accepted,
     )
 
 
@@ -228,6 +256,7 @@ def status_from_message(message: job_pb2.JobStatus) -> JobStatus:
         warnings=tuple(message.warnings),
         footprint=footprint_from_message(message.footprint),
         deferred_until_ms=moment_from_message(message.deferred_until),
+        checks=_checks_from_message(message.checks) if message.HasField("checks") else None,
         progress=JobProgress(
             rows_total=progress.rows_total,
             rows_done=progress.rows_done,

@@ -1593,6 +1593,7 @@ class TaskInputPacked(_message.Message):
     INPUT_FIELD_NUMBER: _builtins.int
     INLINE_FIELD_NUMBER: _builtins.int
     CANDIDATES_FIELD_NUMBER: _builtins.int
+    EXECUTION_CLASSES_FIELD_NUMBER: _builtins.int
     task_id: _builtins.str
     pack_number: _builtins.int
     inline: _builtins.bool
@@ -1602,6 +1603,10 @@ class TaskInputPacked(_message.Message):
     def candidates(self) -> _containers.RepeatedCompositeFieldContainer[Global___PackedCandidate]:
         """Of a referee's task: the rows to put beside its own."""
 
+    @_builtins.property
+    def execution_classes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Of a referee's task: the classes that candidates name by number."""
+
     def __init__(
         self,
         *,
@@ -1610,10 +1615,11 @@ class TaskInputPacked(_message.Message):
         input: _blob_pb2.BlobReference | None = ...,
         inline: _builtins.bool = ...,
         candidates: _abc.Iterable[Global___PackedCandidate] | None = ...,
+        execution_classes: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["candidates", b"candidates", "inline", b"inline", "input", b"input", "pack_number", b"pack_number", "task_id", b"task_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["candidates", b"candidates", "execution_classes", b"execution_classes", "inline", b"inline", "input", b"input", "pack_number", b"pack_number", "task_id", b"task_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1627,18 +1633,30 @@ class PackedCandidate(_message.Message):
 
     BLOCK_FIELD_NUMBER: _builtins.int
     INLINE_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    CLASS_NUMBERS_FIELD_NUMBER: _builtins.int
     inline: _builtins.bool
     @_builtins.property
     def block(self) -> _blob_pb2.BlobReference: ...
+    @_builtins.property
+    def rows(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Rows of the task that the block's rows answer, rising."""
+
+    @_builtins.property
+    def class_numbers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The execution class of each."""
+
     def __init__(
         self,
         *,
         block: _blob_pb2.BlobReference | None = ...,
         inline: _builtins.bool = ...,
+        rows: _abc.Iterable[_builtins.int] | None = ...,
+        class_numbers: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["block", b"block"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block", b"block", "inline", b"inline"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block", b"block", "class_numbers", b"class_numbers", "inline", b"inline", "rows", b"rows"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -2643,6 +2661,8 @@ class AuditsDrawn(_message.Message):
     DRAWN_FIELD_NUMBER: _builtins.int
     REFEREED_FIELD_NUMBER: _builtins.int
     TRUST_FIELD_NUMBER: _builtins.int
+    MICROCREDITS_FIELD_NUMBER: _builtins.int
+    FURTHER_ROWS_FIELD_NUMBER: _builtins.int
     lease_id: _builtins.str
     job_id: _builtins.str
     worker_id: _builtins.str
@@ -2653,6 +2673,10 @@ class AuditsDrawn(_message.Message):
     execution_class: _builtins.str
     rate_ppm: _builtins.int
     trust: Global___Trust.ValueType
+    microcredits: _builtins.int
+    """The lease's pay, where it waits for the checks."""
+    further_rows: _builtins.int
+    """It is released once so many checked rows of the worker's later leases of the job stand, and all drawn of its own."""
     @_builtins.property
     def drawn(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Rows of the block, rising; in a later event those that are new."""
@@ -2674,10 +2698,12 @@ class AuditsDrawn(_message.Message):
         drawn: _abc.Iterable[_builtins.int] | None = ...,
         refereed: _abc.Iterable[_builtins.int] | None = ...,
         trust: Global___Trust.ValueType = ...,
+        microcredits: _builtins.int = ...,
+        further_rows: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cursor", b"cursor", "drawn", b"drawn", "execution_class", b"execution_class", "job_id", b"job_id", "lease_id", b"lease_id", "rate_ppm", b"rate_ppm", "refereed", b"refereed", "rows", b"rows", "trust", b"trust", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cursor", b"cursor", "drawn", b"drawn", "execution_class", b"execution_class", "further_rows", b"further_rows", "job_id", b"job_id", "lease_id", b"lease_id", "microcredits", b"microcredits", "rate_ppm", b"rate_ppm", "refereed", b"refereed", "rows", b"rows", "trust", b"trust", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -2723,26 +2749,27 @@ Global___AuditCompared: _TypeAlias = AuditCompared  # noqa: Y015
 
 @_typing.final
 class AuditGivenUp(_message.Message):
-    """Nobody could audit the task's rows: a referee checks them."""
+    """Nobody can audit these rows: a referee checks them."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    TASK_ID_FIELD_NUMBER: _builtins.int
     JOB_ID_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
-    task_id: _builtins.str
     job_id: _builtins.str
     reason: _builtins.str
+    @_builtins.property
+    def rows(self) -> _containers.RepeatedCompositeFieldContainer[Global___EvidenceRow]: ...
     def __init__(
         self,
         *,
-        task_id: _builtins.str = ...,
         job_id: _builtins.str = ...,
+        rows: _abc.Iterable[Global___EvidenceRow] | None = ...,
         reason: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id", "reason", b"reason", "task_id", b"task_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id", "reason", b"reason", "rows", b"rows"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
