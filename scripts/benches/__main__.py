@@ -10,7 +10,18 @@ import sys
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from scripts.benches import blobs, carbon, control_plane, footprint, inference, latency, matching, recovery, robustness
+from scripts.benches import (
+    blobs,
+    carbon,
+    control_plane,
+    footprint,
+    inference,
+    latency,
+    matching,
+    recovery,
+    robustness,
+    verification,
+)
 from scripts.benches.report import Report
 
 BENCHES: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[Any], Coroutine[Any, Any, Report]]]] = {
@@ -23,6 +34,7 @@ BENCHES: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[An
     "control-plane": (control_plane.options, control_plane.measure),
     "recovery": (recovery.options, recovery.measure),
     "robustness": (robustness.options, robustness.measure),
+    "verification": (verification.options, verification.measure),
 }
 
 

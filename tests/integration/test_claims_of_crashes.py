@@ -42,6 +42,10 @@ async def test_two_colluding_accounts_hold_no_honest_bundle(tmp_path: Path) -> N
         liars = [await joined(service.worker_join_line, tmp_path / f"liar-{number}") for number in range(2)]
         async with await connect_async(service.facts["client_credentials"]) as client:
             job = await client.map(Bundle.from_onnx(model), rows, data="public")
+            async for status in job.statuses():
+                if status.state is not JobState.PENDING:
+                    # Inspected: there is something to lease.
+                    break
             told = [await claimed(liar) for liar in liars]
             line = await asyncio.to_thread(
                 wait_for, lambda: _line(operators_log, "inspection.rows_ran"), 90, "the operator's own run of the rows"

@@ -20,7 +20,7 @@ from fallow_coordinator.core.draws import expected_checks_permille
 from fallow_coordinator.core.explaining import explain_job, explain_worker
 from fallow_coordinator.core.ledger import available, pending
 from fallow_coordinator.core.limits import AUDIT_PATIENCE_MS
-from fallow_coordinator.core.questions import NO_AUDITOR, NO_REFEREE, job_status
+from fallow_coordinator.core.questions import NO_AUDITOR, NO_REFEREE, job_status, waiting_reason
 from fallow_coordinator.core.references import referenced_blobs
 from simulation.verification import Actor, Row, Value, Zoo, after, colluding, honest, junk, withholding
 
@@ -310,6 +310,68 @@ def test_other_machines_within_tolerance_are_upheld() -> None:
     zoo.run()
     assert zoo.succeeded(job_id) and not zoo.distrusted()
     assert any(False in event.equal for event in zoo.of_kind(v.AuditCompared))
+
+
+def unexplained_in_other_classes(zoo: Zoo) -> None:
+    """A referee without a profile: what lies far away in another class is no proof."""
+
+    def finding(actor: Actor, position: int, value: Row) -> Finding:
+        found = Zoo.finding(zoo, actor, position, value)
+        strange = value is not None and value.execution_class != actor.execution_class
+        return Finding.UNEXPLAINED if strange and found is Finding.WRONG else found
+
+    zoo.finding = finding  # type: ignore[method-assign]  # as above
+
+
+def test_nobody_hides_behind_a_class_that_only_he_has() -> None:
+    zoo = fleet(31)
+    hidden = zoo.volunteer(junk, execution_class="a class of one")
+    unexplained_in_other_classes(zoo)
+    job_id = zoo.submit(300)
+    zoo.run()
+    assert zoo.succeeded(job_id) and zoo.wrong_rows(job_id) == 0
+    assert not zoo.distrusted(), "nothing is proven"
+    assert zoo.state.workers[hidden.worker_id].rows_verified == 0
+    done = {result.cursor for result in zoo.state.jobs[job_id].results if result.worker_id == hidden.worker_id}
+    assert done and done <= {event.cursor for event in zoo.of_kind(v.RowsCorrected)}
+    unexplained = [event for event in zoo.of_kind(v.VerdictReached) if event.verdict is v.Verdict.UNEXPLAINED]
+    assert unexplained and {event.worker_id for event in unexplained} == {hidden.worker_id}
+    # It is a stranger to this job alone.
+    found_at = max(i for i, (_, event) in enumerate(zoo.events) if event is unexplained[0])
+    later = [event for _, event in zoo.events[found_at:] if isinstance(event, e.LeaseGranted)]
+    assert later and all(event.worker_id != hidden.worker_id for event in later)
+    plain = zoo.submit(200, "")
+    zoo.run()
+    assert hidden.worker_id in {result.worker_id for result in zoo.state.jobs[plain].results}
+
+
+def test_rows_that_nothing_explains_are_not_paid_for() -> None:
+    zoo, actors = market(32, lie=False)
+    hidden = zoo.volunteer(junk, execution_class="a class of one", ask=900)
+    zoo.measure_all()
+    unexplained_in_other_classes(zoo)
+    job_id = zoo.submit(200, budget_microcredits=10**8)
+    zoo.run()
+    assert zoo.succeeded(job_id) and zoo.wrong_rows(job_id) == 0 and not zoo.distrusted()
+    assert any(event.worker_id == hidden.worker_id for event in zoo.of_kind(v.PayVoided))
+    assert zoo.state.ledger.balance(available(hidden.account_id)) == 0
+    earned = sum(zoo.state.ledger.balance(available(actor.account_id)) for actor in actors)
+    assert earned == zoo.state.jobs[job_id].microcredits
+
+
+def test_job_that_only_strangers_could_do_waits_for_others() -> None:
+    zoo = fleet(33, volunteers=0)
+    hidden = zoo.volunteer(junk, execution_class="a class of one")
+    unexplained_in_other_classes(zoo)
+    job_id = zoo.submit(100)
+    zoo.run()
+    assert not zoo.succeeded(job_id)
+    assert zoo.state.verifications[job_id].strangers == {hidden.worker_id: "a class of one"}
+    assert "further from a referee's than rounding explains" in waiting_reason(zoo.state, job_id)[0]
+    zoo.volunteer()
+    zoo.volunteer()
+    zoo.run()
+    assert zoo.succeeded(job_id) and zoo.wrong_rows(job_id) == 0
 
 
 def test_row_that_a_referee_cannot_explain_is_done_again_a_few_times_and_then_stands() -> None:

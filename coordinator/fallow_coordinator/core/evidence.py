@@ -163,6 +163,8 @@ class Verification:
     """Withdrawn rows that are not in a task yet: first position → (end, the result that they correct)."""
     redone: dict[int, int] = field(default_factory=dict[int, int])
     """How often a position was done again without anybody's guilt."""
+    strangers: dict[PartyId, str] = field(default_factory=dict[PartyId, str])
+    """Workers whose rows lie further from a referee's than rounding explains, with their class: they get no more."""
     open_rows: int = 0
     """Drawn rows of all evidences that are not decided."""
 

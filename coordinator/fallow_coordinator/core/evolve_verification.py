@@ -25,7 +25,7 @@ from fallow_coordinator.core.groups import place, unplace
 from fallow_coordinator.core.state import CommitmentFacts, Job, Lease, State, Task
 from fallow_coordinator.core.verification_events import EvidenceRow, Trust, Verdict
 
-ANNULLING = frozenset({Verdict.PROVEN_WRONG, Verdict.AUDITOR_WRONG})
+ANNULLING = frozenset({Verdict.PROVEN_WRONG, Verdict.AUDITOR_WRONG, Verdict.UNEXPLAINED})
 """Verdicts after which nothing counts that the worker did in the job and that was not checked itself."""
 
 
@@ -325,6 +325,8 @@ def _correct(state: State, event: v.RowsCorrected) -> None:
     job.rows_failed -= event.rows_failed
     evidence = verification.evidences[event.lease_id]
     evidence.rows_failed -= event.rows_failed
+    if event.verdict is Verdict.UNEXPLAINED:
+        verification.strangers[evidence.worker_id] = evidence.execution_class
     if event.verdict in ANNULLING:
         _forget(state, verification, evidence)
 

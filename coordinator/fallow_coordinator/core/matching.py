@@ -80,7 +80,7 @@ def _own_pair(state: State) -> _Pair | None:
                 worker = state.workers[worker_id]
                 if not _may_take_own(state, task.lane, worker) or worker_id in task.avoid:
                     continue
-                if not task.checks or verifying.may_take(state, task, worker):
+                if verifying.may_take(state, task, worker):
                     return _Pair(task, worker)
     return None
 
@@ -144,8 +144,8 @@ def _pair_of(state: State, key: Needs, lane: Lane, task: Task) -> _Pair | None:
         best = _best_in(state, key, task, fitting, limit)
     if best is not None:
         chosen_id: PartyId | None = None
-        if task.checks:
-            # Nobody else was looked at who may check these rows.
+        if task.checks or verifying.has_strangers(state, task):
+            # Of nobody else is it known that he may have these rows.
             chosen_id = best[3]
         elif task.unit_micros > LONG_TASK_UNITS * UNIT_MICROS:
             chosen_id = _stayer(state, fitting, task, best[3])
@@ -158,7 +158,7 @@ def _pair_of(state: State, key: Needs, lane: Lane, task: Task) -> _Pair | None:
     for group in _free_groups(state, lane):
         for _, _, worker_id in group.cheapest:
             worker = state.workers[worker_id]
-            if task.checks and not verifying.may_take(state, task, worker):
+            if not verifying.may_take(state, task, worker):
                 continue
             if worker.ask_microcredits_per_unit <= limit:
                 return _Pair(task, worker, _runner_up_ask(state, lane, worker) if key.paid else None)
@@ -177,7 +177,7 @@ def _best_in(state: State, key: Needs, task: Task, fitting: int, limit: int) -> 
             if worker.ask_microcredits_per_unit > limit:
                 if entries is group.cheapest:
                     break
-            elif worker_id not in task.avoid and (not task.checks or verifying.may_take(state, task, worker)):
+            elif worker_id not in task.avoid and verifying.may_take(state, task, worker):
                 rank = (first, second, _TIER_RANK[group.ability.tier], worker_id)
                 best = rank if best is None or rank < best else best
                 break

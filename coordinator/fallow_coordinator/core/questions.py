@@ -171,9 +171,21 @@ def waiting_reason(state: State, job_id: JobId) -> tuple[str, str]:
     if job.rows_leased:
         return "", ""
     sentence, code = _why_waiting(state, job)
+    sentence += _without_strangers(state.verifications.get(job_id))
     failures = (state.tasks[task_id].last_reason for task_id in job.tasks)
     last = next((reason for reason in failures if reason), "")
     return (f"{sentence}; the last try ended: {last}" if last else sentence), code
+
+
+def _without_strangers(verification: Verification | None) -> str:
+    """Who gets nothing of a verifying job any more, as the end of a sentence."""
+    if verification is None or not verification.strangers:
+        return ""
+    classes = ", ".join(sorted(set(verification.strangers.values())))
+    return (
+        f"; {len(verification.strangers)} workers get no more of it, because their rows lie further from a referee's "
+        f"than rounding explains (execution class {classes})"
+    )
 
 
 def _why_verifying(state: State, verification: Verification) -> tuple[str, str]:

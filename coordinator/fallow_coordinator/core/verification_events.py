@@ -41,6 +41,9 @@ class Verdict(StrEnum):
     """The row that an audit gave is wrong."""
     TIE = "tie"
     """Nobody can tell; the row stands, and teaches nothing of who did it."""
+    UNEXPLAINED = "unexplained"
+    """Further from a referee's than rounding explains, in a class of which nothing is known: no guilt, and nothing
+    that the worker did in the job and that was not checked itself stands."""
     DONE_AGAIN = "done-again"
     """No guilt, and not to be upheld: the row is done again."""
 

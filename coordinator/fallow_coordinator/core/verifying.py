@@ -300,11 +300,24 @@ def may_audit(state: State, owner_id: PartyId, worker: Worker) -> bool:
 
 
 def may_take(state: State, task: Task, worker: Worker) -> bool:
-    """Whether a worker may have this task, which checks rows, whoever else fits."""
-    if task.kind is TaskKind.REFEREE or task.job_id is None:
+    """Whether a worker may have this task, whoever else fits: not its own rows to check, nothing of a job to which it
+    is a stranger.
+    """
+    if task.kind is not TaskKind.MAP or task.job_id not in state.verifications:
         return True
-    audited = state.verifications[task.job_id].audits[task.task_id].audited
+    verification = state.verifications[task.job_id]
+    if worker.worker_id in verification.strangers:
+        return False
+    if not task.checks:
+        return True
+    audited = verification.audits[task.task_id].audited
     return all(may_audit(state, owner_id, worker) for owner_id in audited)
+
+
+def has_strangers(state: State, task: Task) -> bool:
+    """Whether some workers may have nothing of the task's job."""
+    verification = state.verifications.get(task.job_id) if task.job_id is not None else None
+    return verification is not None and bool(verification.strangers)
 
 
 def others_may_audit(state: State, lane: Lane, task: Task) -> bool:
@@ -472,15 +485,17 @@ def _outcome(verification: Verification, task: Task, lease_id: LeaseId, command:
         checked = verification.checked_by(row, task.task_id)
         if checked is not None:
             evidence = verification.evidences[row.lease_id]
-            verdict = _verdict(verification, evidence, row.row, checked.ties, found.candidates[0])
+            verdict = _verdict(verification, evidence, row.row, checked.ties, found.candidates[0], command)
             if verdict is not None:
                 made.verdicts.append(
                     v.VerdictReached(
                         task.job_id or JobId(""), row.lease_id, row.row, evidence.worker_id, verdict, lease_id
                     )
                 )
-            if verdict is Verdict.PROVEN_WRONG:
-                made.guilty.setdefault(evidence.worker_id, _Guilt(verdict, row.lease_id, row.row))
+            if verdict in {Verdict.PROVEN_WRONG, Verdict.UNEXPLAINED}:
+                known = made.guilty.get(evidence.worker_id)
+                if known is None or known.verdict is Verdict.UNEXPLAINED:
+                    made.guilty[evidence.worker_id] = _Guilt(verdict, row.lease_id, row.row)
             elif verdict is Verdict.DONE_AGAIN:
                 made.again[row] = found.candidates[0].finding is Finding.WITHHELD
             elif verdict is not None:
@@ -490,7 +505,12 @@ def _outcome(verification: Verification, task: Task, lease_id: LeaseId, command:
 
 
 def _verdict(
-    verification: Verification, evidence: Evidence, row: int, ties: int, found: CandidateFinding
+    verification: Verification,
+    evidence: Evidence,
+    row: int,
+    ties: int,
+    found: CandidateFinding,
+    command: c.ReportReferee,
 ) -> Verdict | None:
     """What a finding means for the row; None: the referee looks once more."""
     if found.finding in _STANDING:
@@ -499,7 +519,10 @@ def _verdict(
         return Verdict.PROVEN_WRONG
     if found.finding is Finding.TIE:
         return Verdict.TIE if ties + 1 >= TIES_MAX else None
-    # Unexplained or withheld: nobody's guilt. What others could not do better either stands as it is.
+    if found.finding is Finding.UNEXPLAINED and evidence.execution_class != command.execution_class:
+        # Else a class that nobody shares would cost a cheater no more than the rows that are drawn.
+        return Verdict.UNEXPLAINED
+    # Not steady, or withheld: nobody's guilt. What others could not do better either stands as it is.
     done = verification.redone.get(evidence.position_of(row), 0)
     return Verdict.DONE_AGAIN if done < REDONE_MAX else Verdict.TIE
 
@@ -539,12 +562,14 @@ def _annul(
 ) -> bool:
     """A proven lie: no record, no pay, no further work of verifying jobs; what was not checked is done again.
 
-    Gives whether rows were withdrawn.
+    A row that nothing explains: no pay and no further work of this job alone. Gives whether rows were withdrawn.
     """
     worker = state.workers[worker_id]
+    strange = guilt.verdict is Verdict.UNEXPLAINED
     what = "its audit of a row" if guilt.verdict is Verdict.AUDITOR_WRONG else "a row"
-    reason = f"{what} of job {verification.job_id} is proven wrong (lease {guilt.lease_id}, row {guilt.row})"
-    if not worker.distrusted_reason:
+    how = "lies further from a referee's than rounding explains" if strange else "is proven wrong"
+    reason = f"{what} of job {verification.job_id} {how} (lease {guilt.lease_id}, row {guilt.row})"
+    if not strange and not worker.distrusted_reason:
         draft.events.append(
             v.WorkerDistrusted(worker_id, verification.job_id, guilt.lease_id, guilt.row, shortened(reason))
         )
@@ -567,8 +592,9 @@ def _annul(
     for lease_id in tuple(worker.leases):
         lease = state.leases[lease_id]
         task = state.tasks[lease.task_id]
-        if task.job_id in state.verifications and task.kind is TaskKind.MAP:
-            draft.end_lease(lease, e.LeaseOutcome.REVOKED, Cause.PLATFORM, "a row of its worker was proven wrong")
+        concerned = task.job_id == verification.job_id if strange else task.job_id in state.verifications
+        if concerned and task.kind is TaskKind.MAP:
+            draft.end_lease(lease, e.LeaseOutcome.REVOKED, Cause.PLATFORM, f"a row of its worker {how}")
     return withdrawn
 
 

@@ -118,6 +118,8 @@ class _VerdictEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Verdict.Value
     """Nobody can tell: the row stands, and teaches nothing."""
     VERDICT_DONE_AGAIN: _Verdict.ValueType  # 5
     """No guilt, and not to be upheld."""
+    VERDICT_UNEXPLAINED: _Verdict.ValueType  # 6
+    """Further away than rounding explains, in another class: no guilt, and nothing of its worker stands in this job."""
 
 class Verdict(_Verdict, metaclass=_VerdictEnumTypeWrapper):
     """What a referee's findings mean for one row of one worker."""
@@ -131,6 +133,8 @@ VERDICT_TIE: Verdict.ValueType  # 4
 """Nobody can tell: the row stands, and teaches nothing."""
 VERDICT_DONE_AGAIN: Verdict.ValueType  # 5
 """No guilt, and not to be upheld."""
+VERDICT_UNEXPLAINED: Verdict.ValueType  # 6
+"""Further away than rounding explains, in another class: no guilt, and nothing of its worker stands in this job."""
 Global___Verdict: _TypeAlias = Verdict  # noqa: Y015
 
 @_typing.final
