@@ -231,13 +231,14 @@ def assert_nothing_left(made: Rig, scratch: Path) -> None:
 
 
 def assert_settled_once(events: list[ev.Event]) -> None:
-    """Every task is settled at most once, by a lease that was granted to it and committed; fences only grow."""
+    """Every task is settled at most once, by a live lease of its own that committed; fences only grow."""
     settled = Counter(event.task_id for event in events if isinstance(event, ev.TaskSettled))
     assert not settled or max(settled.values()) == 1
     granted = {event.lease_id: event for event in events if isinstance(event, ev.LeaseGranted)}
     committed = {event.lease_id for event in events if isinstance(event, ev.CommitmentRecorded)}
     mapped = {event.task_id for event in events if isinstance(event, ev.TaskCreated) and event.job_id is not None}
     fences: dict[str, int] = {}
+    ended: set[str] = set()
     for event in events:
         match event:
             case ev.LeaseGranted():
@@ -246,7 +247,9 @@ def assert_settled_once(events: list[ev.Event]) -> None:
             case ev.TaskSettled():
                 assert event.lease_id in committed or event.task_id not in mapped, "inspections answer with a report"
                 assert granted[event.lease_id].task_id == event.task_id
-                assert granted[event.lease_id].fence == fences[event.task_id]
+                assert event.lease_id not in ended
+            case ev.LeaseEnded():
+                ended.add(event.lease_id)
             case _:
                 pass
 

@@ -147,19 +147,20 @@ async def test_an_address_where_nobody_listens_is_refused_with_what_to_check() -
     assert caught.value.field == "ray_address" and "ray start" in caught.value.hint
 
 
-async def test_a_listener_that_is_no_ray_fails_the_work_with_words(tmp_path: Path) -> None:
+async def test_a_listener_that_is_no_ray_is_told_at_once() -> None:
     server = await asyncio.start_server(lambda _, writer: writer.close(), "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
     stranger = RayExecutor(RaySettings(address=f"127.0.0.1:{port}", up_seconds_max=4))
-    await stranger.start()
     before = set(descendants())
-    with pytest.raises(WorkFailed) as caught:
-        await stranger.run(dense_bundle(tmp_path).work(dense_rows(1)), silent)
-    assert caught.value.cause is Cause.PLATFORM and f"127.0.0.1:{port}" in caught.value.reason
+    try:
+        with pytest.raises(FallowError) as caught:
+            await stranger.start()
+    finally:
+        await stranger.stop()
+        server.close()
+        await server.wait_closed()
+    assert caught.value.reason is Reason.EXECUTOR_UNAVAILABLE and f"127.0.0.1:{port}" in caught.value.message
     assert set(descendants()) <= before
-    await stranger.stop()
-    server.close()
-    await server.wait_closed()
 
 
 @pytest.mark.parametrize("address", ["", "nohost", "host:port", ":6379"])

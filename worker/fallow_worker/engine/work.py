@@ -9,7 +9,7 @@ import resource
 import struct
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fallow.errors import FallowError, Reason
@@ -140,15 +140,6 @@ class Worker:
         if self._chain is None:
             raise frames.FrameError("Run comes after Loaded")
         clock = UsageClock()
-        reported = time.monotonic()
-
-        def progress(rows_done: int) -> None:
-            nonlocal reported
-            now = time.monotonic()
-            if (now - reported) * 1000 >= PROGRESS_INTERVAL_MS:
-                reported = now
-                self.send(Progress(message.task, rows_done))
-
         try:
             with _Mapped(self._arguments.input_fd, message.input, BLOCK_BYTES_MAX) as view:
                 slots = self._slots(message.slots)
@@ -157,7 +148,7 @@ class Worker:
                     nonce=message.nonce,
                     slots=slots,
                     output_bytes_max=message.output.length_bytes,
-                    progress=progress,
+                    progress=self._told_at_times(message.task),
                 )
             self._write(message.output.offset_bytes, result.block)
         except FallowError as error:
@@ -213,7 +204,7 @@ class Worker:
                 threads=message.threads,
                 allow_spinning=options.allow_spinning,
                 nonce=message.nonce,
-                progress=self._inspected_so_far,
+                progress=self._told_at_times(""),
             )
         except MemoryError:
             self.send(_out_of_memory(""))
@@ -251,7 +242,7 @@ class Worker:
                     ),
                     slots=self._slots(message.slots),
                 ),
-                progress=self._inspected_so_far,
+                progress=self._told_at_times(""),
             )
         except FallowError as error:
             self.send(_failed("", error))
@@ -264,6 +255,19 @@ class Worker:
     def _check_fresh(self) -> None:
         if self._chain is not None or self._arguments.options.kind is not ChildKind.RUN:
             raise frames.FrameError("measuring is for a child of its own")
+
+    def _told_at_times(self, task: str) -> Callable[[int], None]:
+        """Tells of rows or steps done, however many there are, no oftener than each `PROGRESS_INTERVAL_MS`."""
+        reported = time.monotonic()
+
+        def progress(done: int) -> None:
+            nonlocal reported
+            now = time.monotonic()
+            if (now - reported) * 1000 >= PROGRESS_INTERVAL_MS:
+                reported = now
+                self.send(Progress(task, done))
+
+        return progress
 
     def _inspected_so_far(self, steps: int) -> None:
         self.send(Progress("", steps))
