@@ -31,6 +31,9 @@ from fallow.job_records import (
 CONFIDENCE_PPM = 990_000
 """Of the bounds that a certificate tells, whatever the job asked for."""
 
+ANNULLING = frozenset({"proven-wrong", "auditor-wrong", "unexplained"})
+"""Verdicts that withdraw whatever of a lease was not checked itself: its other drawn rows are never decided."""
+
 CheckingFact = (
     SecretSet | Drawn | Compared | GivenUp | Reported | Judged | Corrected | Released | Voided | Distrusted | Accepted
 )
@@ -204,6 +207,8 @@ class Checks:
         found = _findings(report, tasks[report.task_id], row)
         if fact.verdict == "proven-wrong" and "wrong" not in found:
             raise wrong(where, f"calls row {fact.row} of {fact.worker_id} wrong, and the referee did not find so")
+        if fact.verdict == "unexplained" and "unexplained" not in found:
+            raise wrong(where, f"calls row {fact.row} of {fact.worker_id} unexplained, and the referee did not find so")
         if fact.verdict == "upheld":
             if not {"equal", "within-tolerance"} & set(found):
                 raise wrong(where, f"upholds row {fact.row} of {fact.worker_id}, and the referee did not find so")
@@ -215,7 +220,7 @@ class Checks:
         self._decided[row] = fact.verdict
 
     def _withdrawn_leases(self) -> set[str]:
-        return {fact.lease_id for _, fact in self.corrections if fact.verdict in ("proven-wrong", "auditor-wrong")}
+        return {fact.lease_id for _, fact in self.corrections if fact.verdict in ANNULLING}
 
 
 def _findings(report: Reported, task: TaskMade, row: CheckedRow) -> tuple[str, ...]:

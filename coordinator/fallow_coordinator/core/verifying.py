@@ -303,7 +303,7 @@ def may_take(state: State, task: Task, worker: Worker) -> bool:
     """Whether a worker may have this task, whoever else fits: not its own rows to check, nothing of a job to which it
     is a stranger.
     """
-    if task.kind is not TaskKind.MAP or task.job_id not in state.verifications:
+    if task.kind is not TaskKind.MAP or task.job_id is None or task.job_id not in state.verifications:
         return True
     verification = state.verifications[task.job_id]
     if worker.worker_id in verification.strangers:
@@ -492,7 +492,7 @@ def _outcome(verification: Verification, task: Task, lease_id: LeaseId, command:
                         task.job_id or JobId(""), row.lease_id, row.row, evidence.worker_id, verdict, lease_id
                     )
                 )
-            if verdict in {Verdict.PROVEN_WRONG, Verdict.UNEXPLAINED}:
+            if verdict is Verdict.PROVEN_WRONG or verdict is Verdict.UNEXPLAINED:
                 known = made.guilty.get(evidence.worker_id)
                 if known is None or known.verdict is Verdict.UNEXPLAINED:
                     made.guilty[evidence.worker_id] = _Guilt(verdict, row.lease_id, row.row)
