@@ -72,6 +72,7 @@ class RawSession:
         self._call = worker_service_pb2_grpc.WorkerServiceStub(channel).Session()
         self._ending = CallEnding(self._call)
         self._received = 0
+        self._writing = asyncio.Lock()
 
     async def send(
         self,
@@ -101,7 +102,9 @@ class RawSession:
     async def send_request(self, request: pb.SessionRequest) -> None:
         """Sends an envelope as it is; a stream that has ended already says why at the next `receive`."""
         with contextlib.suppress(asyncio.InvalidStateError, grpc.aio.AioRpcError):
-            await self._call.write(request)
+            # A stream takes one write at a time; heartbeats come from a task of their own.
+            async with self._writing:
+                await self._call.write(request)
 
     async def receive(self) -> CoordinatorMessage:
         """The next message. Raises the FallowError with which the coordinator ended the stream."""

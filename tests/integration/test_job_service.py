@@ -180,12 +180,12 @@ async def crew(shared_coordinator: CoordinatorService, tmp_path: Path) -> AsyncI
     async with raw_session(inspector) as first, raw_session(volunteer) as second:
         await first.open(hello(TaskKind.INSPECT))
         await second.open(hello(TaskKind.MAP, window=1))
-        beating = asyncio.create_task(_beat(first, second))
+        beating = asyncio.create_task(beat(first, second))
         yield Crew(pool_id, first, second)
         beating.cancel()
 
 
-async def _beat(*sessions: RawSession) -> None:
+async def beat(*sessions: RawSession) -> None:
     from fallow.session import Heartbeat
 
     while True:
