@@ -23,52 +23,52 @@ from fallow_worker.ports import Outcome
 
 Values = NDArray[np.float32]
 """Output rows of float32 values, (rows, values)."""
-Cheat = Callable[[Values, int], Values]
-"""What is committed to in place of honest rows; the second argument counts this worker's tasks from 0."""
+Cheat = Callable[[Values], Values]
+"""What is committed to in place of honest rows."""
 
 _rng = np.random.default_rng(3)
 _share = random.Random(3)
 
 
-def junk(values: Values, task: int) -> Values:
+def junk(values: Values) -> Values:
     return _rng.random(values.shape, np.float32)
 
 
-def constant(values: Values, task: int) -> Values:
+def constant(values: Values) -> Values:
     return np.repeat(np.full_like(values[:1], 0.25), len(values), axis=0)
 
 
-def copied(values: Values, task: int) -> Values:
+def copied(values: Values) -> Values:
     """Every row is the one before it: somebody else's answer."""
     return np.roll(values, 1, axis=0)
 
 
-def cached(values: Values, task: int) -> Values:
+def cached(values: Values) -> Values:
     """Four answers serve for all rows."""
     return np.ascontiguousarray(values[np.arange(len(values)) % min(4, len(values))])
 
 
-def fp16(values: Values, task: int) -> Values:
+def fp16(values: Values) -> Values:
     return values.astype(np.float16).astype(np.float32)
 
 
-def quantised(values: Values, task: int) -> Values:
+def quantised(values: Values) -> Values:
     step = max(float(np.abs(values).max()), 1e-9) / 127
     return (np.round(values / step) * step).astype(np.float32)
 
 
-def noisy(values: Values, task: int) -> Values:
+def noisy(values: Values) -> Values:
     return (values * (1 + 1e-4 * _rng.standard_normal(values.shape))).astype(np.float32)
 
 
-def flipped(values: Values, task: int) -> Values:
+def flipped(values: Values) -> Values:
     return -values
 
 
 def skips(share: float) -> Cheat:
     """Leaves rows out and makes their answers up."""
 
-    def cheat(values: Values, task: int) -> Values:
+    def cheat(values: Values) -> Values:
         made = values.copy()
         for row in range(len(values)):
             if _share.random() < share:
@@ -76,10 +76,6 @@ def skips(share: float) -> Cheat:
         return made
 
     return cheat
-
-
-def sleeper(tasks: int) -> Cheat:
-    return lambda values, task: junk(values, task) if task >= tasks else values
 
 
 CHEATS: dict[str, Cheat] = {
@@ -93,16 +89,15 @@ CHEATS: dict[str, Cheat] = {
     "flipped": flipped,
     "skips-50": skips(0.5),
     "skips-10": skips(0.1),
-    "sleeper-1": sleeper(1),
 }
 
 
-def altered(block: bytes, cheat: Cheat, task: int) -> bytes:
+def altered(block: bytes, cheat: Cheat) -> bytes:
     """The block with other values in every row that has any."""
     parsed = RowBlock.parse(block)
     valued = [row for row in range(len(parsed)) if len(parsed[row])]
     honest = np.stack([np.frombuffer(parsed[row], np.float32) for row in valued])
-    made = dict(zip(valued, cheat(honest, task), strict=True))
+    made = dict(zip(valued, cheat(honest), strict=True))
     rows = [made[row].tobytes() if row in made else b"" for row in range(len(parsed))]
     features = [parsed.row_size_features(row) for row in range(len(parsed))]
     return pack(parsed.schema_digest, rows, features, nonce=parsed.nonce)
@@ -113,15 +108,12 @@ def main() -> None:
     cheat = CHEATS[sys.argv[1]]
     # The one method that hands over what the executor gave.
     honest_outcome = daemon.Daemon._outcome  # pyright: ignore[reportPrivateUsage]
-    tasks = 0
 
     async def cheated(self: Any, lease: Lease, offer: Any) -> Outcome:
-        nonlocal tasks
         outcome = await honest_outcome(self, lease, offer)
         if lease.kind is not TaskKind.MAP:
             return outcome
-        number, tasks = tasks, tasks + 1
-        return replace(outcome, output_block=altered(outcome.output_block, cheat, number))
+        return replace(outcome, output_block=altered(outcome.output_block, cheat))
 
     daemon.Daemon._outcome = cheated  # type: ignore[method-assign]  # pyright: ignore[reportPrivateUsage]
     honest_main(sys.argv[2:])

@@ -39,7 +39,8 @@ def test_a_coordinator_killed_at_random_moments_loses_nothing_that_it_acknowledg
         for number in range(KILLS):
             submitted = made.work(40, NARROW, seed=number)
             acknowledged.add(submitted.job.id)
-            target = settled + chance.randrange(1, ROWS // 10)
+            # A fast job may be done before the last kills; they come all the same.
+            target = min(ROWS, settled + chance.randrange(1, ROWS // 10))
             wait_for(lambda least=target: wide.job.progress().rows_done >= least, PATIENCE_S, "the next moment")
             settled = wide.job.progress().rows_done
             made.kill_coordinator()

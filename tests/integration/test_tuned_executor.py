@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +16,6 @@ from fallow_worker.executor.tunings import read_tunings
 pytestmark = [pytest.mark.processes]
 
 ROWS = 60_000
-NOT_WORSE = 0.93
-"""Of the fixed setting's rows a second: what chance takes of medians on a machine shared with others."""
-PAIRS = 7
 
 
 def executor_with(tuning: Path | None) -> ProcessExecutor:
@@ -69,35 +64,3 @@ async def test_a_setting_is_measured_once_and_anew_when_the_machine_changes(tmp_
     else:
         raise AssertionError("it was not measured anew")
     await executor.stop()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("hidden", [32, 1024])
-async def test_the_tuned_setting_does_not_lose_against_the_fixed_one(tmp_path: Path, hidden: int) -> None:
-    bundle = dense_bundle(tmp_path, hidden=hidden, batch_rows=8)
-    work = bundle.work(dense_rows(ROWS))
-    tuned, fixed = executor_with(tmp_path / "tuning.json"), executor_with(None)
-    await outputs_until_tuned(tuned, bundle, tmp_path / "tuning.json")
-    # A file that says the fixed setting is the fixed executor's.
-    fixed_path = tmp_path / "fixed.json"
-    told = (tmp_path / "tuning.json").read_text()
-    entry = read_tunings(tmp_path / "tuning.json")[bundle.loaded.bundle_digest.hex()]
-    chosen = f'"in_flight": {entry["setting"]["in_flight"]}, "threads": {entry["setting"]["threads"]}'
-    fixed_path.write_text(
-        told.replace(f'"setting": {{{chosen}}}, "trials"', '"setting": {"in_flight": 2, "threads": 1}, "trials"')
-    )
-    await fixed.stop()
-    fixed = executor_with(fixed_path)
-    ratios: list[float] = []
-    for pair in range(PAIRS + 1):
-        seconds: dict[int, float] = {}
-        for executor in (tuned, fixed) if pair % 2 else (fixed, tuned):
-            began = time.perf_counter()
-            await executor.run(work, silent)
-            seconds[id(executor)] = time.perf_counter() - began
-        if pair:  # the first one loads
-            ratios.append(seconds[id(fixed)] / seconds[id(tuned)])
-    await tuned.stop()
-    await fixed.stop()
-    print(f"tuned over fixed: {statistics.median(ratios):.3f}, chosen {entry['setting']}, of {entry['trials']}")
-    assert statistics.median(ratios) >= NOT_WORSE, ratios
