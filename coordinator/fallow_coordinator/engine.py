@@ -38,7 +38,8 @@ from fallow_coordinator.core.effects import CompareRows, Effect, PackTask
 from fallow_coordinator.core.evolve import evolve
 from fallow_coordinator.core.invariants import check_ledger
 from fallow_coordinator.core.ledger import LedgerError
-from fallow_coordinator.core.questions import ComparePlan, PackPlan, compare_plan, live_payloads, pack_plan
+from fallow_coordinator.core.questions import live_payloads
+from fallow_coordinator.core.row_plans import ComparePlan, PackPlan, compare_plan, pack_plan
 from fallow_coordinator.core.sound import InvariantError
 from fallow_coordinator.core.state import State
 from fallow_coordinator.core.turn import Turn, take_turn

@@ -10,7 +10,7 @@ from fallow.errors import FallowError, Reason
 from fallow.ids import Digest
 from fallow.limits import INLINE_PAYLOAD_BYTES_MAX
 from fallow.row_block import RowBlock, pack_selection
-from fallow_coordinator.core.questions import PackPlan
+from fallow_coordinator.core.row_plans import PackPlan
 
 BLOCKS_REMEMBERED_MAX: Final = 64
 """Source blocks kept parsed, of at most `INLINE_PAYLOAD_BYTES_MAX` each: a job's tasks are all cut from the same."""

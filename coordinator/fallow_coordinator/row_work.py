@@ -10,7 +10,7 @@ from fallow.limits import INLINE_PAYLOAD_BYTES_MAX
 from fallow.row_block import RowBlock, pack_selection
 from fallow.session import BlobReference
 from fallow_coordinator.core.events import PackedCandidate
-from fallow_coordinator.core.questions import ComparePlan, PackSource, RowsPlan
+from fallow_coordinator.core.row_plans import ComparePlan, PackSource, RowsPlan
 from fallow_coordinator.ports import RowSource, SingleRows
 
 Payload = Callable[[Digest], bytes | None]

@@ -12,7 +12,7 @@ from fallow.session import BlobReference
 from fallow_coordinator.core import commands as c
 from fallow_coordinator.core import effects as f
 from fallow_coordinator.core import evolve as evolving
-from fallow_coordinator.core import invariants, questions
+from fallow_coordinator.core import invariants, questions, row_plans
 from fallow_coordinator.core import turn as turns
 from fallow_coordinator.core.answers import Answer
 from fallow_coordinator.core.events import Event, JobArchived
@@ -188,7 +188,7 @@ class CoordinatorLife:
                     raise SimulationError("a job left the state before the views had its end")
 
     def _packs_inline(self, effect: f.PackTask, records: list[tuple[int, Event]], effects: list[f.Effect]) -> bool:
-        plan = questions.pack_plan(self.state, effect.task_id)
+        plan = row_plans.pack_plan(self.state, effect.task_id)
         if plan is None or not plan.inline or plan.pack_number != effect.pack_number:
             return False
         packed = self._pack(plan)
@@ -268,7 +268,7 @@ class CoordinatorLife:
     # ---------------------------------------------------------------------------------------------- packing
 
     def _start_packing(self, task_id: TaskId, pack_number: int) -> None:
-        plan = questions.pack_plan(self.state, task_id)
+        plan = row_plans.pack_plan(self.state, task_id)
         if plan is None or plan.pack_number != pack_number:
             return
         faults = self.faults()
@@ -285,7 +285,7 @@ class CoordinatorLife:
             lambda: self.submit(command, _ignore),
         )
 
-    def _pack(self, plan: questions.PackPlan) -> BlobReference:
+    def _pack(self, plan: row_plans.PackPlan) -> BlobReference:
         rows: list[int] = []
         for source, first, count in plan.spans:
             block = self.blobs.rows[plan.sources[source].digest]

@@ -28,7 +28,7 @@ from fallow_coordinator.core import (
     leases,
     matching,
     needs,
-    questions,
+    row_plans,
     sessions,
     time_passing,
 )
@@ -197,14 +197,14 @@ def rows_cut_twice(patch: pytest.MonkeyPatch) -> EngineBugs:
 
 def packs_the_neighbour_rows(patch: pytest.MonkeyPatch) -> EngineBugs:
     """A task that spans two blocks takes the wrong rows of the second."""
-    right = questions._pieces
+    right = row_plans._pieces
 
     def wrong(job: Job, start: int, end: int) -> list[tuple[int, int, int]]:
         first, *rest = right(job, start, end)
         fitting = [(b, 1 if n < job.blocks[b].rows else 0, n) for b, _, n in rest]
         return [first, *fitting]
 
-    patch.setattr(questions, "_pieces", wrong)
+    patch.setattr(row_plans, "_pieces", wrong)
     return EngineBugs()
 
 

@@ -46,7 +46,7 @@ from fallow_coordinator.core.answers import (
 )
 from fallow_coordinator.core.devices import measured
 from fallow_coordinator.core.limits import AUDIT_PATIENCE_MS
-from fallow_coordinator.core.questions import compare_plan, pack_plan
+from fallow_coordinator.core.row_plans import compare_plan, pack_plan
 from fallow_coordinator.core.state import Lease, State
 from fallow_coordinator.core.turn import take_turn
 

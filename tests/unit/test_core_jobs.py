@@ -15,7 +15,7 @@ from fallow.session import BlobReference, Cause, TaskKind
 from fallow_coordinator.core import commands as c
 from fallow_coordinator.core import effects as f
 from fallow_coordinator.core import events as e
-from fallow_coordinator.core import questions
+from fallow_coordinator.core import questions, row_plans
 from fallow_coordinator.core.answers import AccountMade, JobAccepted
 from fallow_coordinator.core.limits import IDEMPOTENCY_MS, PACK_ATTEMPTS_MAX, PACK_PATIENCE_MS
 from simulation.core_world import INPUT_SCHEMA, World, blob, digest, of_kind
@@ -363,7 +363,7 @@ def test_a_pack_plan_names_each_source_once_and_the_rows_in_order() -> None:
     world.volunteer("v")
     job_id = world.submit(10, blocks=3)
     (task_id,) = packing_of(world)
-    plan = questions.pack_plan(world.state, task_id)
+    plan = row_plans.pack_plan(world.state, task_id)
     assert plan is not None and plan.inline and plan.job_id == job_id
     assert [source.digest for source in plan.sources] == [b.blob.digest for b in world.state.jobs[job_id].blocks]
     assert plan.spans == ((0, 0, 3), (1, 0, 3), (2, 0, 4))

@@ -20,8 +20,9 @@ from fallow_coordinator.core.draws import expected_checks_permille
 from fallow_coordinator.core.explaining import explain_job, explain_worker
 from fallow_coordinator.core.ledger import available, pending
 from fallow_coordinator.core.limits import AUDIT_PATIENCE_MS
-from fallow_coordinator.core.questions import NO_AUDITOR, NO_REFEREE, job_status, waiting_reason
+from fallow_coordinator.core.questions import job_status
 from fallow_coordinator.core.references import referenced_blobs
+from fallow_coordinator.core.waiting import NO_AUDITOR, NO_REFEREE, waiting_reason
 from simulation.verification import Actor, Row, Value, Zoo, after, colluding, honest, junk, withholding
 
 

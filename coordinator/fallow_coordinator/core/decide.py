@@ -12,6 +12,7 @@ from fallow_coordinator.core import (
     holding,
     identity,
     jobs,
+    judging,
     leases,
     matching,
     sessions,
@@ -98,9 +99,9 @@ def _decide_verification(state: State, command: VerificationCommand) -> Decision
         case c.ReportReferee():
             return leases.report_referee(state, command)
         case c.RecordComparison():
-            return verifying.record_comparison(state, command)
+            return judging.record_comparison(state, command)
         case c.ComparisonFailed():
-            return verifying.comparison_failed(state, command)
+            return judging.comparison_failed(state, command)
         case c.AcceptAssurance():
             return verifying.accept_assurance(state, command)
         case _:

@@ -12,9 +12,9 @@ from fallow.session import TaskKind
 from fallow_coordinator.core.groups import ability_of_worker
 from fallow_coordinator.core.limits import SECOND_MS
 from fallow_coordinator.core.needs import MISFIT_WORDS, Misfit, Needs, misfit
-from fallow_coordinator.core.questions import BUSY, NO_WORKER, PACKING, waiting_reason
 from fallow_coordinator.core.shares import usage_units
 from fallow_coordinator.core.state import Job, State, TaskPhase, Worker
+from fallow_coordinator.core.waiting import BUSY, NO_WORKER, PACKING, waiting_reason
 
 _CHECKED = tuple(Misfit)
 _BUSY_OR_FREE = frozenset({None, Misfit.BUSY})

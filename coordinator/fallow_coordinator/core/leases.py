@@ -14,7 +14,7 @@ from fallow.limits import (
 from fallow.session import Cause, RowFailure, TaskKind
 from fallow_coordinator.core import commands as c
 from fallow_coordinator.core import events as e
-from fallow_coordinator.core import measuring, verifying
+from fallow_coordinator.core import judging, measuring
 from fallow_coordinator.core.answers import Decision
 from fallow_coordinator.core.bundles import crash_report, fault_of_report, inspected
 from fallow_coordinator.core.draft import Bound, Draft, shortened
@@ -160,12 +160,12 @@ def report_referee(state: State, command: c.ReportReferee) -> Decision:
     if task.kind is not TaskKind.REFEREE:
         raise FallowError(Reason.FIELD_INVALID, "this lease is no referee's", field="lease_id")
     draft = Draft(state)
-    fault = verifying.fault_of_findings(state, task, command)
+    fault = judging.fault_of_findings(state, task, command)
     if fault:
         draft.end_lease(lease, e.LeaseOutcome.FAILED, Cause.WORKER, fault)
         return Decision(tuple(draft.events))
     draft.settle(task, lease, rows_failed=0)
-    verifying.refereed(state, draft, task, lease, command)
+    judging.refereed(state, draft, task, lease, command)
     return Decision(tuple(draft.events))
 
 

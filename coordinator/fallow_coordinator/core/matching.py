@@ -16,8 +16,8 @@ from fallow.ids import AccountId, JobId, LeaseId, PartyId, TaskId
 from fallow.job import JobState, Objective
 from fallow.roles import Tier
 from fallow.session import TaskKind
+from fallow_coordinator.core import auditing, verifying
 from fallow_coordinator.core import events as e
-from fallow_coordinator.core import verifying
 from fallow_coordinator.core.availability import stays_permille
 from fallow_coordinator.core.carbon import grams_at
 from fallow_coordinator.core.cutting import Layout, cost_of, cut_size, unit_micros
@@ -80,7 +80,7 @@ def _own_pair(state: State) -> _Pair | None:
                 worker = state.workers[worker_id]
                 if not _may_take_own(state, task.lane, worker) or worker_id in task.avoid:
                     continue
-                if verifying.may_take(state, task, worker):
+                if auditing.may_take(state, task, worker):
                     return _Pair(task, worker)
     return None
 
@@ -144,7 +144,7 @@ def _pair_of(state: State, key: Needs, lane: Lane, task: Task) -> _Pair | None:
         best = _best_in(state, key, task, fitting, limit)
     if best is not None:
         chosen_id: PartyId | None = None
-        if task.checks or verifying.has_strangers(state, task):
+        if task.checks or auditing.has_strangers(state, task):
             # Of nobody else is it known that he may have these rows.
             chosen_id = best[3]
         elif task.unit_micros > LONG_TASK_UNITS * UNIT_MICROS:
@@ -158,7 +158,7 @@ def _pair_of(state: State, key: Needs, lane: Lane, task: Task) -> _Pair | None:
     for group in _free_groups(state, lane):
         for _, _, worker_id in group.cheapest:
             worker = state.workers[worker_id]
-            if not verifying.may_take(state, task, worker):
+            if not auditing.may_take(state, task, worker):
                 continue
             if worker.ask_microcredits_per_unit <= limit:
                 return _Pair(task, worker, _runner_up_ask(state, lane, worker) if key.paid else None)
@@ -177,7 +177,7 @@ def _best_in(state: State, key: Needs, task: Task, fitting: int, limit: int) -> 
             if worker.ask_microcredits_per_unit > limit:
                 if entries is group.cheapest:
                     break
-            elif worker_id not in task.avoid and verifying.may_take(state, task, worker):
+            elif worker_id not in task.avoid and auditing.may_take(state, task, worker):
                 rank = (first, second, _TIER_RANK[group.ability.tier], worker_id)
                 best = rank if best is None or rank < best else best
                 break
@@ -208,7 +208,7 @@ def _groups_wherever(state: State, key: Needs) -> int:
 def _somebody_else_takes_work(state: State, key: Needs, lane: Lane, task: Task) -> bool:
     """Whether a worker that fits, busy or not, has not failed at the task."""
     if task.checks and key.kind is TaskKind.MAP:
-        return verifying.others_may_audit(state, lane, task)
+        return auditing.others_may_audit(state, lane, task)
     fitting, rooms = lane.groups, lane.window_total
     if lane.regions_closed:
         fitting = _groups_wherever(state, key)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from heapq import nsmallest
@@ -10,19 +9,17 @@ from heapq import nsmallest
 from fallow.bundle import InspectionReport, Precision
 from fallow.challenge import OUTPUT_SCHEMA_DIGEST, ChallengePlan
 from fallow.comparison import ToleranceProfile
-from fallow.credits import BUDGET_WARNING_PERCENT, PoolMode, credits_text, price_per_hour
+from fallow.credits import BUDGET_WARNING_PERCENT, credits_text
 from fallow.errors import Reason
-from fallow.ids import AccountId, Digest, JobId, LeaseId, PartyId, PoolId, SessionId, TaskId
-from fallow.job import JOB_STATES_FINAL, JobProgress, JobState, JobStatus, RowChecks, TaskResult, WorkerShare
+from fallow.ids import AccountId, Digest, JobId, LeaseId, PartyId, PoolId, SessionId
+from fallow.job import JOB_STATES_FINAL, JobProgress, JobStatus, RowChecks, TaskResult, WorkerShare
 from fallow.limits import BLOCK_BYTES_MAX, JOB_SHARES_SHOWN_MAX
-from fallow.roles import TIERS_ALLOWED, DataClass, Tier
+from fallow.roles import DataClass, Tier
 from fallow.session import BlobReference, Capability, DeviceStanding, TaskKind
-from fallow_coordinator.core.deferral import why_deferred
 from fallow_coordinator.core.devices import certificate_of, challenge_of
 from fallow_coordinator.core.events import PackedCandidate
-from fallow_coordinator.core.evidence import Tally, Verification
+from fallow_coordinator.core.evidence import Tally
 from fallow_coordinator.core.evolve_tasks import MEASURING_KINDS
-from fallow_coordinator.core.needs import INSPECTION, REFEREEING, Misfit, misfit
 from fallow_coordinator.core.state import (
     ChallengeRecord,
     DeviceCertificate,
@@ -30,9 +27,15 @@ from fallow_coordinator.core.state import (
     Lease,
     State,
     Task,
-    TaskPhase,
 )
 from fallow_coordinator.core.tolerances import profiles_of
+from fallow_coordinator.core.waiting import (
+    INSPECTING,
+    NO_OPERATOR_WORKER,
+    WAITING_STATES,
+    inspectors_take_work,
+    waiting_reason,
+)
 
 
 def job_status(state: State, job_id: JobId) -> JobStatus | None:
@@ -45,7 +48,7 @@ def job_status(state: State, job_id: JobId) -> JobStatus | None:
         return None
     if job.deleted_at_ms:
         reason, code = job.deleted_reason, Reason.JOB_DELETED.value
-    elif job.state in _WAITING:
+    elif job.state in WAITING_STATES:
         reason, code = waiting_reason(state, job_id)
     else:
         reason, code = job.reason, job.reason_code
@@ -143,124 +146,6 @@ def results_after(state: State, job_id: JobId, cursor: int, limit: int) -> Seque
     return () if job is None else tuple(job.results[max(0, cursor) : max(0, cursor) + limit])
 
 
-_WAITING = frozenset({JobState.PENDING, JobState.QUEUED, JobState.RUNNING, JobState.VERIFYING})
-
-NO_OPERATOR_WORKER = "NO_OPERATOR_WORKER"
-INSPECTING = "INSPECTING"
-NO_WORKER = "NO_WORKER"
-BUSY = "BUSY"
-PACKING = "PACKING"
-LIMIT_BELOW_ASKS = "LIMIT_BELOW_ASKS"
-DEFERRED = "DEFERRED"
-CHECKING = "CHECKING"
-NO_AUDITOR = "NO_AUDITOR"
-NO_REFEREE = "NO_REFEREE"
-
-
-def waiting_reason(state: State, job_id: JobId) -> tuple[str, str]:
-    """Why the job does not move: (a sentence, a code); both empty when it does."""
-    job = state.jobs[job_id]
-    if job.state is JobState.PENDING:
-        return _why_pending(state, job)
-    if job.state not in _WAITING:
-        return "", ""
-    if job.deferred_until_ms:
-        return why_deferred(state, job, state.clock_ms), DEFERRED
-    if job.state is JobState.VERIFYING:
-        return _why_verifying(state, state.verifications[job_id])
-    if job.rows_leased:
-        return "", ""
-    sentence, code = _why_waiting(state, job)
-    sentence += _without_strangers(state.verifications.get(job_id))
-    failures = (state.tasks[task_id].last_reason for task_id in job.tasks)
-    last = next((reason for reason in failures if reason), "")
-    return (f"{sentence}; the last try ended: {last}" if last else sentence), code
-
-
-def _without_strangers(verification: Verification | None) -> str:
-    """Who gets nothing of a verifying job any more, as the end of a sentence."""
-    if verification is None or not verification.strangers:
-        return ""
-    classes = ", ".join(sorted(set(verification.strangers.values())))
-    return (
-        f"; {len(verification.strangers)} workers get no more of it, because their rows lie further from a referee's "
-        f"than rounding explains (execution class {classes})"
-    )
-
-
-def _why_verifying(state: State, verification: Verification) -> tuple[str, str]:
-    """All rows are there; who checks those that were drawn."""
-    referees = any(group.window_total and misfit(REFEREEING, group.ability) is None for group in state.groups.values())
-    accept = f"`fallow job accept {verification.job_id}` takes the rows with the checks made by now"
-    waiting = sum(map(len, verification.audit_due.values()))
-    live = any(audit.lease_id is None for audit in verification.audits.values())
-    if verification.referee_due and not referees:
-        count = len(verification.referee_due)
-        return (
-            f"{count} rows wait for a referee, and no operator worker that referees is connected; {accept}",
-            NO_REFEREE,
-        )
-    if waiting and not live and not verification.refereed:
-        return (
-            f"{waiting} rows wait for an audit, and no free worker of another account, token and machine than whose "
-            f"rows they are is connected; {accept}",
-            NO_AUDITOR,
-        )
-    return f"{verification.open_rows} of the rows drawn for checks are not decided", CHECKING
-
-
-def _why_waiting(state: State, job: Job) -> tuple[str, str]:
-    lane = state.lanes[job.lane]
-    asks = _asks_above_limit(state, job)
-    if asks is not None:
-        return asks, LIMIT_BELOW_ASKS
-    if not lane.window_total:
-        allowed = ", ".join(tier.value for tier in Tier if tier in TIERS_ALLOWED[job.data_class])
-        pool = state.pools[job.pool_id].name
-        return (
-            f"no worker is connected that may take {job.data_class.value} rows in pool {pool} (tiers: {allowed})",
-            NO_WORKER,
-        )
-    phases = {state.tasks[task_id].phase for task_id in job.tasks}
-    if TaskPhase.READY in phases or not lane.groups & state.free_groups:
-        return "all workers are busy with other work", BUSY
-    return "its rows are being packed", PACKING
-
-
-def _asks_above_limit(state: State, job: Job) -> str | None:
-    """Why nobody takes it for what its owner would pay; None when that is not why."""
-    if job.mode is not PoolMode.MARKET:
-        return None
-    limit = job.options.limit_microcredits_per_unit
-    fitting = [
-        group.asks
-        for group in state.groups.values()
-        if group.asks and misfit(job.lane, group.ability) in (None, Misfit.ASK)
-    ]
-    lowest = min((asks[0] for asks in fitting), default=0)
-    if lowest <= limit:
-        return None
-    return (
-        f"each of the {sum(map(len, fitting))} workers that fit asks more than the job's limit: the lowest ask is "
-        f"{credits_text(price_per_hour(lowest))} credits for an hour of a reference core, the limit is "
-        f"{credits_text(price_per_hour(limit))}"
-    )
-
-
-def _why_pending(state: State, job: Job) -> tuple[str, str]:
-    bundle = state.bundles[job.bundle_digest]
-    task = state.tasks.get(bundle.inspection_task_id) if bundle.inspection_task_id is not None else None
-    if task is not None and task.phase is TaskPhase.LEASED:
-        return "its bundle is being inspected", INSPECTING
-    if not _inspectors_take_work(state):
-        return "its bundle waits for inspection, and no operator worker that inspects is connected", NO_OPERATOR_WORKER
-    return "its bundle waits for inspection", INSPECTING
-
-
-def _inspectors_take_work(state: State) -> bool:
-    return any(group.window_total for group in state.groups.values() if misfit(INSPECTION, group.ability) is None)
-
-
 def _workers_of(state: State, job: Job) -> int:
     tasks = (state.tasks[task_id] for task_id in (*job.tasks, *job.late))
     return len({state.leases[lease_id].worker_id for task in tasks for lease_id in task.lease_ids})
@@ -288,7 +173,7 @@ def bundle_status(state: State, account_id: AccountId, bundle_digest: Digest) ->
     if bundle.report is None and bundle.inspection_task_id is None:
         reason, code = f"it could not be inspected: {bundle.obstacle}", "INSPECTION_FAILED"
     elif bundle.report is None:
-        if _inspectors_take_work(state):
+        if inspectors_take_work(state):
             reason, code = "it is being inspected", INSPECTING
         else:
             reason, code = "no operator worker that inspects is connected", NO_OPERATOR_WORKER
@@ -507,178 +392,6 @@ def upload_to_offer(state: State, lease_id: LeaseId) -> UploadToOffer | None:
         output=lease.commitment.output,
         output_root=lease.commitment.output_root,
     )
-
-
-@dataclass(frozen=True, slots=True)
-class PackSource:
-    """A dataset block from which rows are packed."""
-
-    digest: Digest
-    length_bytes: int
-    inline: bool
-    """True: its bytes are a payload of the journal."""
-
-
-@dataclass(frozen=True, slots=True)
-class RowsPlan:
-    """A candidate's block, to be packed of single rows, each as (source, row), in order."""
-
-    sources: tuple[PackSource, ...]
-    places: tuple[tuple[int, int], ...]
-    rows: tuple[int, ...]
-    """Rows of the task that they answer, rising."""
-    class_numbers: tuple[int, ...]
-    """Their execution classes, as places in the plan's list."""
-
-    @property
-    def inline(self) -> bool:
-        """Whether it can be packed from payloads alone."""
-        return all(source.inline for source in self.sources)
-
-
-@dataclass(frozen=True, slots=True)
-class ComparePlan:
-    """Rows of an audit, each beside the one that it checks, as (source, row)."""
-
-    job_id: JobId
-    task_id: TaskId
-    sources: tuple[PackSource, ...]
-    pairs: tuple[tuple[tuple[int, int], tuple[int, int]], ...]
-
-    @property
-    def inline(self) -> bool:
-        """Whether the engine can compare at once, from payloads alone."""
-        return all(source.inline for source in self.sources)
-
-
-class _Sources:
-    """Numbers blocks as they are named."""
-
-    def __init__(self) -> None:
-        self.listed: list[PackSource] = []
-        self._numbers: dict[Digest, int] = {}
-
-    def number(self, blob: BlobReference, *, inline: bool) -> int:
-        if blob.digest not in self._numbers:
-            self._numbers[blob.digest] = len(self.listed)
-            self.listed.append(PackSource(blob.digest, blob.length_bytes, inline))
-        return self._numbers[blob.digest]
-
-
-def compare_plan(state: State, job_id: JobId, task_id: TaskId) -> ComparePlan | None:
-    """What to compare for an audit that has settled, or None when nobody needs that (any more)."""
-    verification = state.verifications.get(job_id)
-    audit = verification.audits.get(task_id) if verification is not None else None
-    if verification is None or audit is None or audit.compared or audit.output is None:
-        return None
-    sources = _Sources()
-    own = sources.number(audit.output, inline=audit.inline)
-    pairs: list[tuple[tuple[int, int], tuple[int, int]]] = []
-    for index, row in enumerate(audit.checks):
-        evidence = verification.evidences.get(row.lease_id)
-        if evidence is None:
-            # Nobody needs it any more: beside itself it is equal, and that is heard by nobody.
-            pairs.append(((own, index), (own, index)))
-        else:
-            pairs.append(((own, index), (sources.number(evidence.output, inline=evidence.inline), row.row)))
-    return ComparePlan(job_id, task_id, tuple(sources.listed), tuple(pairs))
-
-
-def _candidates_of(state: State, task: Task) -> tuple[tuple[RowsPlan, ...], tuple[str, ...]]:
-    """The candidates of a referee's task: rows that it checks, and those that audits gave in their stead."""
-    assert task.job_id is not None, "referees decide about jobs' rows"
-    verification = state.verifications[task.job_id]
-    classes: dict[str, int] = {}
-    checked, differing = _Candidate(classes), _Candidate(classes)
-    for index, row in enumerate(verification.refereed[task.task_id]):
-        evidence = verification.evidences.get(row.checks.lease_id)
-        if evidence is None:
-            continue
-        checked.add(index, evidence.output, evidence.execution_class, inline=evidence.inline, row=row.checks.row)
-        audit_id = verification.audit_of.get(row.differing.lease_id) if row.differing is not None else None
-        audit = verification.audits[audit_id] if audit_id is not None else None
-        if audit is not None and audit.output is not None and row.differing is not None:
-            differing.add(index, audit.output, audit.execution_class, inline=audit.inline, row=row.differing.row)
-    return tuple(one.plan() for one in (checked, differing) if one.rows), tuple(classes)
-
-
-class _Candidate:
-    """Gathers the rows of one candidate."""
-
-    def __init__(self, classes: dict[str, int]) -> None:
-        self._classes = classes
-        self._sources = _Sources()
-        self._places: list[tuple[int, int]] = []
-        self._class_numbers: list[int] = []
-        self.rows: list[int] = []
-
-    def add(self, index: int, block: BlobReference, execution_class: str, *, inline: bool, row: int) -> None:
-        self.rows.append(index)
-        self._places.append((self._sources.number(block, inline=inline), row))
-        self._class_numbers.append(self._classes.setdefault(execution_class, len(self._classes)))
-
-    def plan(self) -> RowsPlan:
-        return RowsPlan(tuple(self._sources.listed), tuple(self._places), tuple(self.rows), tuple(self._class_numbers))
-
-
-@dataclass(frozen=True, slots=True)
-class PackPlan:
-    """How a task's input is made: `spans` are (source, first row in it, rows), in packing order."""
-
-    task_id: TaskId
-    pack_number: int
-    account_id: AccountId
-    job_id: JobId
-    sources: tuple[PackSource, ...]
-    spans: tuple[tuple[int, int, int], ...]
-    candidates: tuple[RowsPlan, ...] = ()
-    """Of a referee's task: blocks to pack beside the input."""
-    execution_classes: tuple[str, ...] = ()
-
-    @property
-    def rows_inline(self) -> bool:
-        """Whether the rows themselves can be packed from payloads alone."""
-        return all(source.inline for source in self.sources)
-
-    @property
-    def inline(self) -> bool:
-        """Whether the engine can pack it at once, from payloads alone."""
-        return self.rows_inline and all(plan.inline for plan in self.candidates)
-
-
-def pack_plan(state: State, task_id: TaskId) -> PackPlan | None:
-    """How to pack the task now, or None when it is not to be packed (any more)."""
-    task = state.tasks.get(task_id)
-    if task is None or task.phase is not TaskPhase.PACKING or task.job_id is None:
-        return None
-    job = state.jobs[task.job_id]
-    sources: list[PackSource] = []
-    spans: list[tuple[int, int, int]] = []
-    numbers: dict[int, int] = {}
-    for start, end in task.spans:
-        for block, first, rows in _pieces(job, start, end):
-            if block not in numbers:
-                numbers[block] = len(sources)
-                dataset = job.blocks[block]
-                sources.append(PackSource(dataset.blob.digest, dataset.blob.length_bytes, dataset.inline))
-            spans.append((numbers[block], first, rows))
-    candidates, classes = _candidates_of(state, task) if task.kind is TaskKind.REFEREE else ((), ())
-    return PackPlan(
-        task_id, task.pack_number, job.account_id, job.job_id, tuple(sources), tuple(spans), candidates, classes
-    )
-
-
-def _pieces(job: Job, start: int, end: int) -> list[tuple[int, int, int]]:
-    """(block, first row in it, rows) that hold the job positions from `start` up to `end`."""
-    made: list[tuple[int, int, int]] = []
-    block = bisect_right(job.row_starts, start) - 1
-    while start < end:
-        rows = min(end, job.row_starts[block + 1]) - start
-        if rows:
-            made.append((block, start - job.row_starts[block], rows))
-        start += rows
-        block += 1
-    return made
 
 
 def may_read_blob(state: State, account_id: AccountId, digest: Digest) -> bool:

@@ -7,6 +7,7 @@ from fallow_coordinator.core import commands as c
 from fallow_coordinator.core import events as e
 from fallow_coordinator.core import health, measuring
 from fallow_coordinator.core.answers import Decision
+from fallow_coordinator.core.auditing import given_up
 from fallow_coordinator.core.deferral import planned
 from fallow_coordinator.core.draft import Draft
 from fallow_coordinator.core.duplicates import duplicates_due
@@ -14,7 +15,6 @@ from fallow_coordinator.core.limits import DUE_PER_TICK_MAX, PACK_PATIENCE_MS
 from fallow_coordinator.core.names import Names
 from fallow_coordinator.core.state import State
 from fallow_coordinator.core.treasury import renewals_due
-from fallow_coordinator.core.verifying import given_up
 
 
 def restart(state: State, command: c.Restart) -> Decision:
