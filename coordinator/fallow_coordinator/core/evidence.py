@@ -111,23 +111,6 @@ class Disputed:
 
 
 @dataclass(slots=True)
-class Tally:
-    """How the rows of a verifying job stand, counted; it stays with the job when it has ended."""
-
-    rows_drawn: int = 0
-    rows_passed: int = 0
-    rows_by_referee: int = 0
-    """Those that a referee upheld."""
-    rows_tied: int = 0
-    rows_wrong: int = 0
-    rows_withdrawn: int = 0
-    rows_trusted: int = 0
-    """Rows that need no audit."""
-    accepted: bool = False
-    """Its owner took it with the checks that were made by then."""
-
-
-@dataclass(slots=True)
 class Share:
     """What one worker has in a job that is not released."""
 

@@ -7,7 +7,7 @@ from typing import assert_never
 
 from fallow.comparison import Finding
 from fallow.ids import JobId, PartyId
-from fallow.job import ACCEPTED, TRUSTED, VERIFIED
+from fallow.job import ACCEPTED, TRUSTED, VERIFIED, RowChecks
 from fallow.session import TaskKind
 from fallow_coordinator.core import verification_events as v
 from fallow_coordinator.core.evidence import (
@@ -18,7 +18,6 @@ from fallow_coordinator.core.evidence import (
     Evidence,
     Share,
     Stand,
-    Tally,
     Verification,
 )
 from fallow_coordinator.core.groups import place, unplace
@@ -35,7 +34,7 @@ def evolve_verification(state: State, event: v.VerificationEvent, at_ms: int) ->
         case v.DrawSecretSet():
             assert event.job_id not in state.verifications, "a job has one key"
             state.verifications[event.job_id] = Verification(event.job_id, event.secret)
-            state.jobs[event.job_id].checks = Tally()
+            state.jobs[event.job_id].checks = RowChecks()
         case v.AuditsDrawn():
             _draw(state, event, at_ms)
         case v.AuditCompared():
@@ -64,16 +63,22 @@ def evolve_verification(state: State, event: v.VerificationEvent, at_ms: int) ->
             worker.distrusted_reason = ""
             place(state, worker)
         case v.AssuranceAccepted():
-            tally_of(state, event.job_id).accepted = True
+            state.jobs[event.job_id].checks = replace(checks_of(state, event.job_id), accepted=True)
         case _:
             assert_never(event)
 
 
-def tally_of(state: State, job_id: JobId) -> Tally:
-    """The counts of a verifying job."""
-    tally = state.jobs[job_id].checks
-    assert tally is not None, "a verifying job counts"
-    return tally
+def checks_of(state: State, job_id: JobId) -> RowChecks:
+    """How the rows of a verifying job stand; it stays with the job when it has ended."""
+    checks = state.jobs[job_id].checks
+    assert checks is not None, "a verifying job counts"
+    return checks
+
+
+def _count(state: State, job_id: JobId, **more: int) -> None:
+    """Adds to some counts of a verifying job."""
+    checks = checks_of(state, job_id)
+    state.jobs[job_id].checks = replace(checks, **{name: getattr(checks, name) + rows for name, rows in more.items()})
 
 
 # ------------------------------------------------------------------------------------------------- draws
@@ -83,7 +88,7 @@ def _draw(state: State, event: v.AuditsDrawn, at_ms: int) -> None:
     verification = state.verifications[event.job_id]
     job = state.jobs[event.job_id]
     if event.trust is not Trust.NONE:
-        tally_of(state, verification.job_id).rows_trusted += event.rows
+        _count(state, verification.job_id, rows_trusted=event.rows)
         job.results[event.cursor - 1] = replace(job.results[event.cursor - 1], status=TRUSTED)
         return
     evidence = verification.evidences.get(event.lease_id)
@@ -102,7 +107,7 @@ def _draw(state: State, event: v.AuditsDrawn, at_ms: int) -> None:
             verification.wait_for_audit(event.worker_id, EvidenceRow(event.lease_id, row))
     evidence.open_rows += len(event.drawn)
     verification.open_rows += len(event.drawn)
-    tally_of(state, verification.job_id).rows_drawn += len(event.drawn)
+    _count(state, verification.job_id, rows_drawn=len(event.drawn))
     _look_for_release(verification, evidence.worker_id)
 
 
@@ -253,7 +258,7 @@ def _pass(state: State, verification: Verification, evidence: Evidence, checked:
     evidence.passed += 1
     evidence.open_rows -= 1
     verification.open_rows -= 1
-    tally_of(state, verification.job_id).rows_passed += 1
+    _count(state, verification.job_id, rows_passed=1)
     verification.shares[evidence.worker_id].passed += 1
     state.workers[evidence.worker_id].rows_verified += 1
     _look_for_release(verification, evidence.worker_id)
@@ -294,17 +299,17 @@ def _judge(state: State, event: v.VerdictReached) -> None:
     _settle_dispute(verification, checked)
     if event.verdict is Verdict.UPHELD:
         checked.by_referee = True
-        tally_of(state, verification.job_id).rows_by_referee += 1
+        _count(state, verification.job_id, rows_by_referee=1)
         _pass(state, verification, evidence, checked)
         return
     evidence.open_rows -= 1
     verification.open_rows -= 1
     if event.verdict is Verdict.TIE:
         checked.stand = Stand.TIED
-        tally_of(state, verification.job_id).rows_tied += 1
+        _count(state, verification.job_id, rows_tied=1)
     else:
         checked.stand = Stand.WITHDRAWN
-        tally_of(state, verification.job_id).rows_wrong += event.verdict is Verdict.PROVEN_WRONG
+        _count(state, verification.job_id, rows_wrong=int(event.verdict is Verdict.PROVEN_WRONG))
     _look_for_release(verification, evidence.worker_id)
 
 
@@ -318,7 +323,7 @@ def _correct(state: State, event: v.RowsCorrected) -> None:
         assert job.done.covers(start, end), "what is withdrawn was delivered"
         job.done = job.done.subtract(start, end)
         verification.redo[start] = (end, event.cursor)
-        tally_of(state, verification.job_id).rows_withdrawn += end - start
+        _count(state, verification.job_id, rows_withdrawn=end - start)
         if event.verdict not in ANNULLING:
             for position in range(start, end):
                 verification.redone[position] = verification.redone.get(position, 0) + 1

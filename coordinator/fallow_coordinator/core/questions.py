@@ -12,13 +12,12 @@ from fallow.comparison import ToleranceProfile
 from fallow.credits import BUDGET_WARNING_PERCENT, credits_text
 from fallow.errors import Reason
 from fallow.ids import AccountId, Digest, JobId, LeaseId, PartyId, PoolId, SessionId
-from fallow.job import JOB_STATES_FINAL, JobProgress, JobStatus, RowChecks, TaskResult, WorkerShare
+from fallow.job import JOB_STATES_FINAL, JobProgress, JobStatus, TaskResult, WorkerShare
 from fallow.limits import BLOCK_BYTES_MAX, JOB_SHARES_SHOWN_MAX
 from fallow.roles import DataClass, Tier
 from fallow.session import BlobReference, Capability, DeviceStanding, TaskKind
 from fallow_coordinator.core.devices import certificate_of, challenge_of
 from fallow_coordinator.core.events import PackedCandidate
-from fallow_coordinator.core.evidence import Tally
 from fallow_coordinator.core.evolve_tasks import MEASURING_KINDS
 from fallow_coordinator.core.state import (
     ChallengeRecord,
@@ -96,20 +95,7 @@ def status_told(job: Job, *, reason: str, reason_code: str, workers: int, deferr
         warnings=budget_warnings(job),
         footprint=job.footprint,
         deferred_until_ms=deferred_until_ms,
-        checks=_row_checks(job.checks) if job.checks is not None else None,
-    )
-
-
-def _row_checks(tally: Tally) -> RowChecks:
-    return RowChecks(
-        rows_drawn=tally.rows_drawn,
-        rows_passed=tally.rows_passed,
-        rows_by_referee=tally.rows_by_referee,
-        rows_tied=tally.rows_tied,
-        rows_wrong=tally.rows_wrong,
-        rows_withdrawn=tally.rows_withdrawn,
-        rows_trusted=tally.rows_trusted,
-        accepted=tally.accepted,
+        checks=job.checks,
     )
 
 

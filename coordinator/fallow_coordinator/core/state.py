@@ -10,14 +10,14 @@ from fallow.bundle import InspectionReport
 from fallow.challenge import ChallengePlan
 from fallow.credits import PoolMode
 from fallow.ids import AccountId, Digest, JobId, KeyFingerprint, LeaseId, PartyId, PoolId, SessionId, TaskId, TokenId
-from fallow.job import DatasetBlock, Footprint, JobOptions, JobState, TaskResult
+from fallow.job import DatasetBlock, Footprint, JobOptions, JobState, RowChecks, TaskResult
 from fallow.ranges import RangeSet
 from fallow.roles import DataClass, Role, Tier
 from fallow.session import BlobReference, Capability, Cause, NodeRows, RowFailure, TaskKind
 from fallow_coordinator.core.carbon import Forecast
 from fallow_coordinator.core.commands import StoredBlob
 from fallow_coordinator.core.events import LeaseOutcome, PackedCandidate
-from fallow_coordinator.core.evidence import Tally, Verification
+from fallow_coordinator.core.evidence import Verification
 from fallow_coordinator.core.ledger import Ledger
 from fallow_coordinator.core.limits import STAYS_BUCKETS
 from fallow_coordinator.core.needs import INSPECTION, Ability, Needs
@@ -430,7 +430,7 @@ class Job:
     """Where its tasks queue: what it asked for in the pool as it was then."""
     due_ms: int = 0
     """Its place among the jobs of its account, the earliest first; 0: first come, first served."""
-    checks: Tally | None = None
+    checks: RowChecks | None = None
     """How its rows stand; None: it has no assurance."""
 
 

@@ -66,19 +66,29 @@ class Worker:
     def serve(self) -> None:
         """Answers messages until the supervisor closes the socket. Raises FrameError for what is no message."""
         while (message := self._receive()) is not None:
-            match message:
-                case Load():
-                    self._load(message)
-                case Run():
-                    self._run(message)
-                case Inspect():
-                    self._inspect(message)
-                case Challenge():
-                    self._answer(message)
-                case Check():
-                    self._check(message)
-                case Referee():
-                    self._referee(message)
+            task = message.task if isinstance(message, Run) else ""
+            try:
+                answer = self._answer(message)
+            except FallowError as error:
+                answer = _failed(task, error)
+            except MemoryError:
+                answer = _out_of_memory(task)
+            self.send(answer)
+
+    def _answer(self, message: ToChild) -> FromChild:
+        match message:
+            case Load():
+                return self._load(message)
+            case Run():
+                return self._run(message)
+            case Inspect():
+                return self._inspect(message)
+            case Challenge():
+                return self._challenge(message)
+            case Check():
+                return self._check(message)
+            case Referee():
+                return self._referee(message)
 
     def _receive(self) -> ToChild | None:
         header = self._read(frames.LENGTH_BYTES)
@@ -98,159 +108,114 @@ class Worker:
 
     # --------------------------------------------------------------------------------------------------- messages
 
-    def _load(self, message: Load) -> None:
+    def _load(self, message: Load) -> Loaded:
         if self._chain is not None or self._arguments.options.kind is not ChildKind.RUN:
             raise frames.FrameError("Load comes once, to a child that runs")
         started = time.monotonic()
         options = self._arguments.options
-        try:
-            chain = Chain(
-                message.manifest,
-                self.files(message.files),
-                input_schema_digest=message.input_schema_digest,
-                output_schema_digest=message.output_schema_digest,
-                batch_rows=message.canonical_batch_rows,
-                slot_dependent=message.slot_dependent,
-                neighbour_dependent=message.neighbour_dependent,
-                threads=options.threads,
-                lanes=lanes_of(options),
-                allow_spinning=options.allow_spinning,
-            )
-            chain.warm_up()
-            chain.tune(message.setting, measures=message.measures)
-        except FallowError as error:
-            self.send(_failed("", error))
-            return
-        except MemoryError:
-            self.send(_out_of_memory(""))
-            return
+        chain = Chain(
+            message.manifest,
+            self.files(message.files),
+            input_schema_digest=message.input_schema_digest,
+            output_schema_digest=message.output_schema_digest,
+            batch_rows=message.canonical_batch_rows,
+            slot_dependent=message.slot_dependent,
+            neighbour_dependent=message.neighbour_dependent,
+            threads=options.threads,
+            lanes=lanes_of(options),
+            allow_spinning=options.allow_spinning,
+        )
+        chain.warm_up()
+        chain.tune(message.setting, measures=message.measures)
         self._chain = chain
-        self.send(
-            Loaded(
-                canonical_batch_rows=chain.batch_rows,
-                execution_class=execution_class(
-                    self._machine_class, precision=message.manifest.precision.value, batch_rows=chain.batch_rows
-                ),
-                load_ms=int((time.monotonic() - started) * 1000),
-                memory_bytes=memory_bytes_peak(),
-            )
+        return Loaded(
+            canonical_batch_rows=chain.batch_rows,
+            execution_class=execution_class(
+                self._machine_class, precision=message.manifest.precision.value, batch_rows=chain.batch_rows
+            ),
+            load_ms=int((time.monotonic() - started) * 1000),
+            memory_bytes=memory_bytes_peak(),
         )
 
-    def _run(self, message: Run) -> None:
+    def _run(self, message: Run) -> Done:
         if self._chain is None:
             raise frames.FrameError("Run comes after Loaded")
         clock = UsageClock()
-        try:
-            with _Mapped(self._arguments.input_fd, message.input, BLOCK_BYTES_MAX) as view:
-                slots = self._slots(message.slots)
-                result = self._chain.run(
-                    RowBlock.parse(view),
-                    nonce=message.nonce,
-                    slots=slots,
-                    output_bytes_max=message.output.length_bytes,
-                    progress=self._told_at_times(message.task),
-                )
-            self._write(message.output.offset_bytes, result.block)
-        except FallowError as error:
-            self.send(_failed(message.task, error))
-            return
-        except MemoryError:
-            self.send(_out_of_memory(message.task))
-            return
-        self.send(
-            Done(
-                task=message.task,
-                output_bytes=len(result.block),
-                rows=result.rows,
-                failed_rows=result.failed_rows,
-                failures=result.failures,
-                usage=clock.usage(),
-                tuned=self._chain.newly_tuned(),
+        with _Mapped(self._arguments.input_fd, message.input, BLOCK_BYTES_MAX) as view:
+            slots = self._slots(message.slots)
+            result = self._chain.run(
+                RowBlock.parse(view),
+                nonce=message.nonce,
+                slots=slots,
+                output_bytes_max=message.output.length_bytes,
+                progress=self._told_at_times(message.task),
             )
+        self._write(message.output.offset_bytes, result.block)
+        return Done(
+            task=message.task,
+            output_bytes=len(result.block),
+            rows=result.rows,
+            failed_rows=result.failed_rows,
+            failures=result.failures,
+            usage=clock.usage(),
+            tuned=self._chain.newly_tuned(),
         )
 
-    def _inspect(self, message: Inspect) -> None:
+    def _inspect(self, message: Inspect) -> Inspected:
         if self._arguments.options.kind is not ChildKind.INSPECT:
             raise frames.FrameError("Inspect goes to a child that was spawned for it")
         clock = UsageClock()
         inspection: Any = importlib.import_module("fallow_worker.engine.inspection")
         sample: RowBlock | None = None
-        try:
-            if message.sample is not None:
-                sample = RowBlock.parse(self._bytes(message.sample, BLOCK_BYTES_MAX))
-            report = inspection.inspect(
-                message,
-                self.files(message.files),
-                sample=sample,
-                options=self._arguments.options,
-                machine_class=self._machine_class,
-                progress=self._inspected_so_far,
-            )
-        except FallowError as error:
-            self.send(_failed("", error))
-            return
-        except MemoryError:
-            self.send(_out_of_memory(""))
-            return
-        self.send(Inspected(report, clock.usage()))
+        if message.sample is not None:
+            sample = RowBlock.parse(self._bytes(message.sample, BLOCK_BYTES_MAX))
+        report = inspection.inspect(
+            message,
+            self.files(message.files),
+            sample=sample,
+            options=self._arguments.options,
+            machine_class=self._machine_class,
+            progress=self._inspected_so_far,
+        )
+        return Inspected(report, clock.usage())
 
-    def _answer(self, message: Challenge) -> None:
+    def _challenge(self, message: Challenge) -> Answered:
         self._check_fresh()
         clock = UsageClock()
         options = self._arguments.options
-        try:
-            block = challenge.answer(
-                message.plan,
-                threads=message.threads,
-                allow_spinning=options.allow_spinning,
-                nonce=message.nonce,
-                progress=self._told_at_times(""),
-            )
-        except MemoryError:
-            self.send(_out_of_memory(""))
-            return
+        block = challenge.answer(
+            message.plan,
+            threads=message.threads,
+            allow_spinning=options.allow_spinning,
+            nonce=message.nonce,
+            progress=self._told_at_times(""),
+        )
         self._write(0, block)
-        self.send(Answered(len(block), clock.usage(), self._machine_class))
+        return Answered(len(block), clock.usage(), self._machine_class)
 
-    def _check(self, message: Check) -> None:
+    def _check(self, message: Check) -> Checked:
         self._check_fresh()
         clock = UsageClock()
-        try:
-            block = RowBlock.parse(self._bytes(message.answer, BLOCK_BYTES_MAX))
-        except FallowError as error:
-            self.send(_failed("", error))
-            return
-        except MemoryError:
-            self.send(_out_of_memory(""))
-            return
-        self.send(Checked(check.verdict(message.plan, block, message.entropy), clock.usage()))
+        block = RowBlock.parse(self._bytes(message.answer, BLOCK_BYTES_MAX))
+        return Checked(check.verdict(message.plan, block, message.entropy), clock.usage())
 
-    def _referee(self, message: Referee) -> None:
+    def _referee(self, message: Referee) -> Refereed:
         if self._arguments.options.kind is not ChildKind.INSPECT:
             raise frames.FrameError("Referee goes to a child that can take programs apart")
         clock = UsageClock()
         referee: Any = importlib.import_module("fallow_worker.engine.referee")
-        try:
-            found = referee.compare(
-                message,
-                files=self.files(message.files),
-                blocks=referee.Blocks(
-                    input=RowBlock.parse(self._bytes(message.input, BLOCK_BYTES_MAX)),
-                    own=RowBlock.parse(self._bytes(message.own, BLOCK_BYTES_MAX)),
-                    candidates=tuple(
-                        RowBlock.parse(self._bytes(one.block, BLOCK_BYTES_MAX)) for one in message.candidates
-                    ),
-                    slots=self._slots(message.slots),
-                ),
-                progress=self._told_at_times(""),
-            )
-        except FallowError as error:
-            self.send(_failed("", error))
-            return
-        except MemoryError:
-            self.send(_out_of_memory(""))
-            return
-        self.send(Refereed(found.rows, found.spread, clock.usage()))
+        found = referee.compare(
+            message,
+            files=self.files(message.files),
+            blocks=referee.Blocks(
+                input=RowBlock.parse(self._bytes(message.input, BLOCK_BYTES_MAX)),
+                own=RowBlock.parse(self._bytes(message.own, BLOCK_BYTES_MAX)),
+                candidates=tuple(RowBlock.parse(self._bytes(one.block, BLOCK_BYTES_MAX)) for one in message.candidates),
+                slots=self._slots(message.slots),
+            ),
+            progress=self._told_at_times(""),
+        )
+        return Refereed(found.rows, found.spread, clock.usage())
 
     def _check_fresh(self) -> None:
         if self._chain is not None or self._arguments.options.kind is not ChildKind.RUN:
